@@ -1,0 +1,88 @@
+"""What the command prints, and where: answers and tables to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+StepProgress = Callable[[str, float], None]
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def note(message: str) -> None:
+    """One line beside the result."""
+    err.print(message, style="dim", markup=False)
+
+
+def quieten_libraries() -> None:
+    """Keep the libraries' warnings off the screen, and their bars where no one watches."""
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not err.is_terminal:
+        hide_library_bars()
+
+
+def keep_bars_away(own_bars: bool) -> None:
+    """Silence tqdm, before it is imported, where our bars stand in for it or no one watches."""
+    if own_bars or not err.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def hide_library_bars() -> None:
+    """Switch off the progress bars of transformers and of the hub."""
+    import transformers
+    from huggingface_hub.utils import disable_progress_bars
+
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+@contextmanager
+def waiting(message: str) -> Iterator[None]:
+    """A bar without an end for what cannot say how far it is."""
+    with _bar() as bar:
+        bar.add_task(message, total=None)
+        yield
+
+
+@contextmanager
+def stepping(message: str) -> Iterator[StepProgress]:
+    """A bar that follows a ``progress(step, done)`` callback; it shows up at the first call."""
+    bar = _bar()
+    task = bar.add_task(message, total=1.0)
+
+    def show(step: str, done: float) -> None:
+        bar.start()
+        bar.update(task, description=f"{message}: {step}", completed=done)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def _bar() -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+    )
+    return Progress(
+        *columns,
+        console=err,
+        transient=True,
+        refresh_per_second=4,
+        disable=not err.is_terminal,
+    )

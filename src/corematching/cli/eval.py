@@ -1,0 +1,164 @@
+"""`corematching eval`: what methods lose on a task, beside the dense model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from corematching.cli import console, options
+
+DEFAULT_OUT = Path("corematching-eval")
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  corematching eval --limit 200
+
+  corematching eval -M corematching:keep=0.1 -M corematching:keep=0.2 -M random:keep=0.2 --out board
+
+  corematching eval --split my-split --method paper --method oracle --json
+"""
+
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        "-M",
+        metavar="NAME[:param=value,...]",
+        help="A method to run beside dense; repeat it for several. Default: corematching.",
+    ),
+]
+Split = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A split of SceneQA; default: the shipped test split."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Ask a random sample of this many.")]
+BatchSize = Annotated[int, typer.Option("--batch", min=1, help="Questions at a time.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the sample and of the intervals.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR", help="Where every answer is kept; the same directory again goes on."
+    ),
+]
+AnswerLength = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Stop an answer after this many tokens.")
+]
+
+
+def evaluate(
+    model: options.Model = None,
+    split: Split = None,
+    method: Methods = None,
+    limit: Limit = None,
+    batch: BatchSize = 16,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    seed: Seed = 0,
+    max_new_tokens: AnswerLength = 40,
+    out: Out = DEFAULT_OUT,
+    as_json: options.Json = False,
+) -> None:
+    """Measure what methods lose on SceneQA, beside the dense model."""
+    console.keep_bars_away(own_bars=model is None)
+    from corematching.cli.loading import load_model
+    from corematching.evaluate import Plan, SceneQA, Subject, make_methods
+    from corematching.evaluate import evaluate as run_methods
+
+    methods = make_methods(method or ["corematching"])
+    plan = Plan(limit=limit, seed=seed, batch=batch, max_new_tokens=max_new_tokens)
+    task = SceneQA.load(split)
+    loaded = load_model(model, device, dtype)
+    subject = Subject(loaded.name, loaded.model, loaded.processor)
+    given = {
+        "model": model,
+        "split": split,
+        "limit": limit,
+        "batch": batch,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+        "max-new-tokens": max_new_tokens,
+        "out": out,
+    }
+    with counting() as progress:
+        board = run_methods(subject, task, methods, out, plan, progress, write_command(given))
+    if as_json:
+        print(json.dumps(board))
+        return
+    console.out.print(tabulate(board))
+    console.note(f"board, answers and pictures: {out}")
+
+
+def register_eval(app: typer.Typer) -> None:
+    """Make it a command of the app."""
+    app.command("eval", epilog=EXAMPLES)(evaluate)
+
+
+def write_command(given: dict[str, Any]) -> str:
+    """The command line that gives the same board, but for the methods."""
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return shlex.join(["corematching", "eval", *words])
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[str, int, int, float], None]]:
+    """A bar for each method, with the answers so far and the running accuracy."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[accuracy]:.1f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console.err,
+        refresh_per_second=2,
+        disable=not console.err.is_terminal,
+    )
+    tasks: dict[str, Any] = {}
+
+    def show(text: str, done: int, total: int, accuracy: float) -> None:
+        if text not in tasks:
+            tasks[text] = bar.add_task(text, total=total, accuracy=0.0)
+        bar.update(tasks[text], completed=done, accuracy=100 * accuracy)
+
+    with bar:
+        yield show
+
+
+def tabulate(board: dict[str, Any]) -> Any:
+    """The board's main figures for the terminal."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("method", overflow="fold")
+    for heading in ("accuracy", "95 %", "same", "KL", "tokens", "neurons", "prefill", "KV"):
+        table.add_column(heading, justify="right")
+    for entry in board["methods"]:
+        accuracy = entry["accuracy"]
+        table.add_row(
+            entry["method"],
+            f"{accuracy['value']:.1%}",
+            f"{100 * accuracy['low']:.1f}-{100 * accuracy['high']:.1f}",
+            f"{entry['agreement']:.1%}",
+            f"{entry['kl']:.3f}",
+            f"{entry['tokens_kept']['mean']:.1%}",
+            f"{entry['neurons_kept']:.1%}",
+            f"{entry['prefill_flops'] / entry['dense_prefill_flops']:.1%}",
+            f"{entry['kv_bytes'] / entry['dense_kv_bytes']:.1%}",
+        )
+    return table

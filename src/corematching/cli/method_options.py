@@ -1,0 +1,90 @@
+"""The method options of the command, turned into a method."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from corematching.errors import ConfigError
+from corematching.methods import METHODS, method_by_name, method_from_text
+from corematching.policy.component import canonical
+
+PARAMETERS = {
+    "--tokens": "token_score",
+    "--keep": "keep",
+    "--after": "layer",
+    "--neurons": "beta",
+    "--neuron-score": "neuron_score",
+}
+
+
+def build_method(text: str, options: dict[str, Any]) -> Any:
+    """Make the method that the options describe.
+
+    Parameters
+    ----------
+    text : str
+        ``NAME`` or ``NAME:param=value,...``.
+    options : dict
+        Of `PARAMETERS`, by option; None where the option was not given.
+
+    Raises
+    ------
+    ConfigError
+        A name is unknown (the message has the nearest one), a value is out of range, or the method
+        has no such option.
+    """
+    given = {option: value for option, value in options.items() if value is not None}
+    values = {option: read_option(option, value) for option, value in given.items()}
+    if not values:
+        return method_from_text(text)
+    name = text.partition(":")[0]
+    check_options(name, values)
+    parts = ",".join(f"{PARAMETERS[key]}={json.dumps(value)}" for key, value in values.items())
+    return method_from_text(f"{text}{',' if ':' in text else ':'}{parts}")
+
+
+def build_text_method(text: str, options: dict[str, Any]) -> Any:
+    """As `build_method`, without a token score unless one was asked for by name."""
+    build_method(text, options)
+    name = canonical(text.partition(":")[0])
+    takes_score = PARAMETERS["--tokens"] in METHODS[name].parameters
+    asked = options.get("--tokens") is not None or f"{PARAMETERS['--tokens']}=" in text
+    return build_method(
+        text, options | {"--tokens": "none"} if takes_score and not asked else options
+    )
+
+
+def check_options(name: str, values: dict[str, Any]) -> None:
+    """Refuse options that the method has no parameter for."""
+    method_by_name(name)  # an unknown name first
+    known = METHODS[canonical(name)].parameters
+    fitting = [option for option, parameter in PARAMETERS.items() if parameter in known]
+    for option in values:
+        if option not in fitting:
+            hint = f"its options are {', '.join(fitting)}" if fitting else "leave it out"
+            raise ConfigError(f"method '{name}' has no option {option}: {hint}")
+
+
+def read_option(option: str, value: Any) -> Any:
+    """An option's text as the parameter means it."""
+    if option == "--keep":
+        return read_keep(value)
+    if option in ("--tokens", "--neuron-score"):
+        return None if str(value).lower() == "none" else value
+    if option == "--neurons" and not 0 < value <= 1:
+        raise ConfigError(f"--neurons {value} is outside (0, 1]: give a share such as 0.6")
+    return value
+
+
+def read_keep(text: str) -> float | None:
+    """A share in (0, 1], or None for the knee."""
+    if text.strip().lower() == "knee":
+        return None
+    try:
+        share = float(text)
+    except ValueError as error:
+        raise ConfigError(f"--keep '{text}' is no number: give a share or 'knee'") from error
+    if not 0 < share <= 1:
+        raise ConfigError(f"--keep {text} is outside (0, 1]: give a share such as 0.3, or 'knee'")
+    return share

@@ -1,0 +1,34 @@
+"""Errors a user can act on. Each message says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CoreMatchingError(Exception):
+    """Base class; the command turns it into one line and exit code 2."""
+
+
+class ConfigError(CoreMatchingError, ValueError):
+    """A parameter has a value that makes no sense."""
+
+
+class UnsupportedModelError(CoreMatchingError):
+    """The model has a part that this library cannot shorten or thin out."""
+
+
+class AlreadyInstalledError(CoreMatchingError):
+    """A method is already installed on this model, or the model is in use."""
+
+
+class InputError(CoreMatchingError):
+    """An image, a text or a file is missing, broken or does not fit the model."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is not registered, with the nearest one that is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return ConfigError(f"unknown {kind} '{name}': {hint}known: {', '.join(names)}")

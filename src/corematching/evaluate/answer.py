@@ -1,0 +1,210 @@
+"""A model with a method on it answers a batch of questions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from corematching.errors import InputError
+from corematching.evaluate.oracle import BoxCoverage
+from corematching.evaluate.task import Question, Task
+from corematching.methods import Installable
+from corematching.report import Report
+
+SAMPLED_VALUES = 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test.
+
+    Attributes
+    ----------
+    name : str
+        What the board calls it.
+    model : PreTrainedModel
+    processor : ProcessorMixin
+        With a tokenizer and an image processor.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+
+    def __post_init__(self) -> None:
+        if getattr(self.processor, "image_processor", None) is None:
+            raise InputError(
+                f"'{self.name}' takes no pictures, the questions are about pictures: choose a "
+                "vision-language model (see `corematching models`)"
+            )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes when the weights do: a hash over a sample of every parameter."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            flat = parameter.detach().flatten()
+            step = max(1, flat.numel() // SAMPLED_VALUES)
+            values = flat[::step][:SAMPLED_VALUES].float().cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Any:
+        """Tokens and pixels of a batch, one picture and one question each, padded on the left."""
+        texts = [self._render(prompt) for prompt in prompts]
+        start = getattr(self.tokenizer, "bos_token", None)
+        inputs = self.processor(
+            text=texts,
+            images=[[image] for image in images],
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (start and texts[0].startswith(start)),
+            return_tensors="pt",
+        ).to(self.model.device)
+        for name, value in inputs.items():
+            if hasattr(value, "is_floating_point") and value.is_floating_point():
+                inputs[name] = value.to(self.model.dtype)
+        return inputs
+
+    def _render(self, prompt: str) -> str:
+        """The chat template's text, or the bare prompt where there is none."""
+        if not getattr(self.processor, "chat_template", None):
+            return (getattr(self.processor, "image_token", None) or "") + prompt
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        turns = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model said to a batch.
+
+    Attributes
+    ----------
+    texts : list of str
+        The answers.
+    logits : Tensor
+        (B, V) float32, of the first token.
+    report : Report
+        What was kept, dropped and saved.
+    """
+
+    texts: list[str]
+    logits: Tensor
+    report: Report
+
+
+class FirstLogits:
+    """Sees the logits that the first token of an answer is chosen from."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        if self.value is None:
+            self.value = output.logits[:, -1].float()
+
+
+@contextmanager
+def watching(model: Any) -> Iterator[FirstLogits]:
+    """Watch a model's first logits for the length of a block."""
+    first = FirstLogits()
+    handle = model.register_forward_hook(first)
+    try:
+        yield first
+    finally:
+        handle.remove()
+
+
+def answer_batch(
+    subject: Subject,
+    method: Installable,
+    task: Task[Any],
+    questions: Sequence[Question],
+    max_new_tokens: int,
+) -> Batch:
+    """Answer questions greedily.
+
+    Parameters
+    ----------
+    subject : Subject
+    method : Installable
+        Put on the model for this batch.
+    task : Task
+        What the questions are of.
+    questions : sequence of Question
+        Best of like length.
+    max_new_tokens : int
+        An answer stops here if the model does not stop before.
+    """
+    images = [read_picture(question.image) for question in questions]
+    score = getattr(method.tokens, "score", None)  # type: ignore[attr-defined]
+    if isinstance(score, BoxCoverage):
+        pairs = zip(questions, images, strict=True)
+        score.show([task.areas(question, image.size) for question, image in pairs])
+    inputs = subject.encode([task.prompt(question) for question in questions], images)
+    settings = subject.model.generation_config
+    pad = settings.pad_token_id
+    if pad is None:
+        pad = subject.tokenizer.pad_token_id
+    with method(subject.model) as run, watching(subject.model) as first, torch.inference_mode():
+        output = subject.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+        )
+        report = run.report
+    new = output[:, inputs["input_ids"].shape[1] :]
+    texts = subject.tokenizer.batch_decode(new, skip_special_tokens=True)
+    assert first.value is not None
+    return Batch([text.strip() for text in texts], first.value, report)
+
+
+@lru_cache(maxsize=512)
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture as RGB.
+
+    Raises
+    ------
+    InputError
+        It cannot be read.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"cannot read the picture {path}: the split is damaged") from error
+
+
+def split_batches(
+    subject: Subject, task: Task[Any], questions: Sequence[Question], size: int
+) -> list[list[Question]]:
+    """Batches of questions of one family where possible, sorted by length.
+
+    Answers of one family are of like length, so that few samples wait for a longer one.
+    """
+    order = {family: place for place, family in enumerate(task.families)}
+    lengths = [len(subject.tokenizer(task.prompt(question))["input_ids"]) for question in questions]
+    ranked = sorted(
+        zip(questions, lengths, strict=True),
+        key=lambda pair: (order[pair[0].family], pair[1], pair[0].id),
+    )
+    ordered = [question for question, _ in ranked]
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]

@@ -1,0 +1,92 @@
+"""Pictures: accuracy over what is kept, one curve per method, dense as a line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+AXES = {
+    "tokens_kept": ("image tokens kept [%]", ("keep", "floor", "ceiling")),
+    "neurons_kept": ("neurons kept [%]", ("beta",)),
+}
+"""Share -> what the axis says, and the parameters of a method that move along it."""
+WHOLE = 99.95
+MARKERS = "osD^vP*Xph<>"
+
+
+def draw_curves(entries: Sequence[dict[str, Any]], share: str, path: Path, model: str) -> None:
+    """Draw accuracy with its interval over a share.
+
+    Parameters
+    ----------
+    entries : sequence of dict
+        Of the board, dense first.
+    share : str
+        ``tokens_kept`` or ``neurons_kept``.
+    path : Path
+        A PNG file.
+    model : str
+        For the title.
+    """
+    axis, _ = AXES[share]
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if entries:
+        dense = entries[0]["accuracy"]
+        axes.axhline(100 * dense["value"], color="black", linestyle="--", label="dense")
+        axes.axhspan(100 * dense["low"], 100 * dense["high"], color="black", alpha=0.08)
+    for index, (name, curve) in enumerate(group_curves(entries[1:], share).items()):
+        x, y, low, high = zip(*curve, strict=True)
+        axes.errorbar(
+            x,
+            y,
+            yerr=(low, high),
+            label=name,
+            marker=MARKERS[index % len(MARKERS)],
+            color=f"C{index % 10}",
+            linestyle="-" if index < 10 else ":",
+            capsize=2,
+            linewidth=1.4,
+        )
+    axes.set_xlabel(axis)
+    axes.set_ylabel("accuracy [%]")
+    axes.set_title(model)
+    axes.set_xlim(0, 102)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path)
+
+
+def group_curves(
+    entries: Sequence[dict[str, Any]], share: str
+) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Points (share, accuracy, interval below, interval above) in %, by curve, rising.
+
+    A curve's name is the method's text without the parameters that move along the axis. Methods
+    that keep all of it have no place on the axis.
+    """
+    curves: dict[str, list[tuple[float, float, float, float]]] = {}
+    for entry in entries:
+        kept = entry[share]
+        x = 100 * (kept["mean"] if isinstance(kept, dict) else kept)
+        if x > WHOLE:
+            continue
+        accuracy = entry["accuracy"]
+        y, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
+        point = (x, y, max(0.0, y - low), max(0.0, high - y))
+        curves.setdefault(name_curve(entry["method"], share), []).append(point)
+    return {name: sorted(points) for name, points in curves.items()}
+
+
+def name_curve(text: str, share: str) -> str:
+    """``random:keep=0.1,beta=1`` -> ``random:beta=1`` over the image tokens."""
+    name, _, rest = text.partition(":")
+    parts = filter(None, re.split(r",(?![^\[]*\])", rest))
+    others = [part for part in parts if part.partition("=")[0].strip() not in AXES[share][1]]
+    return f"{name}:{','.join(others)}" if others else name

@@ -1,0 +1,109 @@
+"""Methods by name, for the command line and for studies."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from corematching.errors import ConfigError, unknown_name
+from corematching.methods.sparsifier import Installable
+
+Factory = Callable[..., Installable]
+F = TypeVar("F", bound=Factory)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered method: what makes it, and its parameters with their defaults."""
+
+    factory: Factory
+    parameters: Mapping[str, Any]
+
+
+METHODS: dict[str, Entry] = {}
+"""Name -> entry."""
+
+
+def register_method(name: str, parameters: Mapping[str, Any] | None = None) -> Callable[[F], F]:
+    """Register a class or a function that makes a method from keyword parameters.
+
+    Parameters
+    ----------
+    name : str
+        The method's name on the command line.
+    parameters : mapping, optional
+        Parameters and defaults where the factory's signature does not show them.
+
+    Raises
+    ------
+    ConfigError
+        When the name is taken by another function.
+    """
+
+    def enter(factory: F) -> F:
+        known = METHODS.get(name)
+        if known is not None and known.factory.__qualname__ != factory.__qualname__:
+            raise ConfigError(f"method '{name}' is taken by {known.factory}: rename one")
+        signature = inspect.signature(factory).parameters
+        shown = parameters or {key: parameter.default for key, parameter in signature.items()}
+        METHODS[name] = Entry(factory, shown)
+        return factory
+
+    return enter
+
+
+def method_names() -> list[str]:
+    """The names of the registered methods, sorted."""
+    return sorted(METHODS)
+
+
+def method_by_name(name: str, **params: Any) -> Installable:
+    """Make a method.
+
+    Raises
+    ------
+    ConfigError
+        When the method or a parameter is unknown (the message names the nearest one), or a value is
+        out of range.
+    """
+    key = name.strip().lower().replace("_", "-")
+    if key not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    entry = METHODS[key]
+    for param in params:
+        if param not in entry.parameters:
+            raise unknown_name(f"parameter of method '{key}'", param, entry.parameters)
+    return entry.factory(**params)
+
+
+def method_from_text(text: str) -> Installable:
+    """Make a method from ``NAME[:param=value,...]``, such as ``corematching:keep=0.2,beta=0.5``.
+
+    A value is read as JSON (``0.2``, ``true``, ``null``, ``[2,6]``) and otherwise as a word.
+
+    Raises
+    ------
+    ConfigError
+        As `method_by_name`, and when a part is no ``param=value``.
+    """
+    name, _, rest = text.partition(":")
+    params: dict[str, Any] = {}
+    for part in filter(None, re.split(r",(?![^\[]*\])", rest)):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"'{part}' in method '{text}': write it as param=value")
+        params[key.strip()] = read_value(value.strip())
+    return method_by_name(name, **params)
+
+
+def read_value(text: str) -> Any:
+    """A number, true, false or null as JSON means it; anything else is the word itself."""
+    lowered = text.lower()
+    try:
+        return json.loads({"none": "null"}.get(lowered, lowered))
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,208 @@
+"""Policies put together to something that can be installed on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from corematching.errors import ConfigError
+from corematching.policy.amounts import layers_of
+from corematching.policy.base import NeuronScore, TokenScore, read_activations
+from corematching.policy.budgets import Budget
+from corematching.policy.check import check_bool, check_depth
+from corematching.policy.compensation import average_dropped
+from corematching.policy.component import Component
+from corematching.policy.core import pick_top
+from corematching.policy.schedules import Schedule
+from corematching.protocol import (
+    ACTIVATIONS,
+    EMBEDDINGS,
+    NeuronChoice,
+    NeuronPolicy,
+    PrefillView,
+    TokenChoice,
+    TokenPolicy,
+)
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from corematching.runtime import Run
+
+
+class TokenDropper(Component, kind="token policy"):
+    """Base class of token policies that have a name and parameters."""
+
+
+class NeuronDropper(Component, kind="neuron policy"):
+    """Base class of neuron policies that have a name and parameters."""
+
+
+@dataclass(frozen=True)
+class TokenRule(TokenDropper, name="token-rule"):
+    """Score the image tokens after a layer, keep what the budget allows; text is always kept."""
+
+    score: TokenScore = field(metadata={"help": "token score", "kind": "token score"})
+    budget: Budget = field(metadata={"help": "how many to keep", "kind": "budget"})
+    after: tuple[int | float, ...] = field(
+        default=(6 / 32,),
+        metadata={
+            "help": "drop after these layers: ints (layer indices, -1 is the input), or floats "
+            "(share of the depth that still sees every token)"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check_type("score", self.score, TokenScore)
+        _check_type("budget", self.budget, Budget)
+        after = self.after if isinstance(self.after, tuple | list) else (self.after,)
+        object.__setattr__(self, "after", tuple(after))
+        if not self.after:
+            raise ConfigError("after is empty: name at least one layer, such as after=(6 / 32,)")
+        for layer in self.after:
+            check_depth("after", layer, least=-1)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The parts of the view that the score reads."""
+        return self.score.needs
+
+    def drop_after(self, num_layers: int) -> tuple[int, ...]:
+        """The layers after which tokens are dropped, ascending.
+
+        Raises
+        ------
+        ConfigError
+            When the model is too shallow, or nothing to score by exists before its first layer.
+        """
+        layers = sorted({_place(layer, num_layers) for layer in self.after})
+        if layers[-1] > num_layers - 2:
+            raise ConfigError(
+                f"tokens dropped after layer {layers[-1]} save nothing in a model of {num_layers} "
+                f"decoder layers: give layers up to {num_layers - 2}"
+            )
+        if layers[0] == -1 and self.needs - {EMBEDDINGS}:
+            raise ConfigError(
+                f"'{self.score.name}' reads what a decoder layer computes: drop after layer 0 or a "
+                "later one"
+            )
+        return tuple(layers)
+
+    def choose(self, view: PrefillView) -> TokenChoice:
+        """Choose among the image tokens still present."""
+        scores = self.score(view)
+        kept = self.budget(scores, view.image)
+        cut = torch.where(kept, scores, torch.inf).amin(1)
+        cut = torch.where(kept.any(1), cut, torch.nan)
+        return TokenChoice(keep=kept | view.text, scores=scores, cut=cut)
+
+
+@dataclass(frozen=True)
+class NeuronRule(NeuronDropper, name="neuron-rule"):
+    """Score the intermediate neurons over the prompt, keep each layer's highest for the decode."""
+
+    score: NeuronScore = field(metadata={"help": "neuron score", "kind": "neuron score"})
+    schedule: Schedule = field(metadata={"help": "share per layer", "kind": "neuron schedule"})
+    compensate: bool = field(
+        default=False,
+        metadata={"help": "stand in for dropped neurons with their mean over the prompt"},
+    )
+
+    def __post_init__(self) -> None:
+        _check_type("score", self.score, NeuronScore)
+        _check_type("schedule", self.schedule, Schedule)
+        check_bool("compensate", self.compensate)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The parts of the view that the choice reads."""
+        return self.score.needs | {ACTIVATIONS} if self.compensate else self.score.needs
+
+    def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
+        """Neurons to keep in each layer; ``width`` leaves the layer dense."""
+        return self.schedule.counts(num_layers, width)
+
+    def choose(self, view: PrefillView, count: int) -> NeuronChoice:
+        """Choose ``count`` neurons of the view's layer for each sample."""
+        indices = pick_top(self.score(view), count)
+        mean: Tensor | None = None
+        if self.compensate:
+            mean = average_dropped(read_activations(view), view.valid, indices)
+        return NeuronChoice(indices=indices, mean=mean)
+
+
+class Installable(Component, kind="method"):
+    """A method that can be put on a model and taken off again.
+
+    A subclass has ``tokens`` and ``neurons`` (each a policy or None), as
+    `corematching.protocol.Method` asks.
+    """
+
+    def install(self, model: Module) -> Run:
+        """Put the method on this model instance and leave it on, as a server does.
+
+        Raises
+        ------
+        AlreadyInstalledError
+            When a method is on the model already.
+        UnsupportedModelError
+            When the model cannot be shortened or thinned out.
+        """
+        from corematching.runtime import attach
+
+        return attach(model, cast(Any, self))
+
+    def remove(self, model: Module) -> None:
+        """Take the method off the model."""
+        from corematching.runtime import detach
+
+        detach(model)
+
+    @contextmanager
+    def __call__(self, model: Module) -> Iterator[Run]:
+        """Put the method on for the length of a ``with`` block, whatever happens in it."""
+        run = self.install(model)
+        try:
+            yield run
+        finally:
+            self.remove(model)
+
+
+@dataclass(frozen=True)
+class Sparsifier(Installable, name="sparsifier"):
+    """Any token policy with any neuron policy; either may be None.
+
+    Examples
+    --------
+    >>> Sparsifier(tokens=TokenRule(TextOverlap(), Ratio(0.2)), neurons=None)  # doctest: +SKIP
+    """
+
+    tokens: TokenPolicy | None = field(
+        default=None, metadata={"help": "token policy", "kind": "token policy"}
+    )
+    neurons: NeuronPolicy | None = field(
+        default=None, metadata={"help": "neuron policy", "kind": "neuron policy"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            _check_type("tokens", self.tokens, TokenPolicy)
+        if self.neurons is not None:
+            _check_type("neurons", self.neurons, NeuronPolicy)
+
+
+def _place(layer: int | float, num_layers: int) -> int:
+    """The layer index of an int (itself) or of a share of the depth that sees every token."""
+    if isinstance(layer, float):
+        return min(max(1, layers_of(layer, num_layers)), max(1, num_layers - 1)) - 1
+    return layer
+
+
+def _check_type(name: str, value: Any, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise ConfigError(f"{name}={value!r}: give a {expected.__name__}")

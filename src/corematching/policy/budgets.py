@@ -1,0 +1,188 @@
+"""How many image tokens are kept: scores and image mask in, keep mask out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from corematching.errors import ConfigError
+from corematching.policy.amounts import counts_of
+from corematching.policy.check import check_amount, check_bool, check_count, check_share
+from corematching.policy.component import Component
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Component, kind="budget"):
+    """Base class: override `count`. The highest scores are kept; of equal ones the first.
+
+    A sample with image tokens keeps at least one, whatever the floor.
+    """
+
+    floor: int | float | None = field(
+        default=None, metadata={"help": "keep at least this: a share (float) or a count (int)"}
+    )
+    ceiling: int | float | None = field(
+        default=None, metadata={"help": "keep at most this: a share (float) or a count (int)"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("floor", "ceiling"):
+            if getattr(self, name) is not None:
+                check_amount(name, getattr(self, name))
+        same_unit = type(self.floor) is type(self.ceiling)
+        if same_unit and self.floor is not None and self.floor > self.ceiling:  # type: ignore[operator]
+            raise ConfigError(f"floor={self.floor} is above ceiling={self.ceiling}: swap them")
+
+    def count(self, curve: Tensor, totals: Tensor) -> Tensor:
+        """How many image tokens each sample keeps, before floor and ceiling.
+
+        Parameters
+        ----------
+        curve : Tensor
+            (B, T) float32, each sample's image token scores in falling order; what follows its
+            first ``totals[b]`` entries is -inf.
+        totals : Tensor
+            (B,) long, image tokens of each sample; 0 is possible.
+        """
+        raise NotImplementedError
+
+    def __call__(self, scores: Tensor, image: Tensor) -> Tensor:
+        """Choose the image tokens to keep.
+
+        Parameters
+        ----------
+        scores : Tensor
+            (B, T) float; read where ``image`` is True.
+        image : Tensor
+            (B, T) bool.
+
+        Returns
+        -------
+        Tensor
+            (B, T) bool, a subset of ``image``.
+
+        Raises
+        ------
+        ConfigError
+            When a score of an image token is NaN or infinite.
+        """
+        _refuse_broken(scores, image)
+        filled = torch.where(image, scores.float(), -torch.inf)
+        order = filled.argsort(dim=1, descending=True, stable=True)
+        totals = image.sum(1)
+        counts = self._bound(self.count(filled.gather(1, order), totals), totals)
+        return image & (_invert(order) < counts.unsqueeze(1))
+
+    def _bound(self, counts: Tensor, totals: Tensor) -> Tensor:
+        if self.floor is not None:
+            counts = counts.maximum(_resolve(self.floor, totals))
+        if self.ceiling is not None:
+            counts = counts.minimum(_resolve(self.ceiling, totals))
+        return counts.clamp(min=1).minimum(totals)
+
+
+@dataclass(frozen=True)
+class Knee(Budget, name="knee"):
+    """Cut at the maximum geometric distance (CoreMatching, arXiv:2505.19235).
+
+    The chord joins the first and the last point of the sorted scores; the cut is at the point
+    ``argmax_i | y_i - (y_0 + i / (N - 1) * (y_{N-1} - y_0)) |``, the first one if several tie. (The
+    vertical distance is the geometric one times a constant.) ``strict``, as in the authors' code,
+    keeps the tokens above that point's score; otherwise those at it stay too, and they also
+    stay where nothing lies above it. A straight or flat curve has no knee: all are kept.
+    """
+
+    strict: bool = field(
+        default=True, metadata={"help": "drop the token at the knee itself, keep those above it"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bool("strict", self.strict)
+
+    def count(self, curve: Tensor, totals: Tensor) -> Tensor:
+        distance = measure_chord_distance(curve, totals)
+        farthest, knee = distance.max(1)
+        score = curve.gather(1, knee.unsqueeze(1))
+        above = (curve > score).sum(1)
+        with_ties = (curve >= score).sum(1)
+        counts = torch.where(above > 0, above, with_ties) if self.strict else with_ties
+        return torch.where(farthest > 0, counts, totals)
+
+
+@dataclass(frozen=True)
+class Ratio(Budget, name="ratio"):
+    """Keep a share of the image tokens still present, rounded half up."""
+
+    ratio: float = field(default=0.2, metadata={"help": "share of image tokens kept, in (0, 1]"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("ratio", self.ratio)
+
+    def count(self, curve: Tensor, totals: Tensor) -> Tensor:
+        return counts_of(self.ratio, totals)
+
+
+@dataclass(frozen=True)
+class Count(Budget, name="count"):
+    """Keep the same number of image tokens in every sample, or all where there are fewer."""
+
+    tokens: int = field(default=64, metadata={"help": "number of image tokens kept"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("tokens", self.tokens)
+
+    def count(self, curve: Tensor, totals: Tensor) -> Tensor:
+        return torch.full_like(totals, self.tokens)
+
+
+def measure_chord_distance(curve: Tensor, totals: Tensor) -> Tensor:
+    """Each point's vertical distance from the chord of its sample's sorted scores.
+
+    Distances within float32's rounding of the scores count as 0, so do points past the curve's end.
+
+    Parameters
+    ----------
+    curve : Tensor
+        (B, T) float32, falling; -inf past the first ``totals[b]`` entries.
+    totals : Tensor
+        (B,) long.
+
+    Returns
+    -------
+    Tensor
+        (B, T) float32.
+    """
+    steps = torch.arange(curve.shape[1], device=curve.device)
+    inside = steps < totals.unsqueeze(1)
+    curve = torch.where(inside, curve, 0.0)
+    first = curve[:, :1]
+    last = curve.gather(1, (totals - 1).clamp(min=0).unsqueeze(1))
+    slope = (last - first) / (totals - 1).clamp(min=1).unsqueeze(1)
+    distance = (curve - (first + steps * slope)).abs()
+    rounding = 1e-6 * curve.abs().amax(1, keepdim=True)
+    return torch.where(inside & (distance > rounding), distance, 0.0)
+
+
+def _resolve(amount: int | float, totals: Tensor) -> Tensor:
+    if isinstance(amount, float):
+        return counts_of(amount, totals)
+    return torch.full_like(totals, amount)
+
+
+def _invert(order: Tensor) -> Tensor:
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def _refuse_broken(scores: Tensor, image: Tensor) -> None:
+    broken = (~scores.isfinite() & image).sum(1)
+    if broken.any():
+        raise ConfigError(
+            f"the token score is NaN or infinite on {int(broken.sum())} image tokens of sample "
+            f"{int(broken.argmax())}: check the score's formula, and the model's dtype for overflow"
+        )

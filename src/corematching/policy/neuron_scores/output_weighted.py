@@ -1,0 +1,35 @@
+"""How much a neuron writes into the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from corematching.errors import ConfigError
+from corematching.policy.base import NeuronScore, read_activations
+from corematching.policy.tokens import check_over, select_tokens
+from corematching.protocol import PrefillView
+
+
+@dataclass(frozen=True)
+class OutputWeighted(NeuronScore, name="output-weighted"):
+    """Mean ``|a_n|`` over the tokens, times the norm of the neuron's column of ``down_proj``."""
+
+    over: str = field(
+        default="all", metadata={"help": "tokens that count: all | text | question | image"}
+    )
+
+    def __post_init__(self) -> None:
+        check_over(self.over)
+
+    def score(self, view: PrefillView) -> Tensor:
+        if view.down_proj is None:
+            raise ConfigError(
+                "output-weighted needs the weight of down_proj, which this model does not show "
+                "(a quantised layer?): use 'griffin'"
+            )
+        tokens = select_tokens(view, self.over)
+        size = read_activations(view).float().abs().masked_fill(~tokens.unsqueeze(-1), 0).sum(1)
+        mean = size / tokens.sum(1, keepdim=True).clamp(min=1)
+        return mean * view.down_proj.float().norm(dim=0)

@@ -1,0 +1,28 @@
+"""The control for neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from corematching.policy.base import NeuronScore, read_activations
+from corematching.policy.check import check_count
+from corematching.policy.shuffle import hash_uniform
+from corematching.protocol import PrefillView
+
+
+@dataclass(frozen=True)
+class RandomNeurons(NeuronScore, name="random"):
+    """A random score from the seed, the layer and the prompt's length, whatever the batch row."""
+
+    seed: int = field(default=0, metadata={"help": "another seed, another choice"})
+
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, least=0)
+
+    def score(self, view: PrefillView) -> Tensor:
+        width = read_activations(view).shape[-1]
+        neurons = torch.arange(width, device=view.valid.device)
+        return hash_uniform(self.seed, view.layer + 1, view.valid.sum(1, keepdim=True), neurons)

@@ -1,0 +1,96 @@
+"""Per-token neuron rules: a neuron is computed for a token when its value passes a threshold.
+
+TEAL ("Training-Free Activation Sparsity in Large Language Models", arXiv:2408.14690) thresholds the
+magnitude of what enters each linear layer; for the neurons of an FFN that is
+``|act(gate(x)) * up(x)|`` in front of ``down_proj``. CATS ("CATS: Contextually-Aware Thresholding
+for Sparsity in Large Language Models", arXiv:2404.08763) thresholds ``|act(gate(x))|``, so that up
+and down need to be computed for the survivors only. Both papers calibrate over a text corpus; the
+functions here take any sample of tokens, such as the prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corematching.errors import ConfigError
+from corematching.policy.activated import find_kth_largest
+from corematching.policy.amounts import PPM, parts
+from corematching.policy.check import check_share
+
+
+def calibrate_threshold(values: Tensor, tokens: Tensor, sparsity: float) -> Tensor:
+    """The smallest t for which at least ``sparsity`` of the entries have a magnitude of at most t.
+
+    The empirical quantile of ``|values|``, one for each sample, over all neurons of the tokens that
+    count: ``t = min {t' : P(|v| <= t') >= sparsity}``.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, T, F), what the rule thresholds, in any float dtype.
+    tokens : Tensor
+        (B, T) bool, the tokens to calibrate over.
+    sparsity : float
+        Share of the entries that shall fall away, in (0, 1].
+
+    Returns
+    -------
+    Tensor
+        (B,) float32; 0 for a sample without tokens.
+
+    Raises
+    ------
+    ConfigError
+        When ``sparsity`` is out of range, or a value is NaN or infinite.
+    """
+    check_share("sparsity", sparsity)
+    thresholds = values.new_zeros(len(values), dtype=torch.float32)
+    for sample, chosen in enumerate(tokens):
+        entries = values[sample, chosen].float().abs().flatten()
+        if not entries.isfinite().all():
+            raise ConfigError(
+                f"the activations of sample {sample} hold NaN or infinite values: check the "
+                "model's dtype for overflow"
+            )
+        if entries.numel():
+            below = -(-entries.numel() * parts(sparsity) // PPM)  # rounded up
+            thresholds[sample] = find_kth_largest(entries, entries.numel() - below + 1)[0]
+    return thresholds
+
+
+def pick_firing(values: Tensor, thresholds: Tensor) -> Tensor:
+    """The neurons that a token computes: ``|v| > t``.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, T, F).
+    thresholds : Tensor
+        (B,), from `calibrate_threshold`.
+
+    Returns
+    -------
+    Tensor
+        (B, T, F) bool.
+    """
+    return values.float().abs() > thresholds.view(-1, 1, 1)
+
+
+def share_firing(firing: Tensor, tokens: Tensor) -> Tensor:
+    """The mean share of neurons that a token computes, for counting what is read and multiplied.
+
+    Parameters
+    ----------
+    firing : Tensor
+        (B, T, F) bool.
+    tokens : Tensor
+        (B, T) bool, the tokens that count.
+
+    Returns
+    -------
+    Tensor
+        (B,) float32; 0 for a sample without tokens.
+    """
+    total = (firing & tokens.unsqueeze(-1)).sum((1, 2))
+    return total / (tokens.sum(1) * firing.shape[-1]).clamp(min=1)

@@ -1,0 +1,51 @@
+"""The paper's token score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from corematching.policy.activated import ACTIVATED_BY, activate, as_weights
+from corematching.policy.base import TokenScore, read_activations
+from corematching.policy.check import check_choice, check_share
+from corematching.policy.core import pick_core_neurons
+from corematching.policy.tokens import check_over, select_tokens
+from corematching.protocol import PrefillView
+
+
+@dataclass(frozen=True)
+class CoreOverlap(TokenScore, name="core-overlap"):
+    """``|Gamma(x) & C_rho^beta(s)|``: how many of the sentence's core neurons the token activates.
+
+    ``sign`` is the rule of CoreMatching (arXiv:2505.19235): Gamma(x) holds the neurons with a > 0,
+    and a token votes for the top ``rho`` of its positive ones. ``magnitude`` takes the top ``rho``
+    by ``|a|`` for both.
+    """
+
+    rho: float = field(
+        default=0.2, metadata={"help": "share of a token's neurons that it votes for, in (0, 1]"}
+    )
+    beta: float = field(
+        default=0.4, metadata={"help": "share of the neurons that are core, in (0, 1]"}
+    )
+    activated_by: str = field(default="sign", metadata={"help": "sign | magnitude"})
+    over: str = field(
+        default="all",
+        metadata={"help": "tokens whose core neurons count: all | text | question | image"},
+    )
+
+    def __post_init__(self) -> None:
+        check_share("rho", self.rho)
+        check_share("beta", self.beta)
+        check_choice("activated_by", self.activated_by, ACTIVATED_BY)
+        check_over(self.over)
+
+    def score(self, view: PrefillView) -> Tensor:
+        activations = read_activations(view)
+        voters = select_tokens(view, self.over)
+        core = pick_core_neurons(activations, voters, self.rho, self.beta, self.activated_by)
+        activated = activate(activations, self.activated_by, self.rho)  # (B, T, F)
+        is_core = torch.zeros_like(activated[:, 0]).scatter(1, core, True)  # (B, F)
+        return torch.einsum("btf,bf->bt", as_weights(activated), as_weights(is_core))

@@ -1,0 +1,45 @@
+"""DivPrune's token score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from corematching.policy.base import TokenScore
+from corematching.policy.check import check_amount
+from corematching.policy.features import read_features
+from corematching.policy.greedy import (
+    cosine_similarity,
+    order_by_distance,
+    rank_picks,
+    resolve_amount,
+)
+from corematching.protocol import EMBEDDINGS, PrefillView
+
+
+@dataclass(frozen=True)
+class DivPrune(TokenScore, name="divprune"):
+    """Place in the greedy max-min choice over the projected features, first picks highest.
+
+    "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
+    arXiv:2503.02175: the set of image tokens whose smallest distance ``1 - cos`` is largest, picked
+    greedily, starting with the token whose nearest neighbour is farthest away. The prompt's
+    text plays no part. Tokens that were not picked score 0.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({EMBEDDINGS})
+
+    first: int | float = field(
+        default=0.098, metadata={"help": "tokens to pick: a share (float) or a count (int)"}
+    )
+
+    def __post_init__(self) -> None:
+        check_amount("first", self.first)
+
+    def score(self, view: PrefillView) -> Tensor:
+        features = read_features(view)
+        counts = resolve_amount(self.first, view.image.sum(1))
+        order = order_by_distance(1 - cosine_similarity(features), view.image, counts)
+        return rank_picks(order, features)

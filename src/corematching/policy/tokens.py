@@ -1,0 +1,37 @@
+"""Named sets of tokens that something is counted over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from corematching.policy.check import check_choice
+from corematching.protocol import PrefillView
+
+
+def select_question(view: PrefillView) -> Tensor:
+    """(B, T) bool, the text after the last image token; all text where there is none."""
+    positions = torch.arange(view.valid.shape[1], device=view.valid.device)
+    last_image = torch.where(view.image, positions, -1).amax(1, keepdim=True)
+    question = view.text & (positions > last_image)
+    return torch.where(question.any(1, keepdim=True), question, view.text)
+
+
+TOKEN_SETS: dict[str, Callable[[PrefillView], Tensor]] = {
+    "all": lambda view: view.valid,
+    "text": lambda view: view.text,
+    "image": lambda view: view.image,
+    "question": select_question,
+}
+
+
+def select_tokens(view: PrefillView, over: str) -> Tensor:
+    """The (B, T) bool mask of a set by name: ``all``, ``text``, ``image`` or ``question``."""
+    return TOKEN_SETS[over](view)
+
+
+def check_over(over: str) -> None:
+    """Refuse a name that is no token set."""
+    check_choice("over", over, TOKEN_SETS)

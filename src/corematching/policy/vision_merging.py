@@ -1,0 +1,148 @@
+"""VisionZip and LLaVA-PruMerge: choose and merge image tokens by the vision tower's own attention.
+
+Both look at one layer of a vision tower with a class token, at the attention from that token to the
+patches and at the patches' keys. Shapes: I images, N patches of each, H heads, D width of a head,
+d width of the features, which are the tower's (what the projector gets).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corematching.errors import ConfigError
+
+
+def zip_tokens(
+    features: Tensor, attention: Tensor, keys: Tensor, dominant: int, contextual: int
+) -> tuple[Tensor, Tensor]:
+    """VisionZip: the tokens that get most attention, and a few merged from the rest.
+
+    "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv:2412.04467. The
+    dominant tokens have the highest attention from the class token, summed over heads. Of
+    the n others, in the picture's order, ``contextual`` ones at a stride of ``n // contextual`` are
+    targets; each remaining one goes to the target with the most similar key (cosine of the keys
+    averaged over heads), and a target gets the mean of those that came to it added, as in the
+    released code. The class token, which that code keeps as one token more, has no place among
+    the image tokens and is left out.
+
+    Parameters
+    ----------
+    features : Tensor
+        (I, N, d).
+    attention : Tensor
+        (I, H, N), from the class token to the patches.
+    keys : Tensor
+        (I, H, N, D).
+    dominant, contextual : int
+        Tokens to keep, and tokens to merge the others into.
+
+    Returns
+    -------
+    tuple of Tensor
+        (I, N) bool, dominant and contextual tokens; (I, N, d), the features with the contextual
+        ones replaced.
+
+    Raises
+    ------
+    ConfigError
+        When there are fewer tokens than asked for.
+    """
+    images, total = features.shape[:2]
+    if dominant < 1 or contextual < 0 or dominant + contextual > total:
+        raise ConfigError(
+            f"dominant={dominant} and contextual={contextual} of {total} image tokens: give at "
+            "least one dominant token, and no more than there are in all"
+        )
+    order = attention.float().sum(1).argsort(dim=1, descending=True, stable=True)
+    keep = torch.zeros(images, total, dtype=torch.bool, device=features.device)
+    keep.scatter_(1, order[:, :dominant], True)
+    if contextual == 0:
+        return keep, features
+    rest = keep.long().argsort(dim=1, stable=True)[:, : total - dominant]  # (I, n), ascending
+    stride = max(1, rest.shape[1] // contextual)
+    is_target = torch.zeros(rest.shape[1], dtype=torch.bool, device=rest.device)
+    is_target[torch.arange(contextual) * stride] = True
+    targets, others = rest[:, is_target], rest[:, ~is_target]
+    metric = torch.nn.functional.normalize(keys.float().mean(1), dim=-1)  # (I, N, D)
+    similarity = _take(metric, others) @ _take(metric, targets).transpose(1, 2)
+    chosen = torch.nn.functional.one_hot(similarity.argmax(2), contextual).float()  # (I, o, c)
+    sums = chosen.transpose(1, 2) @ _take(features.float(), others)
+    means = sums / chosen.sum(1).clamp(min=1).unsqueeze(-1)
+    merged = _take(features, targets) + means.to(features.dtype)
+    index = targets.unsqueeze(-1).expand_as(merged)
+    return keep.scatter(1, targets, True), features.scatter(1, index, merged)
+
+
+def prune_and_merge(
+    features: Tensor, attention: Tensor, keys: Tensor, neighbours: int = 32
+) -> tuple[Tensor, Tensor]:
+    """PruMerge: the outliers of the class token's attention, with their neighbours added.
+
+    "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
+    arXiv:2403.15388. Of N tokens the top ``int(N r)`` by attention are kept (at least one), r being
+    the share whose attention is above ``Q3 + 1.5 (Q3 - Q1)``; then
+    ``x_i += sum_j a_j x_j`` over the tokens j with the most similar keys (cosine), kept ones
+    included. The one token more that the released code makes of all dropped ones is left out: it
+    has no place among the image tokens.
+
+    Parameters
+    ----------
+    features : Tensor
+        (I, N, d).
+    attention : Tensor
+        (I, N), from `attend_from_class`.
+    keys : Tensor
+        (I, N, H * D).
+    neighbours : int
+        Tokens added to each kept one.
+
+    Returns
+    -------
+    tuple of Tensor
+        (I, N) bool, the kept tokens; (I, N, d), the features with those of kept tokens replaced.
+    """
+    total = features.shape[1]
+    outliers = count_outliers(attention).clamp(min=1)
+    order = attention.float().argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(total, device=order.device).expand_as(order)
+    keep = torch.empty_like(order).scatter_(1, order, places) < outliers.unsqueeze(1)
+    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+    itself = torch.eye(total, dtype=torch.bool, device=keys.device)
+    similarity = (unit @ unit.transpose(1, 2)).masked_fill(itself, -torch.inf)
+    nearest = similarity.topk(min(neighbours, total - 1), dim=2).indices
+    near = torch.zeros_like(similarity).scatter_(2, nearest, 1.0)
+    weights = near * attention.float().unsqueeze(1)
+    merged = features.float() + weights @ features.float()
+    return keep, torch.where(keep.unsqueeze(-1), merged.to(features.dtype), features)
+
+
+def attend_from_class(query: Tensor, keys: Tensor) -> Tensor:
+    """PruMerge's attention: one softmax over the whole width, with no split into heads.
+
+    Parameters
+    ----------
+    query : Tensor
+        (I, H * D), the class token's query.
+    keys : Tensor
+        (I, 1 + N, H * D), the class token's key first.
+
+    Returns
+    -------
+    Tensor
+        (I, N) float32, the patches' part of ``softmax(q K / sqrt(H * D))``.
+    """
+    scores = torch.einsum("ic,inc->in", query.float(), keys.float())
+    return (scores * query.shape[-1] ** -0.5).softmax(-1)[:, 1:]
+
+
+def count_outliers(attention: Tensor) -> Tensor:
+    """(I,) long, the entries of (I, N) above ``Q3 + 1.5 (Q3 - Q1)``, each image by itself."""
+    attention = attention.float()
+    low, high = attention.quantile(attention.new_tensor([0.25, 0.75]), dim=1)
+    return (attention > (high + 1.5 * (high - low)).unsqueeze(1)).sum(1)
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """(I, N, d) and (I, n) to (I, n, d)."""
+    return tensor.gather(1, index.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))

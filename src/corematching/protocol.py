@@ -1,0 +1,162 @@
+"""The one file where policy and runtime meet.
+
+A *policy* decides what to keep; the *runtime* keeps it. The runtime shows a policy what a decoder
+layer did during the prefill (`PrefillView`) and gets back a choice (`TokenChoice`, `NeuronChoice`).
+Neither side imports the other.
+
+Shapes in this file: B samples, T tokens still present (padding included), N image tokens,
+d hidden size, F intermediate neurons of the FFN, H attention heads, K kept neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = "activations"
+ATTENTION = "attention"
+CONTRIBUTIONS = "contributions"
+EMBEDDINGS = "embeddings"
+NEEDS = frozenset({ACTIVATIONS, ATTENTION, CONTRIBUTIONS, EMBEDDINGS})
+
+
+@dataclass
+class PrefillView:
+    """What one decoder layer showed during the prefill, for a whole batch.
+
+    Attributes
+    ----------
+    layer : int
+        The decoder layer that has just run, counted from 0; -1 is the input of layer 0.
+    num_layers : int
+        Decoder layers of the model.
+    valid : Tensor
+        (B, T) bool, False on padding.
+    image : Tensor
+        (B, T) bool, True on image tokens; never True on padding.
+    activations : Tensor or None
+        (B, T, F), what enters ``down_proj``: ``act(gate(x)) * up(x)``, or ``act(up(x))``.
+    hidden : Tensor or None
+        (B, T, d), what the layer passes on. None while the layer still runs.
+    embeddings : Tensor or None
+        (B, T, d), the model's input embeddings of the tokens still present.
+    attention : callable or None
+        Rows of this layer's attention: ``attention(rows)`` with ``rows`` (B, R) long gives
+        (B, H, R, T) probabilities, computed for these rows only.
+    contributions : callable or None
+        ``contributions()`` gives (B, T, d): token j's term of the last token's attention output,
+        ``sum_h A_h[last, j] * W_O,h V_h,j``; their sum over j is that output.
+    down_proj : Tensor or None
+        (d, F), the weight behind the activations.
+    memory : dict
+        Scratch space that lives for one prefill and is shared by all its views.
+    """
+
+    layer: int
+    num_layers: int
+    valid: Tensor
+    image: Tensor
+    activations: Tensor | None = None
+    hidden: Tensor | None = None
+    embeddings: Tensor | None = None
+    attention: Callable[[Tensor], Tensor] | None = None
+    contributions: Callable[[], Tensor] | None = None
+    down_proj: Tensor | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> Tensor:
+        """(B, T) bool, the tokens that are neither image nor padding."""
+        return self.valid & ~self.image
+
+    @property
+    def last(self) -> Tensor:
+        """(B,) long, the position of each sample's last token."""
+        positions = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return (self.valid * positions).argmax(dim=1)
+
+
+@dataclass
+class TokenChoice:
+    """Which tokens travel on.
+
+    Attributes
+    ----------
+    keep : Tensor
+        (B, T) bool; True on every text token, False on padding.
+    scores : Tensor
+        (B, T) float; NaN where the token is no image token.
+    cut : Tensor
+        (B,) float, the lowest score that is kept; NaN in a sample without image tokens.
+    hidden : Tensor or None
+        (B, T, d), hidden states that replace the layer's, for methods that merge tokens.
+    """
+
+    keep: Tensor
+    scores: Tensor
+    cut: Tensor
+    hidden: Tensor | None = None
+
+
+@dataclass
+class NeuronChoice:
+    """Which intermediate neurons the decode steps compute.
+
+    Attributes
+    ----------
+    indices : Tensor
+        (B, K) long, ascending.
+    mean : Tensor or None
+        (B, F), what stands in for each dropped neuron (its mean over the prompt), 0 on kept ones;
+        the runtime folds it into one bias vector, ``down_proj @ mean``. None: dropped ones count 0.
+    """
+
+    indices: Tensor
+    mean: Tensor | None = None
+
+
+@runtime_checkable
+class TokenPolicy(Protocol):
+    """Decides which image tokens go on, after one layer or several."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The parts of the view that `choose` reads, out of `NEEDS`."""
+        ...
+
+    def drop_after(self, num_layers: int) -> tuple[int, ...]:
+        """Layers after which tokens are dropped, ascending, each in [-1, num_layers - 2]."""
+        ...
+
+    def choose(self, view: PrefillView) -> TokenChoice:
+        """Choose among the tokens still present."""
+        ...
+
+
+@runtime_checkable
+class NeuronPolicy(Protocol):
+    """Decides which intermediate neurons each layer computes in the decode."""
+
+    def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
+        """Neurons to keep in each layer, in [1, width]; ``width`` leaves the layer dense."""
+        ...
+
+    def choose(self, view: PrefillView, count: int) -> NeuronChoice:
+        """Choose ``count`` neurons of the view's layer for each sample."""
+        ...
+
+
+class Method(Protocol):
+    """A token policy, a neuron policy, or both."""
+
+    @property
+    def tokens(self) -> TokenPolicy | None: ...
+
+    @property
+    def neurons(self) -> NeuronPolicy | None: ...
+
+    def to_dict(self) -> dict[str, Any]: ...

@@ -1,0 +1,230 @@
+"""What one run kept, dropped and saved.
+
+FLOPs count a multiply-add as two, from the shapes that ran: linear layers with their real sizes (so
+grouped key-value heads count as they are), attention over all pairs of tokens with no discount for
+causality, the output projection to the vocabulary; not norms, activations, the policy's own
+arithmetic, nor the vision tower, which is apart. "Dense" is the same model on the same prompt with
+nothing dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+@dataclass
+class SampleReport:
+    """One sample of a batch.
+
+    Attributes
+    ----------
+    image_tokens, kept_tokens : int
+        Image tokens of the prompt, and those that reached the last layer and the KV cache.
+    keep_mask : list of bool
+        Per image token, in the prompt's order.
+    scores : list of float or None
+        Per image token, as of the last cut that still saw it; None where no cut did.
+    cut : float or None
+        The lowest kept score of the last cut; None without image tokens.
+    cut_layers : list of int
+        Layers after which tokens were dropped; -1 is the input of layer 0.
+    cuts : list of float or None
+        The lowest kept score of each cut.
+    kept_after : list of int
+        Image tokens left after each cut.
+    prompt_tokens : int
+        Tokens of the prompt, image tokens included, padding not.
+    new_tokens : int
+        Generated tokens, the end-of-sequence token included.
+    prefill_flops, dense_prefill_flops : int
+        Of the prompt's pass through the text model.
+    decode_flops, dense_decode_flops : int
+        Of the first decode step.
+    kv_bytes, dense_kv_bytes : int
+        Keys and values of the prompt in the cache; 0 without a cache.
+    """
+
+    image_tokens: int
+    kept_tokens: int
+    keep_mask: list[bool]
+    scores: list[float | None]
+    cut: float | None
+    cut_layers: list[int]
+    cuts: list[float | None]
+    kept_after: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    prefill_flops: int
+    dense_prefill_flops: int
+    decode_flops: int
+    dense_decode_flops: int
+    kv_bytes: int
+    dense_kv_bytes: int
+
+    @property
+    def token_retention_ratio(self) -> float:
+        """Kept image tokens / image tokens; 1 without image tokens."""
+        return _ratio(self.kept_tokens, self.image_tokens)
+
+    @property
+    def prefill_flops_ratio(self) -> float:
+        """FLOPs of the prefill / dense ones."""
+        return _ratio(self.prefill_flops, self.dense_prefill_flops)
+
+    @property
+    def decode_flops_ratio(self) -> float:
+        """FLOPs of a decode step / dense ones."""
+        return _ratio(self.decode_flops, self.dense_decode_flops)
+
+    @property
+    def kv_ratio(self) -> float:
+        """KV bytes / dense ones."""
+        return _ratio(self.kv_bytes, self.dense_kv_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the ratios."""
+        names = (
+            "token_retention_ratio",
+            "prefill_flops_ratio",
+            "decode_flops_ratio",
+            "kv_ratio",
+        )
+        return _plain(asdict(self) | {name: getattr(self, name) for name in names})
+
+
+@dataclass
+class Report:
+    """One generate() or one forward pass of a prompt.
+
+    Attributes
+    ----------
+    method : dict
+        The method, as ``method.to_dict()`` gives it.
+    model : str
+        Where the model was loaded from, or its class.
+    model_type : str
+        ``config.model_type``.
+    dtype, device : str
+        Of the text model's weights.
+    attention : str
+        The attention implementation.
+    num_layers : int
+        Decoder layers.
+    drop_layers : list of int
+        Layers after which tokens were dropped.
+    neurons : list of int
+        Neurons that a decode step computes in each layer.
+    widths : list of int
+        Neurons that each layer has.
+    prefill_seconds : float
+        The prompt's forward pass, without the vision tower.
+    vision_seconds : float
+        The vision tower; 0 where none ran.
+    vision_flops : int
+        Of the vision tower's linear and convolution layers, all samples together.
+    decode_seconds : float
+        From the end of the prefill to the end of the last decode step.
+    decode_steps : int
+        Decode steps.
+    continued : bool
+        Whether this turn went on from the cache of an earlier one, whose choices it keeps; the
+        samples' choices are then the earlier ones, and their prompt counts the new tokens only.
+    samples : list of SampleReport
+        Per sample.
+    """
+
+    method: dict[str, Any]
+    model: str
+    model_type: str
+    dtype: str
+    device: str
+    attention: str
+    num_layers: int
+    drop_layers: list[int]
+    neurons: list[int]
+    widths: list[int]
+    prefill_seconds: float
+    vision_seconds: float
+    decode_seconds: float
+    decode_steps: int
+    vision_flops: int = 0
+    continued: bool = False
+    samples: list[SampleReport] = field(default_factory=list)
+
+    @property
+    def token_retention_ratio(self) -> float:
+        """Kept image tokens / image tokens over all samples."""
+        return self._ratio("kept_tokens", "image_tokens")
+
+    @property
+    def neuron_retention_ratio(self) -> float:
+        """Neurons computed in a decode step / neurons."""
+        return _ratio(sum(self.neurons), sum(self.widths))
+
+    @property
+    def prefill_flops_ratio(self) -> float:
+        """FLOPs of the prefill / dense ones, over all samples."""
+        return self._ratio("prefill_flops", "dense_prefill_flops")
+
+    @property
+    def decode_flops_ratio(self) -> float:
+        """FLOPs of a decode step / dense ones, over all samples."""
+        return self._ratio("decode_flops", "dense_decode_flops")
+
+    @property
+    def kv_ratio(self) -> float:
+        """KV bytes / dense ones, over all samples."""
+        return self._ratio("kv_bytes", "dense_kv_bytes")
+
+    @property
+    def ttft_seconds(self) -> float:
+        """Vision tower and prefill: the time to the first token, preprocessing not included."""
+        return self.prefill_seconds + self.vision_seconds
+
+    @property
+    def tpot_seconds(self) -> float:
+        """Seconds per decode step; 0 where none ran."""
+        return self.decode_seconds / self.decode_steps if self.decode_steps else 0.0
+
+    def _ratio(self, part: str, whole: str) -> float:
+        return _ratio(
+            sum(getattr(s, part) for s in self.samples),
+            sum(getattr(s, whole) for s in self.samples),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that json can write (no NaN), with the ratios."""
+        names = (
+            "token_retention_ratio",
+            "neuron_retention_ratio",
+            "prefill_flops_ratio",
+            "decode_flops_ratio",
+            "kv_ratio",
+            "ttft_seconds",
+            "tpot_seconds",
+        )
+        out = asdict(self) | {name: getattr(self, name) for name in names}
+        out["samples"] = [sample.to_dict() for sample in self.samples]
+        return _plain(out)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The same as a JSON object."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """Replace what JSON has no word for by None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

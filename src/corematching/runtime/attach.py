@@ -1,0 +1,124 @@
+"""Puts a method on a model, and takes it off again."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from corematching.errors import AlreadyInstalledError, InputError
+from corematching.protocol import Method
+from corematching.report import Report
+
+from .count import build_report
+from .engine import Engine
+
+# The model's own hooks keep its engine alive, so that both can go when the model goes.
+_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+
+
+class Run:
+    """A method at work on a model, as `attach` gives it.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model.
+    method : Method
+        The method.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.model, self.method = engine.model, engine.method
+
+    @property
+    def report(self) -> Report:
+        """What the last generate() or prompt kept, dropped and saved; waits for the device.
+
+        Raises
+        ------
+        InputError
+            Nothing has run yet.
+        """
+        if not self._engine.records:
+            raise InputError("nothing has run yet: call model.generate(**inputs) first")
+        return self._report(self._engine.records[-1])
+
+    @property
+    def reports(self) -> list[Report]:
+        """The same for the last 16 runs, the latest last."""
+        return [self._report(record) for record in self._engine.records]
+
+    def _report(self, record: Any) -> Report:
+        return build_report(record, self._engine.parts, self.method, self.model)
+
+
+def attach(model: nn.Module, method: Method) -> Run:
+    """Install a method on one model; nothing runs before the model does.
+
+    With ``use_cache=False``, generate() runs the whole prompt again at every step; each of them
+    repeats the choices that the first one made. A turn that goes on from a cache keeps that cache's
+    choices: only the first prompt drops tokens. A sliding window of a shortened cache counts the
+    tokens that are still present.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A loaded ``PreTrainedModel``.
+    method : Method
+        What chooses tokens and neurons.
+
+    Returns
+    -------
+    Run
+        Gives the reports.
+
+    Raises
+    ------
+    AlreadyInstalledError
+        A method is already installed on this model.
+    UnsupportedModelError
+        The model cannot be shortened; the message says why and what to do.
+    """
+    if model in _installed:
+        raise AlreadyInstalledError(
+            f"a method is already installed on this {type(model).__name__}: remove it first "
+            "(leave its `with` block, or call remove(model))"
+        )
+    engine = Engine(model, method)
+    try:
+        engine.install()
+    except BaseException:
+        engine.remove()
+        raise
+    _installed[model] = weakref.ref(engine)
+    return Run(engine)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the method off the model; no hook, attribute or patch of ours stays.
+
+    Does nothing where none is installed.
+
+    Raises
+    ------
+    AlreadyInstalledError
+        The model is in use.
+    """
+    reference = _installed.get(model)
+    engine = None if reference is None else reference()
+    if engine is None:
+        return
+    if engine.lock.held:
+        raise AlreadyInstalledError(
+            f"the model is in use by {engine.lock.user}: remove the method when it is over"
+        )
+    engine.remove()
+    del _installed[model]
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether a method is installed on this model."""
+    return model in _installed

@@ -1,0 +1,253 @@
+"""Key-value caches that remember how many tokens were dropped from them.
+
+A cache that went through a prefill of ours keeps its object and its layers, and gets a subclass of
+its own class: ``get_seq_length`` still counts the dropped tokens, so positions and the slicing of
+later inputs stay right, while ``get_query_offset``, which masks ask, counts the stored ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from corematching.errors import UnsupportedModelError
+from corematching.protocol import NeuronChoice
+
+from .masks import take
+
+DYNAMIC_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+STATIC_LAYERS = (StaticLayer, StaticSlidingWindowLayer)
+
+
+@dataclass
+class Memory:
+    """What a cache keeps of the prefill that filled it.
+
+    Attributes
+    ----------
+    valid : Tensor
+        (B, K) bool, which of the stored prompt tokens are neither filler nor padding.
+    prompt : int
+        T, tokens of the prompt before any was dropped, padding included.
+    dropped : int or Tensor
+        T - K; a tensor in static caches, so that compiled code does not depend on its value.
+    neurons : dict
+        The layers' neuron choices, by layer.
+    shortened : bool
+        Whether a token policy was at work; if not, masks are as the caller made them.
+    record : int
+        The number of the prefill's record.
+    filler : bool
+        Whether any is False in ``valid``.
+    """
+
+    valid: Tensor
+    prompt: int
+    dropped: int | Tensor
+    neurons: dict[int, NeuronChoice] = field(default_factory=dict)
+    shortened: bool = True
+    record: int = -1
+    filler: bool = False
+
+    def __post_init__(self) -> None:
+        self.filler = not bool(self.valid.all())
+
+
+class RememberingCache(Cache):
+    """What `remember` mixes into a cache's class."""
+
+    memory: Memory
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens seen, dropped ones included; the position of the next token."""
+        return super().get_seq_length(layer_idx) + self.memory.dropped
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Tokens stored."""
+        return super().get_seq_length(layer_idx)
+
+    def reset(self) -> None:
+        """Forget the tokens and what was dropped."""
+        super().reset()
+        memory = self.memory
+        if isinstance(memory.dropped, Tensor):
+            memory.dropped.zero_()
+        else:
+            memory.dropped = 0
+        memory.neurons = {}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the samples, as beam search does."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._rearrange(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        super().batch_repeat_interleave(repeats)
+        self._rearrange(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the samples."""
+        super().batch_select_indices(indices)
+        self._rearrange(lambda x: x[indices])
+
+    def _rearrange(self, move: Any) -> None:
+        memory = self.memory
+        memory.valid = move(memory.valid)
+        memory.neurons = {
+            layer: NeuronChoice(move(c.indices), None if c.mean is None else move(c.mean))
+            for layer, c in memory.neurons.items()
+        }
+
+
+@functools.cache
+def _remembering(kind: type) -> type:
+    return type(f"Remembering{kind.__name__}", (RememberingCache, kind), {})
+
+
+def remember(cache: Cache, memory: Memory) -> None:
+    """Let ``cache`` answer for the tokens that were dropped from it."""
+    if cache.is_compileable:
+        first: Any = cache.layers[0]
+        dropped = torch.full((), int(memory.dropped), dtype=torch.long, device=first.keys.device)
+        torch._dynamo.mark_static_address(dropped)
+        memory.dropped = dropped
+    cache.memory = memory  # type: ignore[attr-defined]
+    if not isinstance(cache, RememberingCache):
+        kind: Any = type(cache)
+        cache.__class__ = _remembering(kind)
+
+
+def memory_of(cache: Any) -> Memory | None:
+    """What ``cache`` keeps of a prefill of ours, or None."""
+    return cache.memory if isinstance(cache, RememberingCache) else None
+
+
+def is_fresh(cache: Any, query_length: int) -> bool:
+    """Whether a forward with this cache is a prefill; asks no device while decoding."""
+    if cache is None or not cache.layers or not any(x.is_initialized for x in cache.layers):
+        return True
+    stored = cache.get_query_offset()
+    if isinstance(stored, Tensor):
+        return query_length > 1 and int(stored) == 0
+    return stored == 0
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse caches whose layers cannot be shortened.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The cache is quantised, off-loaded, or no DynamicCache or StaticCache at all.
+    """
+    if cache is None:
+        return
+    name = type(cache).__name__
+    known = isinstance(cache, (DynamicCache, StaticCache))
+    layers = {type(layer) for layer in cache.layers}
+    if not known or layers - set(DYNAMIC_LAYERS) - set(STATIC_LAYERS):
+        odd = ", ".join(sorted(x.__name__ for x in layers - {*DYNAMIC_LAYERS, *STATIC_LAYERS}))
+        raise UnsupportedModelError(
+            f"a {name}{f' with {odd}' if odd else ''} cannot be shortened: "
+            "use a DynamicCache or a StaticCache (cache_implementation=None or 'static')"
+        )
+    if cache.offloading:
+        raise UnsupportedModelError(
+            f"an off-loaded {name} cannot be shortened: leave cache_implementation at None or "
+            "'static'; what is left after dropping tokens is small"
+        )
+
+
+def widen_sliding_layers(cache: Any, length: int, capacity: int | None = None) -> None:
+    """Give sliding-window layers that ``length`` tokens would overflow room for all of them.
+
+    A full sliding layer has evicted tokens by the time some are chosen. After the prefill a window
+    counts the tokens that are still present.
+
+    Parameters
+    ----------
+    cache : Cache
+        An empty cache.
+    length : int
+        Tokens that will be stored before any is dropped.
+    capacity : int or None
+        Slots for static layers, where the cache has no full layer to take the number from.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A static cache has sliding layers only, so their full length is not known.
+    """
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer and length >= layer.sliding_window:
+            cache.layers[index] = DynamicLayer()
+        elif type(layer) is StaticSlidingWindowLayer and length > layer.max_cache_len:
+            full = [x.max_cache_len for x in cache.layers if type(x) is StaticLayer]
+            slots = max(full, default=capacity or 0)
+            if slots < length:
+                raise UnsupportedModelError(
+                    f"this StaticCache's sliding windows hold {layer.max_cache_len} of the "
+                    f"prompt's {length} tokens: use a DynamicCache, or let generate() make the "
+                    "cache (cache_implementation='static')"
+                )
+            cache.layers[index] = StaticLayer(max_cache_len=slots)
+
+
+def compact(cache: Any, layers: int, order: Tensor) -> None:
+    """Keep only the tokens in ``order`` (B, K) in the first ``layers`` layers."""
+    if cache is None:
+        return
+    count = order.shape[1]
+    layer: Any
+    for layer in cache.layers[:layers]:
+        keys, values = take(layer.keys, order, 0, 2), take(layer.values, order, 0, 2)
+        if layer.is_compileable:
+            layer.keys[:, :, :count].copy_(keys)
+            layer.values[:, :, :count].copy_(values)
+            layer.cumulative_length.fill_(count)
+            if isinstance(layer, StaticSlidingWindowLayer):
+                layer.cumulative_length_int = count
+        else:
+            layer.keys, layer.values = keys, values
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = count
+
+
+def tokens_after(cache: Any, query_length: int) -> int:
+    """Tokens of the conversation after the next forward, dropped ones included.
+
+    An upper bound where a static cache counts on the device.
+    """
+    seen = cache.get_seq_length()
+    if isinstance(seen, Tensor):
+        memory = cache.memory
+        return memory.prompt - memory.valid.shape[1] + cache.get_max_length()
+    return seen + query_length
+
+
+def short_mask(memory: Memory, mask: Tensor | None, total: int) -> Tensor | None:
+    """The 2D mask over what is stored, from one over the ``total`` tokens of the conversation.
+
+    Returns None where nothing is padding and ``mask`` is None.
+    """
+    rest = total - memory.prompt
+    if mask is None:
+        if not memory.filler:
+            return None
+        mask = memory.valid.new_ones(memory.valid.shape[0], total, dtype=torch.long)
+    valid = memory.valid.to(mask)
+    return valid if rest <= 0 else torch.cat([valid, mask[:, -rest:]], dim=1)

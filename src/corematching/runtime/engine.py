@@ -1,0 +1,351 @@
+"""Tells prefills from decode steps on one model, and keeps the choices between them."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.errors import AlreadyInstalledError, InputError
+from corematching.protocol import Method
+
+from .cache import (
+    Memory,
+    check_cache,
+    is_fresh,
+    memory_of,
+    remember,
+    short_mask,
+    tokens_after,
+    widen_sliding_layers,
+)
+from .checks import Parts, check_model
+from .count import Record, mark
+from .ffn import SparseFFN
+from .generation import GenerationPatches
+from .lock import UseLock
+from .prefill import Prefill, Selection
+from .prompt import query_length, read_prompt
+from .vision import VisionMeter
+
+MAX_RECORDS = 16
+
+
+class Engine:
+    """A method at work on one model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    method : Method
+        What chooses.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model cannot be shortened.
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        self.parts: Parts = check_model(model, method)
+        self._model, self.method = weakref.ref(model), method
+        self.lock = UseLock()
+        self.generating = False
+        self.prefill: Prefill | None = None
+        self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
+        self.counts = self._choose_counts()
+        self.sparse = {
+            index: SparseFFN(self.parts.ffns[index], count)
+            for index, count in enumerate(self.counts)
+            if count < self.parts.widths[index]
+        }
+        self._patches = GenerationPatches(self)
+        self._handles: list[Any] = []
+        self._names = list(inspect.signature(model.forward).parameters)
+        self._start: Any = None
+        self._vision = VisionMeter(self.parts.vision, self._device)
+        self._prompt_width, self._expand_from = 0, 0
+        self._ends: tuple[int, ...] = ()
+        self._first: Record | None = None
+        self._owner: Any = None
+        self._thread = self._numbers = 0
+        self._stepping = False
+        self._resumed: Record | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    def install(self) -> None:
+        """Put the hooks and patches on the model."""
+        model = self.model
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+        self._vision.install()
+        for ffn in self.sparse.values():
+            ffn.install()
+        self._patches.install()
+
+    def remove(self) -> None:
+        """Take everything off the model again."""
+        self._drop_prefill()
+        self._patches.remove()
+        for ffn in self.sparse.values():
+            ffn.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._vision.remove()
+
+    def begin_generate(self, prompt_width: int) -> None:
+        """A generate() starts."""
+        self._drop_prefill()
+        self.generating, self._first = True, None
+        self._vision.take()
+        self._prompt_width, self._expand_from, self._ends = prompt_width, 0, ()
+
+    @property
+    def answering(self) -> bool:
+        """Whether the prompt of the generate() under way is done."""
+        return self._first is not None
+
+    def gather_neurons(self) -> None:
+        """A token will be decoded: fetch the weights of what the prompt's layers chose.
+
+        Not before, so that the first token need not wait for it and an answer of one token never
+        pays for it.
+        """
+        for ffn in self.sparse.values():
+            ffn.gather()
+
+    def note_generation(self, config: Any, ends: Tensor | None) -> None:
+        """generate() has settled its configuration."""
+        self._expand_from = max(config.num_beams or 1, config.num_return_sequences or 1)
+        self._ends = () if ends is None else tuple(int(x) for x in ends.flatten())
+
+    def note_step(self) -> None:
+        """generate() has taken one more token."""
+        if self._first is not None:
+            self._first.steps += 1
+
+    def note_output(self, output: Any) -> None:
+        """generate() has come to its end."""
+        if self._first is not None:
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            self._first.sequences = sequences.detach()
+            self._first.prompt_width, self._first.ends = self._prompt_width, self._ends
+
+    def end_generate(self) -> None:
+        """A generate() is over, also after an exception."""
+        self._drop_prefill()
+        self.generating = False
+        if self._first is not None:
+            self._first.steps = max(self._first.steps - 1, 0)
+            self._first.last = mark(self._device)
+            self._first.selection.forget_hidden()
+        self._first = None
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parts.layers[0].parameters()).device
+
+    def _choose_counts(self) -> list[int]:
+        widths, depth = self.parts.widths, len(self.parts.layers)
+        if self.method.neurons is None:
+            return list(widths)
+        counts = {w: self.method.neurons.counts(depth, w) for w in set(widths)}
+        return [counts[width][index] for index, width in enumerate(widths)]
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Find out what this forward is; compiled decode steps only get their mask fitted."""
+        length = query_length(args, kwargs)
+        cache = kwargs.get("past_key_values")
+        if length == 1 and (torch.compiler.is_compiling() or self.generating):
+            if self._first is not None and cache is not None:
+                return None
+            if torch.compiler.is_compiling():
+                return args, self._fit_mask(kwargs, cache, length)
+        return self._begin(args, kwargs, length)
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> Any:
+        """A prefill starts, an earlier turn goes on, or a hand-written loop takes a step."""
+        self.lock.check()
+        self._check_thread()
+        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+        cache = kwargs.get("past_key_values")
+        if not is_fresh(cache, length):
+            self._resume(kwargs, cache, length)
+            return (), self._fit_mask(kwargs, cache, length)
+        self._drop_prefill()
+        self._start_prefill(kwargs, cache, length)
+        return (), kwargs
+
+    def _start_prefill(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
+        valid, image = read_prompt(self.model, kwargs, self.parts.image_ids, length)
+        if self.method.tokens is not None and cache is not None:
+            check_cache(cache)
+            widen_sliding_layers(cache, length)
+        first = self._first
+        repeat = first.selection if first is not None and cache is None else None
+        if repeat is None:
+            for ffn in self.sparse.values():
+                ffn.clear()
+            if not self.generating:
+                self._vision.take()
+        prefill = Prefill(self.parts, self.method, self.sparse, valid, image, repeat)
+        if prefill.cuts and kwargs.get("labels") is not None:
+            raise InputError(
+                "labels do not fit a prompt that gets shorter: remove the method before training "
+                "or computing a loss"
+            )
+        self.prefill, self._owner = prefill, None
+        self._thread = threading.get_ident()
+        self._start = mark(self._device)
+        if length > 1:
+            prefill.install()
+
+    def _after(self, _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """The forward is over; output is None after an exception."""
+        if torch.compiler.is_compiling():
+            return
+        if self.prefill is not None:
+            if self._thread == threading.get_ident():
+                self._finish(output)
+        elif self._resumed is not None:
+            self._resumed.filled = self._resumed.last = mark(self._device)
+            self._resumed = None
+        elif self._stepping and output is not None:
+            self._count_step()
+
+    @torch.compiler.disable
+    def _finish(self, output: Any) -> None:
+        prefill = self.prefill
+        assert prefill is not None
+        self._drop_prefill()
+        if output is None or (self.generating and self._first is not None):
+            return
+        cache = prefill.cache
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)
+        selection = prefill.selection
+        if not self.generating:
+            self.gather_neurons()
+        if cache is not None and (selection.stages or selection.neurons):
+            count = prefill.valid.shape[1]
+            memory = Memory(prefill.valid, prefill.length, prefill.length - count)
+            memory.shortened, memory.neurons = bool(selection.stages), selection.neurons
+            memory.record = self._numbers
+            remember(cache, memory)
+        self._owner = None if cache is None else weakref.ref(cache)
+        logits = getattr(output, "logits", None)
+        batch = prefill.valid.shape[0]
+        self._add(
+            Record(
+                valid=prefill.prompt_valid,
+                image=prefill.prompt_image,
+                context=torch.zeros(batch, 2, dtype=torch.long),
+                selection=selection,
+                counts=self.counts if selection.neurons else self.parts.widths,
+                cached=cache is not None,
+                logit_rows=1 if logits is None else logits.shape[1],
+            )
+        )
+
+    def _resume(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
+        """A cache that is not empty comes in: its own choices hold."""
+        self.gather_neurons()
+        if self._owner is None or self._owner() is not cache:
+            memory = memory_of(cache)
+            for index, ffn in self.sparse.items():
+                if memory is None or index not in memory.neurons:
+                    ffn.clear()
+                else:
+                    ffn.set(memory.neurons[index])
+            self._owner = weakref.ref(cache)
+        self._stepping = length == 1 and not self.generating
+        if self._stepping:
+            return
+        memory = memory_of(cache)
+        number = -1 if memory is None else memory.record
+        earlier = next((r for r in self.records if r.number == number), None)
+        if not self.generating:
+            self._vision.take()
+        valid, image = read_prompt(self.model, kwargs, self.parts.image_ids, length)
+        seen = int(cache.get_seq_length())
+        dropped = 0 if memory is None else int(memory.dropped)
+        context = torch.tensor([[seen, seen - dropped]]).expand(valid.shape[0], 2)
+        same = earlier is not None and earlier.valid.shape[0] == valid.shape[0]
+        self._start = mark(self._device)
+        self._add(
+            Record(
+                valid=valid,
+                image=image if not same else torch.zeros_like(image),
+                context=context,
+                selection=Selection(length),
+                counts=self.counts if memory is not None and memory.neurons else self.parts.widths,
+                continued=True,
+                earlier=earlier if same else None,
+                cached=True,
+            )
+        )
+        self._resumed = self.records[-1]
+
+    def _add(self, record: Record) -> None:
+        record.number, self._numbers = self._numbers, self._numbers + 1
+        record.start, record.filled = self._start, mark(self._device)
+        record.last = record.filled
+        record.vision, record.vision_flops = self._vision.take()
+        record.vision_inside = not self.generating
+        record.expand = max(self._expand_from, 1) if self.generating else 1
+        self.records.append(record)
+        if self.generating:
+            self._first = record
+        else:
+            record.selection.forget_hidden()
+
+    def _count_step(self) -> None:
+        """A hand-written loop has taken a decode step."""
+        self._stepping = False
+        if self.records:
+            self.records[-1].steps += 1
+            self.records[-1].last = mark(self._device)
+
+    def _check_thread(self) -> None:
+        """Raise if another thread is in the middle of a prefill of its own."""
+        if self.prefill is None or self._thread == threading.get_ident():
+            return
+        if self._thread in {thread.ident for thread in threading.enumerate()}:
+            raise AlreadyInstalledError(
+                "the model is in use by another thread's forward pass: one run at a time per "
+                "model with a method installed; wait for it, or load the model twice"
+            )
+
+    def _drop_prefill(self) -> None:
+        if self.prefill is not None:
+            self.prefill.remove()
+        self.prefill = None
+
+    def _fit_mask(self, kwargs: dict[str, Any], cache: Any, length: int) -> dict[str, Any]:
+        """A caller's mask over the whole conversation, or none, made to fit what is stored."""
+        memory, mask = memory_of(cache), kwargs.get("attention_mask")
+        if memory is None or not memory.shortened or self.generating or isinstance(mask, dict):
+            return kwargs
+        if mask is None and memory.filler:
+            total = tokens_after(cache, length)
+        elif mask is not None and mask.ndim == 2:
+            total = mask.shape[1]
+        else:
+            return kwargs
+        return dict(kwargs, attention_mask=short_mask(memory, mask, total))

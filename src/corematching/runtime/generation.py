@@ -1,0 +1,138 @@
+"""What generate() has to know: masks that fit a shortened cache; and when a run begins and ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.generation import GenerationMode
+
+from corematching.errors import UnsupportedModelError
+
+from .cache import check_cache, memory_of, short_mask, widen_sliding_layers
+from .patches import InstancePatches
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class GenerationPatches:
+    """Wraps four methods of one model's generate().
+
+    ``generate`` itself, to know when a run begins and ends; ``_prepare_cache_for_generation``, to
+    refuse what cannot work before anything runs; ``prepare_inputs_for_generation`` and
+    ``_update_model_kwargs_for_generation``, to hand on masks of the cache's length.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.patches = InstancePatches()
+        self._masks_are_short = False
+
+    def install(self) -> None:
+        """Replace the methods on the model."""
+        model = self.engine.model
+        self.patches.wrap(model, "generate", self._generate)
+        self.patches.wrap(model, "_prepare_cache_for_generation", self._prepare_cache)
+        self.patches.wrap(model, "prepare_inputs_for_generation", self._prepare_inputs)
+        self.patches.wrap(model, "_update_model_kwargs_for_generation", self._update_kwargs)
+
+    def remove(self) -> None:
+        """Put the model's own methods back."""
+        self.patches.undo()
+
+    def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = self.engine
+        with engine.lock.hold("generate()"):
+            engine.begin_generate(_prompt_width(args, kwargs))
+            self._masks_are_short = False
+            try:
+                output = original(*args, **kwargs)
+                engine.note_output(output)
+            finally:
+                engine.end_generate()
+        return output
+
+    def _prepare_cache(
+        self,
+        original: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if generation_config.prefill_chunk_size is not None:
+            raise UnsupportedModelError(
+                "prefill_chunk_size splits the prompt, but the choices need all of it in one "
+                "prefill: leave prefill_chunk_size at None"
+            )
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise UnsupportedModelError(
+                "assisted generation checks several tokens at once with the dense FFNs: leave out "
+                "assistant_model and prompt_lookup_num_tokens"
+            )
+        result = original(
+            generation_config,
+            model_kwargs,
+            generation_mode,
+            batch_size,
+            max_cache_length,
+            *args,
+            **kwargs,
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and self.engine.method.tokens is not None:
+            check_cache(cache)
+            if memory_of(cache) is None and not cache.get_seq_length():
+                # what transformers gives a new static cache, to reuse what it has compiled
+                capacity = getattr(self.engine.model, "_previous_max_cache_length", 0)
+                widen_sliding_layers(cache, max_cache_length, max(max_cache_length, capacity))
+        ends = getattr(generation_config, "_eos_token_tensor", None)
+        self.engine.note_generation(generation_config, ends)
+        return result
+
+    def _prepare_inputs(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.engine.generating and not self._masks_are_short:
+            memory = memory_of(kwargs.get("past_key_values"))
+            if memory is not None and memory.shortened and _seen(kwargs["past_key_values"]):
+                self._shorten(memory, kwargs)
+        if self.engine.answering or _seen(kwargs.get("past_key_values")):
+            self.engine.gather_neurons()
+        return original(input_ids, *args, **kwargs)
+
+    def _update_kwargs(
+        self, original: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        memory = memory_of(model_kwargs.get("past_key_values"))
+        if self.engine.generating and memory is not None and not self._masks_are_short:
+            if memory.shortened:
+                self._shorten(memory, model_kwargs)
+            self._masks_are_short = True
+        self.engine.note_step()
+        return original(outputs, model_kwargs, *args, **kwargs)
+
+    def _shorten(self, memory: Any, model_kwargs: dict[str, Any]) -> None:
+        """Replace the mask over the whole conversation by one over what the cache stores."""
+        mask = model_kwargs.get("attention_mask")
+        positions = model_kwargs.get("position_ids")
+        if mask is not None:
+            total = mask.shape[1]
+        else:
+            total = memory.prompt if positions is None else positions.shape[-1]
+        model_kwargs["attention_mask"] = short_mask(memory, mask, total)
+
+
+def _seen(cache: Any) -> bool:
+    """Whether the cache holds anything."""
+    return cache is not None and bool(cache.get_seq_length())
+
+
+def _prompt_width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Prompt tokens that generate() gives back in front of the new ones."""
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        ids = kwargs.get("inputs", args[0] if args else None)
+    return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.ndim == 2 else 0

@@ -1,0 +1,349 @@
+"""One prefill: shows the policies each layer, and lets only the chosen tokens travel on.
+
+Hooks stand on the decoder layers for as long as one prefill runs, so that decode steps run (and
+compile) without any. Tokens are dropped in front of layer ``l + 1``, when layer ``l`` and whatever
+the model adds to its output are done.
+Shapes: B samples, T tokens of the prompt, K tokens still present, d hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.errors import ConfigError, UnsupportedModelError
+from corematching.protocol import (
+    ACTIVATIONS,
+    ATTENTION,
+    CONTRIBUTIONS,
+    EMBEDDINGS,
+    Method,
+    NeuronChoice,
+    PrefillView,
+    TokenChoice,
+)
+
+from .cache import compact, is_fresh, widen_sliding_layers
+from .checks import Parts
+from .ffn import SparseFFN
+from .masks import hide_columns, shorten_mask, survivors, take
+from .view import AttentionProbe
+
+
+@dataclass
+class Stage:
+    """One layer after which tokens were dropped.
+
+    Attributes
+    ----------
+    layer : int
+        The layer.
+    origin : Tensor
+        (B, K) long, columns in the whole prompt of the tokens that the policy chose among.
+    present : Tensor
+        (B, K) bool, False on filler and padding.
+    choice : TokenChoice
+        What it chose among them.
+    """
+
+    layer: int
+    origin: Tensor
+    present: Tensor
+    choice: TokenChoice
+
+
+@dataclass
+class Selection:
+    """What a prefill chose; a later forward over the same prompt can repeat it."""
+
+    length: int
+    stages: list[Stage] = field(default_factory=list)
+    neurons: dict[int, NeuronChoice] = field(default_factory=dict)
+
+    def forget_hidden(self) -> None:
+        """Free the hidden states that merging policies gave; only repeating needs them."""
+        for stage in self.stages:
+            stage.choice.hidden = None
+
+
+class Prefill:
+    """The hooks and the state of one prefill.
+
+    Parameters
+    ----------
+    parts : Parts
+        The model's parts.
+    method : Method
+        What chooses.
+    sparse : dict
+        The layers' sparse FFNs, by layer; layers that stay dense are not in it.
+    valid, image : Tensor
+        (B, T) bool, the prompt's tokens that are no padding, and those that are image tokens.
+    repeat : Selection or None
+        Choices to repeat, where this prompt only continues an earlier one (``use_cache=False``).
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        method: Method,
+        sparse: Mapping[int, SparseFFN],
+        valid: Tensor,
+        image: Tensor,
+        repeat: Selection | None = None,
+    ) -> None:
+        self.parts, self.method, self.sparse = parts, method, sparse
+        self.valid, self.image = valid, image
+        self.prompt_valid, self.prompt_image = valid, image
+        batch, self.length = valid.shape
+        self.origin = torch.arange(self.length, device=valid.device).expand(batch, -1)
+        self.selection = Selection(self.length)
+        self.repeat = repeat
+        self.shortened = False
+        self.cache: Any = None
+        depth = len(parts.layers)
+        tokens = method.tokens
+        drops = tokens is not None and bool(image.any())
+        self.cuts: tuple[int, ...] = tokens.drop_after(depth) if tokens and drops else ()
+        self.token_needs = tokens.needs if tokens and drops else frozenset()
+        self.neuron_needs = getattr(method.neurons, "needs", frozenset({ACTIVATIONS}))
+        self.memory: dict[str, Any] = {}
+        self._activations: Tensor | None = None
+        self._embeddings: Tensor | None = None
+        self._probe: AttentionProbe | None = None
+        self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._handles: list[Any] = []
+        self._unwrap: Callable[[], None] | None = None
+        self._gone = None if repeat is None or not self.cuts else _dropped(repeat, self.length)
+        if self._gone is not None and "flash" in str(parts.config._attn_implementation):
+            raise UnsupportedModelError(
+                "use_cache=False runs the prompt again at every step, and flash attention cannot "
+                "hide the dropped tokens from the new ones: leave use_cache at True, or call "
+                "model.set_attn_implementation('sdpa')"
+            )
+
+    def install(self) -> None:
+        """Put the hooks on the layers."""
+        if not self.cuts and not self.sparse:
+            return
+        for index, layer in enumerate(self.parts.layers):
+            hook = functools.partial(self._before_layer, index)
+            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            needs = self._needs(index)
+            if ACTIVATIONS in needs:
+                hook = functools.partial(self._before_down_proj, index)
+                down = self.parts.down_projs[index]
+                self._handles.append(down.register_forward_pre_hook(hook))
+            if {ATTENTION, CONTRIBUTIONS} & needs:
+                self._install_probe(index)
+            if self.repeat is not None and index in self.sparse:
+                hook = functools.partial(self._after_repeated_ffn, index)
+                self._handles.append(self.parts.ffns[index].register_forward_hook(hook))
+        if self.cuts and hasattr(self.parts.decoder, "_deepstack_process"):
+            self._wrap_deepstack()
+
+    def remove(self) -> None:
+        """Take everything off the model again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._probe is not None:
+            self._probe.disarm()
+        if self._unwrap is not None:
+            self._unwrap()
+        self._unwrap = self._probe = self._activations = self._embeddings = None
+        self._memo.clear()
+
+    def _needs(self, index: int) -> frozenset[str]:
+        """What the policies read of this layer."""
+        needs: frozenset[str] = frozenset()
+        if self.repeat is None and index in self.cuts:
+            needs |= self.token_needs
+        if self.repeat is None and index in self.sparse:
+            needs |= self.neuron_needs | {ACTIVATIONS}
+        return needs
+
+    def _install_probe(self, index: int) -> None:
+        attention = self.parts.attentions[index]
+
+        def arm(*_: Any) -> None:
+            self._probe = AttentionProbe(attention)
+            self._probe.arm()
+
+        self._handles.append(attention.register_forward_pre_hook(arm))
+
+    @torch.compiler.disable
+    def _before_layer(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Drop tokens if the layer before was one to drop after; shorten what the layer gets."""
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if index == 0:
+            self._begin(hidden, kwargs)
+        if hidden.device != self.valid.device:  # a model spread over several devices
+            self.valid, self.image = self.valid.to(hidden.device), self.image.to(hidden.device)
+            self.origin = self.origin.to(hidden.device)
+        if index - 1 in self.cuts:
+            hidden = self._cut(index - 1, hidden)
+        self._activations = self._probe = None
+        if not self.shortened and self._gone is None:
+            return None
+        kwargs = dict(kwargs, position_ids=None)
+        if "attention_mask" in kwargs:
+            kwargs["attention_mask"] = self._mask(index, kwargs["attention_mask"], hidden)
+        if kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = self._rotations(kwargs["position_embeddings"])
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, dict(kwargs, hidden_states=hidden)
+
+    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and is_fresh(cache, self.length):
+            self.cache = cache
+            if self.cuts:
+                widen_sliding_layers(cache, self.length)
+        if EMBEDDINGS in self.token_needs | (self.neuron_needs if self.sparse else frozenset()):
+            self._embeddings = hidden
+
+    @torch.compiler.disable
+    def _before_down_proj(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """See the activations; choose this layer's neurons."""
+        self._activations = args[0]
+        if index in self.sparse and self.method.neurons is not None:
+            with torch.no_grad():
+                view = self._view(index, None, self.neuron_needs | {ACTIVATIONS})
+                ffn = self.sparse[index]
+                choice = self.method.neurons.choose(view, ffn.count)
+                ffn.take(choice)
+            self.selection.neurons[index] = choice
+
+    def _after_repeated_ffn(self, index: int, _: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Without a cache: compute the tokens behind the first prompt as a decode step would."""
+        assert self.repeat is not None
+        new, ffn = self.length - self.repeat.length, self.sparse[index]
+        if new <= 0 or not ffn.active or args[0].shape[1] == 1:
+            return output
+        x = args[0][:, -new:]
+        steps = [ffn.forward(x[:, i : i + 1]) for i in range(new)]
+        return torch.cat([output[:, :-new], *steps], dim=1)
+
+    def _view(self, layer: int, hidden: Tensor | None, needs: frozenset[str]) -> PrefillView:
+        probe, valid = self._probe, self.valid
+        view = PrefillView(layer, len(self.parts.layers), valid, self.image, hidden=hidden)
+        view.memory = self.memory
+        if ACTIVATIONS in needs and layer >= 0:
+            view.activations = self._activations
+            view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)
+        if EMBEDDINGS in needs and self._embeddings is not None:
+            whole = not self.shortened
+            shown = self._embeddings if whole else take(self._embeddings, self.origin)
+            view.embeddings = shown.to(valid.device)
+        if ATTENTION in needs and probe is not None:
+            view.attention = functools.partial(probe.rows, valid=valid)
+        if CONTRIBUTIONS in needs and probe is not None:
+            view.contributions = lambda: probe.contributions(view.last, valid)
+        return view
+
+    @torch.no_grad()
+    def _cut(self, layer: int, hidden: Tensor) -> Tensor:
+        """Let the policy choose after ``layer``; (B, K, d) hidden states to the survivors'."""
+        stage = len(self.selection.stages)
+        if self.repeat is not None:
+            choice = _extend(self.repeat.stages[stage].choice, hidden)
+        else:
+            assert self.method.tokens is not None
+            view = self._view(layer, hidden, self.token_needs)
+            choice = self.method.tokens.choose(view)
+        if choice.keep.shape != self.valid.shape:
+            raise ConfigError(
+                f"expected a keep mask {tuple(self.valid.shape)} after layer {layer}, got "
+                f"{tuple(choice.keep.shape)}: a policy must choose among the tokens it is shown"
+            )
+        keep = (choice.keep.bool() & self.valid) | (self.valid & ~self.image)
+        choice = replace(choice, keep=keep)
+        self.selection.stages.append(Stage(layer, self.origin, self.valid, choice))
+        order, valid = survivors(keep)
+        self.origin = self.origin.gather(1, order)
+        self.image, self.valid = self.image.gather(1, order) & valid, valid
+        compact(self.cache, layer + 1, order)
+        self.shortened = True
+        self._memo.clear()
+        return take(hidden if choice.hidden is None else choice.hidden.to(hidden), order)
+
+    def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:
+        count = self.valid.shape[1]
+        kv_length = count
+        if self.cache is not None:
+            kv_length = self.cache.layers[index].get_mask_sizes(count)[0]
+        key = (id(mask), kv_length)
+        if key not in self._memo:
+            config = self.parts.config
+            causal = getattr(self.parts.attentions[index], "is_causal", True)
+            if mask is None and self.cache is not None:
+                # without a mask, attention reads the first `count` keys only
+                kv_length = count if bool(self.valid.all()) else kv_length
+            origin, valid = self.origin, self.valid
+            how = (causal, config._attn_implementation, hidden.dtype)
+            short = shorten_mask(mask, origin, valid, kv_length, *how)
+            if self._gone is not None and self.repeat is not None:
+                new = self.length - self.repeat.length
+                gone = self._gone.to(origin.device).gather(1, origin)
+                short = hide_columns(short, gone, new, valid, *how)
+            self._memo[key] = (mask, short)
+        return self._memo[key][1]
+
+    def _rotations(self, rotations: Any) -> Any:
+        """Gather cosines and sines, (..., B or 1, T, D) each."""
+        pair = rotations if isinstance(rotations, tuple) else (rotations,)
+        key = (id(pair[0]), -1)
+        if key not in self._memo:
+            short = tuple(take(x, self.origin, -3, -2) for x in pair)
+            self._memo[key] = (pair, short)
+        short = self._memo[key][1]
+        return short if isinstance(rotations, tuple) else short[0]
+
+    def _wrap_deepstack(self) -> None:
+        """Let Qwen3-VL add its visual features to the tokens that are still there."""
+        decoder: Any = self.parts.decoder
+        original = decoder._deepstack_process
+
+        def process(hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
+            if not self.shortened:
+                return original(hidden, masks, features)
+            rows = torch.zeros(masks.shape, dtype=torch.long, device=masks.device)
+            rows[masks] = torch.arange(int(masks.sum()), device=masks.device)
+            origin = self.origin.to(masks.device)
+            present = masks.gather(1, origin) & self.valid.to(masks.device)
+            picked = rows.gather(1, origin)[present]
+            return original(hidden, present, features[picked.to(features.device)])
+
+        decoder._deepstack_process = process
+        self._unwrap = functools.partial(delattr, decoder, "_deepstack_process")
+
+
+def _dropped(selection: Selection, length: int) -> Tensor:
+    """(B, length) bool, the prompt's columns that no stage let through."""
+    first = selection.stages[0]
+    gone = first.present.new_zeros(first.present.shape[0], length)
+    for stage in selection.stages:
+        now = gone.gather(1, stage.origin) | (stage.present & ~stage.choice.keep)
+        gone = gone.scatter(1, stage.origin, now)
+    return gone
+
+
+def _extend(choice: TokenChoice, hidden: Tensor) -> TokenChoice:
+    """An earlier choice, for a prompt that has grown at its end; the new tokens are all kept."""
+    batch, count = choice.keep.shape
+    new = hidden.shape[1] - count
+    keep = torch.cat([choice.keep, choice.keep.new_ones(batch, new)], dim=1)
+    merged = choice.hidden
+    if merged is not None:
+        merged = torch.cat([merged.to(hidden), hidden[:, count:]], dim=1)
+    scores = torch.cat([choice.scores, choice.scores.new_full((batch, new), torch.nan)], dim=1)
+    return TokenChoice(keep, scores, choice.cut, merged)

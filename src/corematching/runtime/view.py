@@ -1,0 +1,173 @@
+"""What a policy is shown: a layer's activations, and its attention without attention maps.
+
+The attention of a layer is shown by holding on to the queries, keys and values that its own
+attention function gets: rotations, norms, grouped heads and scales are then the layer's own, and
+nothing is computed twice; the model stays on its attention implementation.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from corematching.errors import UnsupportedModelError
+
+PROBE = "corematching_probe"
+_armed = threading.local()
+
+
+class AttentionProbe:
+    """Holds the queries, keys and values of one run of an attention module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        A decoder layer's attention.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.query: Tensor | None = None  # (B, H, T, D)
+        self.key: Tensor | None = None  # (B, G, T, D), G heads for keys and values
+        self.value: Tensor | None = None  # (B, G, T, D)
+        self.mask: Tensor | None = None
+        self.options: dict[str, Any] = {}
+        self._config: Any = getattr(module, "config", None)
+        if self._config is None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has no configuration that names its attention function, "
+                "so its attention cannot be read: choose a token score that needs no attention"
+            )
+        self._implementation: str | None = None
+
+    def arm(self, *_: Any) -> None:
+        """Send the module's next attention call here; a forward pre-hook."""
+        self._implementation = self._config._attn_implementation_internal
+        self._config._attn_implementation_internal = PROBE
+        _armed.probe = self
+
+    def disarm(self) -> None:
+        """Give the module its own attention function back."""
+        if self._implementation is not None:
+            self._config._attn_implementation_internal = self._implementation
+            self._implementation = None
+
+    def run(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
+        """Hold on to the inputs, then call the attention function that the module asked for."""
+        name: Any = self._implementation
+        self.disarm()
+        self.query, self.key, self.value, self.mask, self.options = q, k, v, mask, kw
+        own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
+        return attend(module, q, k, v, mask, **kw)
+
+    def rows(self, rows: Tensor, valid: Tensor) -> Tensor:
+        """Attention probabilities of some rows.
+
+        Parameters
+        ----------
+        rows : Tensor
+            (B, R) long, positions among the T tokens present.
+        valid : Tensor
+            (B, T) bool.
+
+        Returns
+        -------
+        Tensor
+            (B, H, R, T), in float32; a row of padding is all zero.
+        """
+        query, key, _ = self._parts(valid.shape[1])
+        heads, size = query.shape[1], query.shape[3]
+        index = rows.to(query.device)[:, None, :, None].expand(-1, heads, -1, size)
+        picked = query.gather(2, index).unflatten(1, (key.shape[1], -1))  # (B, G, H/G, R, D)
+        scores = picked.float() @ key.float().transpose(-1, -2)[:, :, None]
+        scores = scores.flatten(1, 2) * self.options.get("scaling", size**-0.5)
+        if (cap := self.options.get("softcap")) is not None:
+            scores = torch.tanh(scores / cap) * cap
+        allowed, bias = self._visible(rows.to(query.device), valid.to(query.device))
+        scores = (scores + bias).masked_fill(~allowed[:, None], float("-inf"))
+        return scores.softmax(dim=-1).nan_to_num(0.0)
+
+    def contributions(self, last: Tensor, valid: Tensor) -> Tensor:
+        """Each token's term of the last token's attention output.
+
+        Parameters
+        ----------
+        last : Tensor
+            (B,) long, the last tokens' positions.
+        valid : Tensor
+            (B, T) bool.
+
+        Returns
+        -------
+        Tensor
+            (B, T, d): sum over the heads of A[last, j] * W_O V_j.
+        """
+        weights = self.rows(last[:, None], valid)[:, :, 0]  # (B, H, T)
+        query, _, value = self._parts(valid.shape[1])
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        mixed = (weights[..., None].to(value.dtype) * value).transpose(1, 2).flatten(2)
+        output = _output_projection(self.module)
+        bias = getattr(output, "bias", None)
+        return output(mixed) if bias is None else output(mixed) - bias
+
+    def _parts(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self.query is None or self.key is None or self.value is None:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} does not call a registered attention function, so "
+                "its attention cannot be read: choose a token score that needs no attention"
+            )
+        return self.query, self.key[:, :, :length], self.value[:, :, :length]
+
+    def _visible(self, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | float]:
+        """What each row sees, (B, R, T) bool, and an additive bias, (B, 1, R, T) or 0."""
+        length = valid.shape[1]
+        allowed = valid[:, None, :].expand(-1, rows.shape[1], -1)
+        mask = self.mask
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            mask = mask[..., :length].expand(rows.shape[0], -1, -1, -1)[:, :1]
+            seen = mask.gather(2, rows[:, None, :, None].expand(-1, 1, -1, length))
+            if seen.dtype == torch.bool:
+                return allowed & seen[:, 0], 0.0
+            return allowed & (seen[:, 0] > torch.finfo(seen.dtype).min / 2), seen.float()
+        causal = self.options.get("is_causal")
+        if causal if causal is not None else getattr(self.module, "is_causal", True):
+            columns = torch.arange(length, device=rows.device)
+            distance = rows[..., None] - columns  # (B, R, T)
+            allowed = allowed & (distance >= 0)
+            if (window := self.options.get("sliding_window")) is not None:
+                allowed = allowed & (distance < window)
+        return allowed, 0.0
+
+
+def find_attention(layer: nn.Module) -> nn.Module | None:
+    """The layer's self-attention, or None."""
+    for name in ("self_attn", "attention", "attn", "self_attention"):
+        module = getattr(layer, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    return None
+
+
+def _output_projection(module: nn.Module) -> nn.Module:
+    for name in ("o_proj", "out_proj", "dense", "wo"):
+        projection = getattr(module, name, None)
+        if isinstance(projection, nn.Module):
+            return projection
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has no output projection under a known name: "
+        "choose a token score that needs no contributions"
+    )
+
+
+def _probe_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _armed.probe.run(module, *args, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(PROBE, _probe_attention)

@@ -1,0 +1,41 @@
+"""Tiny models and pictures that the command can be run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import AutoModelForImageTextToText
+
+from corematching.demo import assemble
+from tests.demo.scene_fakes import write_language_model, write_scene_assets
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory) -> Path:
+    """A random LLaVA with 16 image tokens, in float32, that does not stop by itself."""
+    root = tmp_path_factory.mktemp("tiny_vlm")
+    assets = write_scene_assets(root / "assets")
+    path = assemble(assets, write_language_model(root / "lm"), root / "model")
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory) -> Path:
+    """A random text-only Llama."""
+    return write_language_model(tmp_path_factory.mktemp("tiny_lm"))
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory) -> Path:
+    """A red square in the upper left of a blue picture."""
+    image = Image.new("RGB", (64, 64), "navy")
+    ImageDraw.Draw(image).rectangle((0, 0, 31, 31), fill="red")
+    path = tmp_path_factory.mktemp("picture") / "square.png"
+    image.save(path)
+    return path

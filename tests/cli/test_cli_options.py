@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from corematching.cli.method_options import build_method, read_keep
+from corematching.errors import ConfigError
+from corematching.methods import CoreMatching
+
+
+def test_defaults_are_the_method_itself():
+    assert build_method("corematching", {"--keep": None}) == CoreMatching()
+
+
+def test_options_reach_the_parameters():
+    method = build_method(
+        "corematching",
+        {"--tokens": "norm", "--keep": "0.5", "--after": 2, "--neurons": 0.25},
+    )
+    assert method == CoreMatching(token_score="norm", keep=0.5, layer=2, beta=0.25)
+
+
+def test_knee_and_none():
+    method = build_method("corematching", {"--keep": "knee", "--neuron-score": "none"})
+    assert method == CoreMatching(keep=None, neuron_score=None)
+    assert build_method("corematching", {"--tokens": "none"}).tokens is None
+
+
+def test_options_join_parameters_in_the_name():
+    method = build_method("paper:rho=0.1", {"--keep": "1"})
+    assert method == CoreMatching.paper(rho=0.1, keep=1.0)
+    assert isinstance(method.keep, float)
+
+
+@pytest.mark.parametrize("keep", ["0", "-0.1", "1.5", "64", "nan", "inf"])
+def test_ratio_outside_its_range(keep):
+    with pytest.raises(ConfigError, match=r"outside \(0, 1\].*knee"):
+        read_keep(keep)
+
+
+def test_word_that_is_no_ratio():
+    with pytest.raises(ConfigError, match="'most' is no number"):
+        read_keep("most")
+
+
+@pytest.mark.parametrize("share", [0.0, 1.2])
+def test_neurons_outside_their_range(share):
+    with pytest.raises(ConfigError, match=r"--neurons .* outside \(0, 1\]"):
+        build_method("corematching", {"--neurons": share})
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "hint"),
+    [
+        ("corematchin", {}, "did you mean 'corematching'"),
+        ("papr", {"--keep": "0.5"}, "did you mean 'paper'"),
+        ("corematching", {"--tokens": "text-overlp"}, "did you mean 'text-overlap'"),
+        ("corematching", {"--neuron-score": "grifin"}, "did you mean 'griffin'"),
+        ("corematching:bta=0.1", {}, "did you mean 'beta'"),
+    ],
+)
+def test_unknown_names_get_the_nearest(text, options, hint):
+    with pytest.raises(ConfigError, match=hint):
+        build_method(text, options)
+
+
+def test_option_that_the_method_lacks():
+    with pytest.raises(ConfigError, match="'dense' has no option --keep: leave it out"):
+        build_method("dense", {"--keep": "0.5"})

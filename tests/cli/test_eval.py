@@ -1,0 +1,76 @@
+"""`corematching eval` in this process, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from corematching.cli.entry import run_command
+from tests.cli.test_cli_run import refused
+from tests.evaluate.conftest import write_split
+
+
+@pytest.fixture
+def measure(tiny_vlm, tmp_path, capsys):
+    """Runs `corematching eval` over a tiny split; gives (exit code, stdout, stderr)."""
+    split = write_split(tmp_path / "split", pictures=2)
+
+    def run(*arguments, model=tiny_vlm, out="run"):
+        fixed = ["eval", "--model", str(model), "--split", str(split), "--out", str(tmp_path / out)]
+        code = run_command([*fixed, "--max-new-tokens", "4", "--batch", "3", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_json_is_one_object(measure, tmp_path):
+    code, out, err = measure("--json", "--method", "corematching:keep=0.25,layer=1")
+    assert code == 0, err
+    board = json.loads(out)
+    assert board == json.loads((tmp_path / "run" / "board.json").read_text())
+    assert [m["method"] for m in board["methods"]] == ["dense", "corematching:keep=0.25,layer=1"]
+    assert board["settings"]["questions"] == 6
+    assert board["command"].startswith("corematching eval --model=")
+    assert "--method corematching:keep=0.25,layer=1" in board["command"]
+
+
+def test_table_and_resumed_run(measure, tmp_path):
+    arguments = ("--limit", "3", "--method", "oracle:layer=1", "--method", "random:layer=1")
+    code, out, err = measure(*arguments)
+    assert code == 0, err
+    assert "accuracy" in out and "oracle:layer" in out and "random:layer" in out
+    before = (tmp_path / "run" / "board.json").read_text()
+    assert measure(*arguments)[0] == 0
+    assert (tmp_path / "run" / "board.json").read_text() == before
+
+
+def test_default_method_is_ours(measure):
+    board = json.loads(measure("--json", "--limit", "2")[1])
+    assert [m["method"] for m in board["methods"]] == ["dense", "corematching"]
+
+
+def test_other_settings_name_the_fix(measure):
+    assert measure("--limit", "2", "--method", "dense")[0] == 0
+    message = refused(measure("--limit", "2", "--method", "dense", "--seed", "1"))
+    assert "made with seed=0" in message and "another --out" in message
+
+
+def test_a_text_model_is_refused(measure, tiny_lm):
+    assert "takes no pictures" in refused(measure(model=tiny_lm))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "papper"), "did you mean 'paper'"),
+        (("--method", "random:kep=0.1"), "did you mean 'keep'"),
+        (("--method", "oracle:keep"), "write it as param=value"),
+        (("--split", "/no/such"), "pass the folder of a SceneQA split"),
+        (("--limit", "0"), "limit"),
+        (("--batch", "0"), "batch"),
+        (("--dtype", "float31"), "did you mean 'float32'"),
+    ],
+)
+def test_bad_options(measure, arguments, message):
+    assert message in refused(measure(*arguments))

@@ -1,0 +1,55 @@
+"""Curves out of a board's methods."""
+
+from __future__ import annotations
+
+import pytest
+
+from corematching.evaluate.plot import draw_curves, group_curves, name_curve
+
+
+def entry(method: str, tokens: float, neurons: float, accuracy: float) -> dict:
+    return {
+        "method": method,
+        "tokens_kept": {"mean": tokens, "p5": tokens, "p95": tokens},
+        "neurons_kept": neurons,
+        "accuracy": {"value": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.01},
+    }
+
+
+ENTRIES = [
+    entry("dense", 1, 1, 0.9),
+    entry("ours:keep=0.3", 0.3, 0.6, 0.88),
+    entry("ours:keep=0.1", 0.1, 0.6, 0.8),
+    entry("random:keep=0.1,beta=1", 0.1, 1, 0.5),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "share", "name"),
+    [
+        ("ours", "tokens_kept", "ours"),
+        ("ours:keep=0.3", "tokens_kept", "ours"),
+        ("ours:keep=0.3,beta=1", "tokens_kept", "ours:beta=1"),
+        ("ours:keep=0.3,beta=1", "neurons_kept", "ours:keep=0.3"),
+        ("ours:layer=[2,6], keep=0.3", "tokens_kept", "ours:layer=[2,6]"),
+    ],
+)
+def test_names(text, share, name):
+    assert name_curve(text, share) == name
+
+
+def test_one_curve_for_each_method():
+    curves = group_curves(ENTRIES[1:], "tokens_kept")
+    assert list(curves) == ["ours", "random:beta=1"]
+    assert curves["ours"][0] == pytest.approx((10, 80, 2, 1))
+    assert [point[0] for point in curves["ours"]] == pytest.approx([10, 30])
+
+
+def test_what_keeps_all_has_no_place_on_the_axis():
+    assert list(group_curves(ENTRIES[1:], "neurons_kept")) == ["ours:keep=0.3", "ours:keep=0.1"]
+
+
+@pytest.mark.parametrize("entries", [ENTRIES, ENTRIES[:1]])
+def test_a_picture_comes_out(tmp_path, entries):
+    draw_curves(entries, "neurons_kept", tmp_path / "a.png", "SceneVLM")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,325 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from corematching.errors import ConfigError, UnsupportedModelError
+from corematching.protocol import NeuronChoice
+from corematching.runtime.ffn import SparseFFN, find_ffn
+from tests.models import build
+
+HIDDEN, WIDTH, KEPT = 16, 24, 7
+
+
+class GatedFFN(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(HIDDEN, WIDTH, bias=bias)
+        self.up_proj = nn.Linear(HIDDEN, WIDTH, bias=bias)
+        self.down_proj = nn.Linear(WIDTH, HIDDEN, bias=bias)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FusedFFN(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(HIDDEN, 2 * WIDTH, bias=bias)
+        self.down_proj = nn.Linear(WIDTH, HIDDEN, bias=bias)
+        self.activation_fn = nn.GELU()
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+class PlainFFN(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(HIDDEN, WIDTH, bias=bias)
+        self.fc2 = nn.Linear(WIDTH, HIDDEN, bias=bias)
+        self.activation_fn = F.relu
+
+    def forward(self, x):
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
+
+FORMS = [GatedFFN, FusedFFN, PlainFFN]
+
+
+def make(form=GatedFFN, bias=False, count=KEPT) -> SparseFFN:
+    torch.manual_seed(0)
+    sparse = SparseFFN(form(bias).eval(), count)
+    sparse.install()
+    return sparse
+
+
+def choose(batch: int, count: int = KEPT, seed: int = 1, mean: bool = False) -> NeuronChoice:
+    rng = torch.Generator().manual_seed(seed)
+    order = torch.rand(batch, WIDTH, generator=rng).argsort(1)
+    indices = order[:, :count].sort(1).values
+    means = torch.randn(batch, WIDTH, generator=rng).scatter(1, indices, 0.0)
+    return NeuronChoice(indices, means if mean else None)
+
+
+def masked(sparse: SparseFFN, x, choice: NeuronChoice):
+    """The dense FFN with its dropped neurons overwritten."""
+    keep = torch.zeros(x.shape[0], WIDTH, dtype=torch.bool).scatter(1, choice.indices, True)
+    filler = torch.zeros(x.shape[0], WIDTH) if choice.mean is None else choice.mean
+
+    def overwrite(module, args):
+        return (torch.where(keep[:, None], args[0], filler[:, None]),)
+
+    handle = sparse.down_proj.register_forward_pre_hook(overwrite)
+    out = type(sparse.mlp).forward(sparse.mlp, x)
+    handle.remove()
+    return out
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_compact_neurons_equal_masked_neurons(form, bias, mean, batch):
+    sparse, choice = make(form, bias), choose(batch, mean=mean)
+    x = torch.randn(batch, 1, HIDDEN)
+    sparse.set(choice)
+    torch.testing.assert_close(sparse.mlp(x), masked(sparse, x, choice), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prompts_and_cleared_ffns_stay_dense(form):
+    sparse = make(form)
+    prompt, token = torch.randn(2, 5, HIDDEN), torch.randn(2, 1, HIDDEN)
+    dense = form.forward(sparse.mlp, token)
+    assert torch.equal(sparse.mlp(token), dense)
+    sparse.set(choose(2))
+    assert torch.equal(sparse.mlp(prompt), form.forward(sparse.mlp, prompt))
+    assert not torch.allclose(sparse.mlp(token), dense)
+    sparse.clear()
+    assert torch.equal(sparse.mlp(token), dense)
+
+
+def test_every_neuron_is_exactly_dense():
+    sparse = make(count=WIDTH)
+    sparse.set(NeuronChoice(torch.arange(WIDTH)[None]))
+    x = torch.randn(1, 1, HIDDEN)
+    assert torch.equal(sparse.mlp(x), GatedFFN.forward(sparse.mlp, x))
+
+
+def test_buffers_are_reused_in_place():
+    sparse = make(bias=True)
+    sparse.set(choose(2, seed=1, mean=True))
+    before = [(t.data_ptr(), t.clone()) for t in sparse._weights.tensors]
+    bias = sparse._bias.data_ptr()
+    sparse.set(choose(2, seed=2, mean=True))
+    for (address, old), new in zip(before, sparse._weights.tensors, strict=True):
+        assert new.data_ptr() == address
+        assert not torch.equal(new, old)
+    assert sparse._bias.data_ptr() == bias
+    sparse.set(choose(3, seed=2))
+    assert sparse._weights.up.shape == (3, KEPT, HIDDEN)
+
+
+def test_a_choice_made_in_inference_mode_can_be_replaced_outside():
+    sparse, x = make(), torch.randn(1, 1, HIDDEN)
+    with torch.inference_mode():
+        sparse.set(choose(1, seed=1))
+        sparse.mlp(x.clone())
+    sparse.set(choose(1, seed=2))
+    torch.testing.assert_close(sparse.mlp(x), masked(sparse, x, choose(1, seed=2)))
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_equal_neighbours_share_one_set(mean):
+    """Beams of one sample choose the same neurons."""
+    two = choose(2, mean=mean)
+    beams = NeuronChoice(
+        two.indices.repeat_interleave(3, 0),
+        None if two.mean is None else two.mean.repeat_interleave(3, 0),
+    )
+    sparse, x = make(), torch.randn(6, 1, HIDDEN)
+    sparse.set(beams)
+    assert sparse._weights.up.shape[0] == 2
+    torch.testing.assert_close(sparse.mlp(x), masked(sparse, x, beams), rtol=1e-5, atol=1e-6)
+    sparse.set(NeuronChoice(two.indices[:1].expand(6, -1)))
+    assert sparse._weights.up.shape[0] == 1
+
+
+def test_equal_sets_that_are_no_neighbours_stay_apart():
+    choice = choose(4)
+    choice.indices[3] = choice.indices[0]
+    sparse, x = make(), torch.randn(4, 1, HIDDEN)
+    sparse.set(choice)
+    assert sparse._weights.up.shape[0] == 4
+    torch.testing.assert_close(sparse.mlp(x), masked(sparse, x, choice), rtol=1e-5, atol=1e-6)
+
+
+def test_an_expanded_batch_shares_its_samples_choices():
+    sparse, choice, x = make(), choose(2, mean=True), torch.randn(6, 1, HIDDEN)
+    sparse.set(choice)
+    expanded = NeuronChoice(
+        choice.indices.repeat_interleave(3, 0), choice.mean.repeat_interleave(3, 0)
+    )
+    torch.testing.assert_close(sparse.mlp(x), masked(sparse, x, expanded), rtol=1e-5, atol=1e-6)
+
+
+def test_bytes_read_count_every_set_once():
+    sparse = make()
+    dense = 3 * WIDTH * HIDDEN * 4
+    assert sparse.bytes_read(1) == dense
+    sparse.set(choose(1))
+    assert sparse.bytes_read(1) == sparse.bytes_read(4) == 3 * KEPT * HIDDEN * 4
+    sparse.set(choose(2, mean=True))
+    assert sparse.bytes_read(2) == 2 * (3 * KEPT * HIDDEN * 4 + HIDDEN * 4)
+    sparse.clear()
+    assert sparse.bytes_read(2) == dense
+
+
+def test_remove_leaves_nothing_behind():
+    torch.manual_seed(0)
+    mlp = GatedFFN().eval()
+    before = dict(vars(mlp))
+    sparse = SparseFFN(mlp, KEPT)
+    assert vars(mlp) == before
+    sparse.install()
+    sparse.install()
+    sparse.set(choose(1))
+    sparse.remove()
+    sparse.remove()
+    assert vars(mlp) == before
+    token = torch.randn(1, 1, HIDDEN)
+    assert torch.equal(mlp(token), GatedFFN.forward(mlp, token))
+    alive = weakref.ref(sparse)
+    del sparse
+    gc.collect()
+    assert alive() is None
+
+
+def test_remove_puts_an_earlier_patch_back():
+    torch.manual_seed(0)
+    mlp = GatedFFN().eval()
+    own = mlp.forward
+    calls = []
+
+    def patched(x):
+        calls.append(x.shape)
+        return own(x)
+
+    mlp.forward = patched
+    sparse = SparseFFN(mlp, KEPT)
+    sparse.install()
+    calls.clear()
+    mlp(torch.randn(1, 4, HIDDEN))
+    assert len(calls) == 1
+    sparse.remove()
+    assert vars(mlp)["forward"] is patched
+
+
+def test_compiles_without_a_break_and_without_a_second_compilation():
+    sparse = make(bias=True)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    step = torch.compile(sparse.mlp, fullgraph=True, backend=backend)
+    x = torch.randn(2, 1, HIDDEN)
+    for seed in (1, 2, 3):
+        choice = choose(2, seed=seed, mean=True)
+        sparse.set(choice)
+        with torch.no_grad():
+            torch.testing.assert_close(step(x), masked(sparse, x, choice), rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    torch.manual_seed(0)
+    sparse = SparseFFN(GatedFFN(bias=True).to(dtype).eval(), KEPT)
+    sparse.install()
+    sparse.set(choose(2, mean=True))
+    assert sparse.mlp(torch.randn(2, 1, HIDDEN, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("count", [0, -1, WIDTH + 1])
+def test_refuses_a_count_out_of_range(count):
+    with pytest.raises(ConfigError, match="choose a count from 1 to 24"):
+        SparseFFN(GatedFFN(), count)
+
+
+def test_refuses_a_choice_of_another_size():
+    sparse = make()
+    with pytest.raises(ConfigError, match="as many neurons as it was asked for"):
+        sparse.set(choose(1, count=KEPT + 1))
+    with pytest.raises(ConfigError, match="one mean per neuron"):
+        sparse.set(NeuronChoice(choose(1).indices, torch.zeros(2, WIDTH)))
+    assert not sparse.active
+
+
+def test_refuses_what_computes_something_else():
+    class Scaled(GatedFFN):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(UnsupportedModelError, match="Scaled computes more"):
+        SparseFFN(Scaled(), KEPT)
+
+
+def test_refuses_quantised_and_adapted_and_offloaded_weights():
+    class Linear4bit(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    quantised, adapted, offloaded = GatedFFN(), GatedFFN(), GatedFFN().to("meta")
+    quantised.up_proj = Linear4bit(HIDDEN, WIDTH)
+    adapted.down_proj.base_layer = nn.Linear(WIDTH, HIDDEN)
+    with pytest.raises(UnsupportedModelError, match="Linear4bit is quantised"):
+        SparseFFN(quantised, KEPT)
+    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+        SparseFFN(adapted, KEPT)
+    with pytest.raises(UnsupportedModelError, match="off-loaded"):
+        SparseFFN(offloaded, KEPT)
+
+
+def test_refuses_an_unknown_form_by_name():
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1 = nn.Linear(HIDDEN, WIDTH)
+
+    with pytest.raises(UnsupportedModelError, match=r"Strange is no FFN .* \(it has w1\)"):
+        SparseFFN(Strange(), KEPT)
+
+
+def test_finds_the_ffn_of_a_decoder_layer():
+    layer = build("llama").get_decoder().layers[0]
+    assert find_ffn(layer) is layer.mlp
+
+
+def test_names_a_mixture_of_experts():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    layer = transformers.MixtralForCausalLM(config).get_decoder().layers[0]
+    with pytest.raises(UnsupportedModelError, match="MixtralSparseMoeBlock"):
+        find_ffn(layer)
+
+
+def test_names_a_layer_without_an_ffn():
+    with pytest.raises(UnsupportedModelError, match="Identity has no FFN"):
+        find_ffn(nn.Identity())

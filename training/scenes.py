@@ -1,0 +1,253 @@
+"""Compose SceneQA's scenes: rendered objects and signs on varied backgrounds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from classes import OBJECTS, WORDS, find_sprites
+
+SIZE = 224  # pixels, the side of a scene
+PATCH = 16
+GRID = SIZE // PATCH
+BACKGROUND = 0  # class of a patch without an object; objects and words follow
+CLASSES = ("background", *OBJECTS, *WORDS)
+CLASS_ID = {name: i for i, name in enumerate(CLASSES)}
+KINDS = ("plain", "gradient", "noise", "stripes", "checker", "clouds", "dots")
+_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
+_MIN_VISIBLE = 0.6
+_HELD_OUT = 8  # one pair of contents in so many is kept for the test and development splits
+
+
+@dataclass
+class Item:
+    """One object or sign in a scene; the box is in pixels."""
+
+    name: str
+    is_word: bool
+    x0: int
+    y0: int
+    width: int
+    height: int
+
+    @property
+    def cx(self) -> float:
+        return self.x0 + self.width / 2
+
+    @property
+    def cy(self) -> float:
+        return self.y0 + self.height / 2
+
+    @property
+    def size(self) -> int:
+        return max(self.width, self.height)
+
+
+@dataclass
+class Scene:
+    """A picture and what is in it."""
+
+    image: np.ndarray  # (SIZE, SIZE, 3) uint8
+    owner: np.ndarray  # (SIZE, SIZE) int8, index of the item on top, -1 for background
+    items: list[Item] = field(default_factory=list)
+    kind: str = "plain"
+
+    @property
+    def objects(self) -> list[Item]:
+        return [item for item in self.items if not item.is_word]
+
+    @property
+    def word(self) -> str | None:
+        return next((item.name for item in self.items if item.is_word), None)
+
+
+class Sprites:
+    """Every object's picture, cropped to its outline, at the sizes asked for so far."""
+
+    def __init__(self, assets: Path) -> None:
+        self._full: dict[str, Image.Image] = {}
+        for name, path in find_sprites(assets).items():
+            image = Image.open(path).convert("RGBA")
+            outline = image.getchannel("A").point(lambda a: 255 * (a > 40)).getbbox()
+            self._full[name] = image.crop(outline)
+        self._scaled: dict[tuple[str, int], np.ndarray] = {}
+
+    def get(self, name: str, size: int) -> np.ndarray:
+        """(h, w, 4) uint8, the longer side ``size`` pixels rounded to a multiple of 4."""
+        size = max(4, 4 * round(size / 4))
+        key = (name, size)
+        if key not in self._scaled:
+            full = self._full[name]
+            scale = size / max(full.size)
+            shape = (max(1, round(full.width * scale)), max(1, round(full.height * scale)))
+            self._scaled[key] = np.asarray(full.resize(shape, Image.Resampling.BOX))
+        return self._scaled[key]
+
+
+class Composer:
+    """Draws scenes; the same generator state gives the same scene.
+
+    Parameters
+    ----------
+    assets : Path
+        The folder of sprites.
+    held_out : bool
+        False draws training scenes, in which no held-out pair of contents occurs; True draws
+        scenes that hold at least one such pair, so that no composition is in both.
+    """
+
+    def __init__(self, assets: Path, held_out: bool = False) -> None:
+        self.sprites = Sprites(assets)
+        self.held_out = held_out
+        fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+        self._fonts = {
+            (name, size): ImageFont.truetype(str(fonts / f"{name}.ttf"), size)
+            for name in _FONTS
+            for size in range(18, 41, 2)
+        }
+
+    def draw(self, rng: np.random.Generator) -> Scene:
+        """Compose one scene."""
+        while True:
+            kind = KINDS[rng.integers(len(KINDS))]
+            names = self._pick_contents(rng, kind)
+            if names is None:
+                continue
+            scene = self._place(rng, kind, names)
+            if scene is not None:
+                return scene
+
+    def _pick_contents(self, rng: np.random.Generator, kind: str) -> list[str] | None:
+        count = int(rng.choice(6, p=[0.08, 0.2, 0.27, 0.22, 0.14, 0.09])) + 1
+        names: list[str] = []
+        while len(names) < count:
+            if names and rng.random() < 0.25:
+                names.append(names[-1])
+                continue
+            name = OBJECTS[rng.integers(len(OBJECTS))]
+            if not self.held_out and any(is_held_out(name, other) for other in [kind, *names]):
+                continue
+            names.append(name)
+        if rng.random() < 0.35:
+            names.append("word:" + WORDS[rng.integers(len(WORDS))])
+        if self.held_out:
+            things = sorted({kind, *(name for name in names if not name.startswith("word:"))})
+            pairs = [(a, b) for i, a in enumerate(things) for b in things[i + 1 :]]
+            if not any(is_held_out(a, b) for a, b in pairs):
+                return None
+        return names
+
+    def _place(self, rng: np.random.Generator, kind: str, names: list[str]) -> Scene | None:
+        canvas = draw_background(rng, kind)
+        owner = np.full((SIZE, SIZE), -1, np.int8)
+        items: list[Item] = []
+        drawn: list[int] = []
+        largest = min(116.0, 210 / math.sqrt(len(names)))
+        for index, name in enumerate(names):
+            for _ in range(20):
+                sprite = self._draw_item(rng, name, largest)
+                height, width = sprite.shape[:2]
+                if height > SIZE or width > SIZE:
+                    continue
+                x0 = int(rng.integers(0, SIZE - width + 1))
+                y0 = int(rng.integers(0, SIZE - height + 1))
+                solid = sprite[..., 3] > 100
+                under = owner[y0 : y0 + height, x0 : x0 + width]
+                hidden = np.bincount(under[solid & (under >= 0)], minlength=len(names))
+                left = [(owner == i).sum() - hidden[i] for i in range(index)]
+                if any(rest < _MIN_VISIBLE * drawn[i] for i, rest in enumerate(left)):
+                    continue
+                under[solid] = index
+                drawn.append(int(solid.sum()))
+                region = canvas[y0 : y0 + height, x0 : x0 + width]
+                alpha = sprite[..., 3:].astype(np.float32) / 255
+                region += (sprite[..., :3] - region) * alpha
+                word = name.startswith("word:")
+                items.append(Item(name.removeprefix("word:"), word, x0, y0, width, height))
+                break
+            else:
+                return None
+        return Scene(canvas.astype(np.uint8), owner, items, kind)
+
+    def _draw_item(self, rng: np.random.Generator, name: str, largest: float) -> np.ndarray:
+        if name.startswith("word:"):
+            return self._draw_sign(rng, name.removeprefix("word:"))
+        size = 24 + (largest - 24) * rng.random() ** 0.8
+        sprite = self.sprites.get(name, int(size))
+        return sprite[:, ::-1] if rng.random() < 0.5 else sprite
+
+    def _draw_sign(self, rng: np.random.Generator, word: str) -> np.ndarray:
+        font = self._fonts[_FONTS[rng.integers(len(_FONTS))], int(rng.integers(9, 21)) * 2]
+        text = (word, word.capitalize(), word.upper())[rng.integers(3)]
+        left, top, right, bottom = font.getbbox(text)
+        pad = int(rng.integers(3, 9))
+        dark = rng.integers(0, 90, 3)
+        light = rng.integers(170, 256, 3)
+        ink, plate = (dark, light) if rng.random() < 0.6 else (light, dark)
+        shape = (int(right - left) + 2 * pad, int(bottom - top) + 2 * pad)
+        sign = Image.new("RGBA", shape, (*map(int, plate), 255))
+        ImageDraw.Draw(sign).text((pad - left, pad - top), text, (*map(int, ink), 255), font)
+        return np.asarray(sign)
+
+
+def is_held_out(first: str, second: str) -> bool:
+    """Whether this pair of contents (object classes or background kind) is never trained on."""
+    if first == second:
+        return False
+    pair = "+".join(sorted((first, second)))
+    return hashlib.sha256(pair.encode()).digest()[0] % _HELD_OUT == 0
+
+
+def draw_background(rng: np.random.Generator, kind: str) -> np.ndarray:
+    """A (SIZE, SIZE, 3) float32 background of the given kind, values 0 to 255."""
+    first, second = rng.integers(20, 240, (2, 3)).astype(np.float32)
+    second = first + (second - first) * rng.uniform(0.15, 0.6)
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
+    angle = rng.uniform(0, 2 * math.pi)
+    along = x * math.cos(angle) + y * math.sin(angle)
+    period = rng.uniform(0.06, 0.25)
+    if kind == "plain":
+        blend = np.zeros_like(x)
+    elif kind == "gradient":
+        blend = (along - along.min()) / (along.max() - along.min())
+    elif kind == "noise":
+        blend = rng.random((SIZE, SIZE), np.float32)
+    elif kind == "stripes":
+        blend = ((along / period) % 1 > 0.5).astype(np.float32)
+    elif kind == "checker":
+        blend = ((x // period + y // period) % 2).astype(np.float32)
+    elif kind == "clouds":
+        coarse = Image.fromarray((rng.random((7, 7)) * 255).astype(np.uint8))
+        blend = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / np.float32(255)
+    else:
+        dots = (x / period % 1 - 0.5) ** 2 + (y / period % 1 - 0.5) ** 2
+        blend = (dots < 0.08).astype(np.float32)
+    return first + blend[..., None] * (second - first)
+
+
+def label_patches(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """What the vision tower learns to say about each patch.
+
+    Returns
+    -------
+    labels : ndarray
+        (GRID * GRID,) int64, the class of the item that covers most of the patch, or background.
+    geometry : ndarray
+        (GRID * GRID, 4) float32, that item's centre and extent (x, y, width, height) over SIZE.
+    """
+    counts = np.zeros((len(scene.items) + 1, GRID, GRID), np.int64)
+    tiles = scene.owner.reshape(GRID, PATCH, GRID, PATCH)
+    for index in range(len(scene.items)):
+        counts[index + 1] = (tiles == index).sum((1, 3))
+    counts[0] = int(0.18 * PATCH * PATCH)
+    winner = counts.argmax(0).reshape(-1)
+    ids = [BACKGROUND] + [CLASS_ID[item.name] for item in scene.items]
+    boxes = [(0.0, 0.0, 0.0, 0.0)]
+    boxes += [(item.cx, item.cy, item.width, item.height) for item in scene.items]
+    return np.asarray(ids)[winner], (np.asarray(boxes, np.float32) / SIZE)[winner]
