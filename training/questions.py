@@ -113,7 +113,10 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Tell me what is in this image.",
     ),
 }
-HARDER = ("count", "side", "relation", "bigger", "where", "list", "describe")
+# After one round of all families, training asks these again, in these shares; the easy ones only
+# about every second picture.
+ASKED = {"count": 4, "side": 3, "relation": 6, "bigger": 1, "where": 2, "list": 2, "describe": 2}
+EASY = ("exists", "choice")
 HELD_OUT_WORDINGS = 2
 SIDES = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
@@ -156,14 +159,15 @@ class Interviewer:
         text += slots.get("options", "")
         return Question(family, text, answer, index >= trained)
 
-    def ask_many(self, rng: np.random.Generator, scene: Scene, count: int) -> list[Question]:
-        """``count`` different questions at most: each family once, then the harder ones again."""
+    def ask_many(self, rng: np.random.Generator, scene: Scene, tries: int = 40) -> list[Question]:
+        """Different questions about one scene: each family once, then the harder ones again."""
         questions: dict[str, Question] = {}
         order = [FAMILIES[i] for i in rng.permutation(len(FAMILIES))]
-        again = [HARDER[i] for i in rng.permutation(len(HARDER))]
-        for family in order + again * 3:
-            if len(questions) >= count:
-                break
+        families, weights = zip(*ASKED.items(), strict=True)
+        again = rng.choice(len(families), tries, p=np.divide(weights, sum(weights)))
+        for family in order + [families[i] for i in again]:
+            if family in EASY and rng.random() < 0.5:
+                continue
             question = self.ask(rng, scene, family)
             if question is not None:
                 questions.setdefault(question.text, question)

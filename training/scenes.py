@@ -20,14 +20,19 @@ BACKGROUND = 0  # class of a patch without an object; objects and words follow
 CLASSES = ("background", *OBJECTS, *WORDS)
 CLASS_ID = {name: i for i, name in enumerate(CLASSES)}
 KINDS = ("plain", "gradient", "noise", "stripes", "checker", "clouds", "dots")
-_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
+_FONT_SIZES = range(24, 41, 2)
 _MIN_VISIBLE = 0.6
 _HELD_OUT = 8  # one pair of contents in so many is kept for the test and development splits
 
 
 @dataclass
 class Item:
-    """One object or sign in a scene; the box is in pixels."""
+    """One object or sign in a scene; the box is in pixels.
+
+    A sign's ``letters`` are (letter in lower case, left, right), pixels from the sign's left edge.
+    """
 
     name: str
     is_word: bool
@@ -35,6 +40,7 @@ class Item:
     y0: int
     width: int
     height: int
+    letters: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def cx(self) -> float:
@@ -100,16 +106,20 @@ class Composer:
     held_out : bool
         False draws training scenes, in which no held-out pair of contents occurs; True draws
         scenes that hold at least one such pair, so that no composition is in both.
+    signs : float
+        Mean number of signs in a scene. Questions want one at most; only the vision tower, which
+        has to learn to read, sees more.
     """
 
-    def __init__(self, assets: Path, held_out: bool = False) -> None:
+    def __init__(self, assets: Path, held_out: bool = False, signs: float = 0.35) -> None:
         self.sprites = Sprites(assets)
         self.held_out = held_out
+        self.signs = signs
         fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         self._fonts = {
             (name, size): ImageFont.truetype(str(fonts / f"{name}.ttf"), size)
             for name in _FONTS
-            for size in range(18, 41, 2)
+            for size in _FONT_SIZES
         }
 
     def draw(self, rng: np.random.Generator) -> Scene:
@@ -134,7 +144,7 @@ class Composer:
             if not self.held_out and any(is_held_out(name, other) for other in [kind, *names]):
                 continue
             names.append(name)
-        if rng.random() < 0.35:
+        for _ in range(int(self.signs + rng.random())):
             names.append("word:" + WORDS[rng.integers(len(WORDS))])
         if self.held_out:
             things = sorted({kind, *(name for name in names if not name.startswith("word:"))})
@@ -148,10 +158,11 @@ class Composer:
         owner = np.full((SIZE, SIZE), -1, np.int8)
         items: list[Item] = []
         drawn: list[int] = []
+        visible: list[int] = []
         largest = min(116.0, 210 / math.sqrt(len(names)))
         for index, name in enumerate(names):
             for _ in range(20):
-                sprite = self._draw_item(rng, name, largest)
+                sprite, letters = self._draw_item(rng, name, largest)
                 height, width = sprite.shape[:2]
                 if height > SIZE or width > SIZE:
                     continue
@@ -160,30 +171,34 @@ class Composer:
                 solid = sprite[..., 3] > 100
                 under = owner[y0 : y0 + height, x0 : x0 + width]
                 hidden = np.bincount(under[solid & (under >= 0)], minlength=len(names))
-                left = [(owner == i).sum() - hidden[i] for i in range(index)]
+                left = [seen - hidden[i] for i, seen in enumerate(visible)]
                 if any(rest < _MIN_VISIBLE * drawn[i] for i, rest in enumerate(left)):
                     continue
                 under[solid] = index
                 drawn.append(int(solid.sum()))
+                visible = [*left, drawn[-1]]
                 region = canvas[y0 : y0 + height, x0 : x0 + width]
                 alpha = sprite[..., 3:].astype(np.float32) / 255
                 region += (sprite[..., :3] - region) * alpha
                 word = name.startswith("word:")
-                items.append(Item(name.removeprefix("word:"), word, x0, y0, width, height))
+                name = name.removeprefix("word:")
+                items.append(Item(name, word, x0, y0, width, height, letters))
                 break
             else:
                 return None
         return Scene(canvas.astype(np.uint8), owner, items, kind)
 
-    def _draw_item(self, rng: np.random.Generator, name: str, largest: float) -> np.ndarray:
+    def _draw_item(self, rng: np.random.Generator, name: str, largest: float):
         if name.startswith("word:"):
             return self._draw_sign(rng, name.removeprefix("word:"))
         size = 24 + (largest - 24) * rng.random() ** 0.8
         sprite = self.sprites.get(name, int(size))
-        return sprite[:, ::-1] if rng.random() < 0.5 else sprite
+        return (sprite[:, ::-1] if rng.random() < 0.5 else sprite), ()
 
-    def _draw_sign(self, rng: np.random.Generator, word: str) -> np.ndarray:
-        font = self._fonts[_FONTS[rng.integers(len(_FONTS))], int(rng.integers(9, 21)) * 2]
+    def _draw_sign(self, rng: np.random.Generator, word: str):
+        font = self._fonts[
+            _FONTS[rng.integers(len(_FONTS))], int(_FONT_SIZES[rng.integers(len(_FONT_SIZES))])
+        ]
         text = (word, word.capitalize(), word.upper())[rng.integers(3)]
         left, top, right, bottom = font.getbbox(text)
         pad = int(rng.integers(3, 9))
@@ -193,7 +208,8 @@ class Composer:
         shape = (int(right - left) + 2 * pad, int(bottom - top) + 2 * pad)
         sign = Image.new("RGBA", shape, (*map(int, plate), 255))
         ImageDraw.Draw(sign).text((pad - left, pad - top), text, (*map(int, ink), 255), font)
-        return np.asarray(sign)
+        edges = [pad - left + font.getlength(text[:end]) for end in range(len(text) + 1)]
+        return np.asarray(sign), tuple(zip(word, edges[:-1], edges[1:], strict=True))
 
 
 def is_held_out(first: str, second: str) -> bool:
@@ -251,3 +267,25 @@ def label_patches(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     boxes = [(0.0, 0.0, 0.0, 0.0)]
     boxes += [(item.cx, item.cy, item.width, item.height) for item in scene.items]
     return np.asarray(ids)[winner], (np.asarray(boxes, np.float32) / SIZE)[winner]
+
+
+def label_letters(scene: Scene) -> np.ndarray:
+    """Which letters each patch shows.
+
+    Returns
+    -------
+    ndarray
+        (GRID * GRID, 26) bool: a letter counts where at least 5 pixels of its width are in the
+        patch, and only in patches that the sign covers.
+    """
+    shown = np.zeros((GRID, GRID, len(LETTERS)), bool)
+    tiles = scene.owner.reshape(GRID, PATCH, GRID, PATCH)
+    for index, item in enumerate(scene.items):
+        if not item.is_word:
+            continue
+        rows = (tiles == index).sum((1, 3)) > 0.18 * PATCH * PATCH
+        for letter, start, stop in item.letters:
+            edges = np.arange(GRID + 1) * PATCH - item.x0
+            overlap = np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1])
+            shown[:, overlap >= 5, LETTERS.index(letter)] |= rows[:, overlap >= 5]
+    return shown.reshape(-1, len(LETTERS))

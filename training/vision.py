@@ -20,7 +20,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from scenes import CLASSES, GRID, PATCH, SIZE, Composer, label_patches
+from classes import OBJECTS
+from scenes import (
+    CLASSES,
+    GRID,
+    LETTERS,
+    PATCH,
+    SIZE,
+    Composer,
+    label_letters,
+    label_patches,
+)
+
+FIRST_WORD = 1 + len(OBJECTS)  # class ids from here on are words
 
 
 def make_config() -> CLIPVisionConfig:
@@ -46,11 +58,15 @@ class PatchTeacher(nn.Module):
         self.name = nn.Linear(config.hidden_size, len(CLASSES))
         self.geometry = nn.Linear(config.hidden_size, 4)
         self.centre = nn.Linear(config.hidden_size, 1)
+        self.letters = nn.Linear(config.hidden_size, len(LETTERS))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, S, S) -> class logits (B, P, C), geometry (B, P, 4), is-centre logit (B, P)."""
-        patches = self.norm(encode_patches(self.tower, pixels))
-        return self.name(patches), self.geometry(patches), self.centre(patches).squeeze(-1)
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Class logits (B, P, C), geometry (B, P, 4), is-centre (B, P), letters (B, P, 26)."""
+        hidden = self.tower(pixels, output_hidden_states=True).hidden_states
+        patches = self.norm(hidden[-1][:, 1:])
+        spelt = F.layer_norm(hidden[-3][:, 1:], patches.shape[-1:])
+        centres = self.centre(patches).squeeze(-1)
+        return self.name(patches), self.geometry(patches), centres, self.letters(spelt)
 
 
 def encode_patches(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
@@ -66,20 +82,21 @@ def normalise(images: Tensor) -> Tensor:
 class PatchStream(IterableDataset):
     """Endless batches of training scenes with patch labels."""
 
-    def __init__(self, assets: Path, batch: int, seed: int) -> None:
-        self.assets, self.batch, self.seed = assets, batch, seed
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        self.args, self.seed = args, seed
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         info = torch.utils.data.get_worker_info()
         rng = np.random.default_rng((self.seed, info.id if info else 0))
-        composer = Composer(self.assets)
+        composer = Composer(self.args.sprites, signs=self.args.signs)
         while True:
-            scenes = [composer.draw(rng) for _ in range(self.batch)]
+            scenes = [composer.draw(rng) for _ in range(self.args.batch)]
             labels, geometry = zip(*(label_patches(scene) for scene in scenes), strict=True)
             yield (
                 torch.from_numpy(np.stack([scene.image for scene in scenes])),
                 torch.from_numpy(np.stack(labels)),
                 torch.from_numpy(np.stack(geometry)),
+                torch.from_numpy(np.stack([label_letters(scene) for scene in scenes])),
             )
 
 
@@ -92,10 +109,10 @@ def mark_centres(geometry: Tensor, labels: Tensor) -> Tensor:
 
 def compute_losses(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
     """The weighted loss, and what to log."""
-    images, labels, geometry = batch
+    images, labels, geometry, letters = batch
     with torch.autocast("cpu", torch.bfloat16):
-        names, places, centres = model(normalise(images))
-    shown = labels > 0
+        names, places, centres, spelt = model(normalise(images))
+    shown, signs = labels > 0, labels >= FIRST_WORD
     weight = torch.full((len(CLASSES),), 1.0)
     weight[0] = 0.25
     name_loss = F.cross_entropy(names.float().flatten(0, 1), labels.flatten(), weight)
@@ -104,15 +121,18 @@ def compute_losses(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[
     centre_loss = F.binary_cross_entropy_with_logits(
         centres.float()[shown], target[shown], pos_weight=torch.tensor(5.0)
     )
+    letter_loss = F.binary_cross_entropy_with_logits(spelt.float()[signs], letters[signs].float())
     hits = names.argmax(-1) == labels
     log = {
         "name_loss": name_loss.item(),
         "place_error": place_loss.item(),
         "centre_loss": centre_loss.item(),
-        "object_accuracy": hits[shown].float().mean().item(),
+        "letter_loss": letter_loss.item(),
+        "object_accuracy": hits[shown & ~signs].float().mean().item(),
+        "word_accuracy": hits[signs].float().mean().item(),
         "background_accuracy": hits[~shown].float().mean().item(),
     }
-    return name_loss + 3 * place_loss + 0.3 * centre_loss, log
+    return name_loss + 3 * place_loss + 0.3 * centre_loss + 3 * letter_loss, log
 
 
 def schedule_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
@@ -139,7 +159,11 @@ def train(args: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    stream = PatchStream(args.sprites, args.batch, args.seed + step)
+    elif args.start is not None:
+        model.load_state_dict(torch.load(args.start)["model"], strict=False)
+    for layer in model.tower.encoder.layers:
+        layer.compile(dynamic=False)
+    stream = PatchStream(args, args.seed + step)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
     started = time.time()
     totals: dict[str, float] = {}
@@ -170,7 +194,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="checkpoint to take the weights of")
     parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--signs", type=float, default=1.0, help="signs per scene")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)

@@ -41,9 +41,11 @@ if TYPE_CHECKING:
         neuron_score_by_name,
         score_by_name,
     )
+    from corematching.runtime import load
 
 __version__ = "0.1.0"
 
+_OTHERS = {"load": "runtime", "load_demo": "demo"}
 _METHODS = frozenset(
     {
         "CoreMatching",
@@ -61,7 +63,7 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that `corematching --help` need not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'corematching' has no attribute '{name}'")
-    part = "demo" if name == "load_demo" else "methods" if name in _METHODS else "policy"
+    part = _OTHERS.get(name, "methods" if name in _METHODS else "policy")
     return getattr(importlib.import_module(f"corematching.{part}"), name)
 
 
@@ -90,6 +92,7 @@ __all__ = [
     "TokenRule",
     "Uniform",
     "__version__",
+    "load",
     "load_demo",
     "method_by_name",
     "method_from_dict",

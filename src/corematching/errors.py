@@ -26,6 +26,14 @@ class InputError(CoreMatchingError):
     """An image, a text or a file is missing, broken or does not fit the model."""
 
 
+class MemoryCapError(CoreMatchingError):
+    """A model does not fit under the cap on memory that it was given."""
+
+
+class BusyMachineError(CoreMatchingError):
+    """Other programs run, so that times would mean nothing."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not registered, with the nearest one that is."""
     names = sorted(known)

@@ -5,7 +5,7 @@ layer did during the prefill (`PrefillView`) and gets back a choice (`TokenChoic
 Neither side imports the other.
 
 Shapes in this file: B samples, T tokens still present (padding included), N image tokens,
-d hidden size, F intermediate neurons of the FFN, H attention heads, K kept neurons.
+d hidden size, F intermediate neurons of the FFN, H attention heads, K kept neurons, I images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,41 @@ ACTIVATIONS = "activations"
 ATTENTION = "attention"
 CONTRIBUTIONS = "contributions"
 EMBEDDINGS = "embeddings"
-NEEDS = frozenset({ACTIVATIONS, ATTENTION, CONTRIBUTIONS, EMBEDDINGS})
+GATE = "gate"
+INPUTS = "inputs"
+KEPT = "kept"
+VISION = "vision"
+NEEDS = frozenset({ACTIVATIONS, ATTENTION, CONTRIBUTIONS, EMBEDDINGS, GATE, INPUTS, KEPT, VISION})
+
+
+@dataclass
+class VisionView:
+    """What one layer of the vision tower's attention computed for the images of a batch.
+
+    Only shown by models in which one image token is one patch. Images stand in the prompts' order;
+    their patches, in order, are the batch's image tokens in order. N patches an image, S = N plus
+    the class tokens, D width of a head, c width of the features.
+
+    Attributes
+    ----------
+    queries, keys : Tensor
+        (I, H, S, D), class tokens first.
+    scaling : float
+        The layer's attention is ``softmax(queries @ keys^T * scaling)``.
+    classes : int
+        Class tokens, 0 or 1.
+    features : Tensor
+        (I, N, c), what enters the projector.
+    project : callable
+        The model's projector: (..., c) features to (..., d) input embeddings.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    scaling: float
+    classes: int
+    features: Tensor
+    project: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -52,6 +86,15 @@ class PrefillView:
         ``sum_h A_h[last, j] * W_O,h V_h,j``; their sum over j is that output.
     down_proj : Tensor or None
         (d, F), the weight behind the activations.
+    inputs : Tensor or None
+        (B, T, d), what enters the FFN.
+    gate : Tensor or None
+        (B, T, F), ``act(gate(x))``; in an FFN without a gate ``act(up(x))``, the activations.
+    kept : Tensor or None
+        (B, T) bool, the tokens that go on behind the last layer after which tokens are dropped;
+        a neuron policy that reads it chooses the neurons of the layers before when this is known.
+    vision : VisionView or None
+        What the vision tower computed.
     memory : dict
         Scratch space that lives for one prefill and is shared by all its views.
     """
@@ -66,6 +109,10 @@ class PrefillView:
     attention: Callable[[Tensor], Tensor] | None = None
     contributions: Callable[[], Tensor] | None = None
     down_proj: Tensor | None = None
+    inputs: Tensor | None = None
+    gate: Tensor | None = None
+    kept: Tensor | None = None
+    vision: VisionView | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -113,15 +160,30 @@ class NeuronChoice:
     mean : Tensor or None
         (B, F), what stands in for each dropped neuron (its mean over the prompt), 0 on kept ones;
         the runtime folds it into one bias vector, ``down_proj @ mean``. None: dropped ones count 0.
+    input_threshold : Tensor or None
+        (B,) float: per decoded token, entries of the FFN's input with a smaller magnitude count 0.
+    gate_threshold : Tensor or None
+        (B,) float: per decoded token, a kept neuron goes on to ``up`` and ``down`` only if
+        ``|act(gate(x))|`` reaches it.
+    output_threshold : Tensor or None
+        (B,) float: per decoded token, a kept neuron goes on to ``down`` only if its activation's
+        magnitude reaches it.
     """
 
     indices: Tensor
     mean: Tensor | None = None
+    input_threshold: Tensor | None = None
+    gate_threshold: Tensor | None = None
+    output_threshold: Tensor | None = None
 
 
 @runtime_checkable
 class TokenPolicy(Protocol):
-    """Decides which image tokens go on, after one layer or several."""
+    """Decides which image tokens go on, after one layer or several.
+
+    One that reads the vision tower has a ``vision_layer``, the layer of the tower's attention that
+    it is shown, counted from the end: -1 is the last.
+    """
 
     @property
     def needs(self) -> frozenset[str]:
@@ -139,7 +201,13 @@ class TokenPolicy(Protocol):
 
 @runtime_checkable
 class NeuronPolicy(Protocol):
-    """Decides which intermediate neurons each layer computes in the decode."""
+    """Decides which intermediate neurons each layer computes in the decode.
+
+    May have ``needs``, like a `TokenPolicy`; without, it is shown the activations. One whose
+    choices carry thresholds has ``per_token = True``: its layers are then taken over even where it
+    keeps all ``width`` neurons. Its ``decode_share`` is the share of the kept neurons' weights that
+    a decoded token reads, as calibrated; reports count by it.
+    """
 
     def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
         """Neurons to keep in each layer, in [1, width]; ``width`` leaves the layer dense."""

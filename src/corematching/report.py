@@ -100,6 +100,40 @@ class SampleReport:
 
 
 @dataclass
+class MemoryReport:
+    """What a run under a cap on memory took of the device's memory, in bytes.
+
+    Attributes
+    ----------
+    cap_bytes : int
+        The cap.
+    resident_bytes : int
+        Weights that stay in memory: all but the FFNs of the layers whose neurons are chosen.
+    slot_bytes : int
+        Room for the layers on their way through memory.
+    chosen_bytes : int
+        Copies of the chosen neurons.
+    cache_bytes : int
+        Keys and values, reckoned for the whole prompt and, in generate(), all new tokens.
+    planned_bytes : int
+        What the run was reckoned to need.
+    streamed_bytes : int
+        Weights brought in from outside.
+    peak_bytes : int
+        The most that was taken, measured.
+    """
+
+    cap_bytes: int
+    resident_bytes: int
+    slot_bytes: int
+    chosen_bytes: int
+    cache_bytes: int
+    planned_bytes: int
+    streamed_bytes: int
+    peak_bytes: int
+
+
+@dataclass
 class Report:
     """One generate() or one forward pass of a prompt.
 
@@ -133,9 +167,16 @@ class Report:
         From the end of the prefill to the end of the last decode step.
     decode_steps : int
         Decode steps.
+    kernel : str
+        What ran the decode steps: ``torch``, a kernel's FFNs, or native steps.
+    decode_bytes, dense_decode_bytes : int
+        Bytes of weights that one decode step of the whole batch read, and would with all neurons:
+        attention, FFNs, output projection. Kernels count the rows that they read.
     continued : bool
         Whether this turn went on from the cache of an earlier one, whose choices it keeps; the
         samples' choices are then the earlier ones, and their prompt counts the new tokens only.
+    memory : MemoryReport or None
+        What was taken of the memory, where it had a cap.
     samples : list of SampleReport
         Per sample.
     """
@@ -155,7 +196,11 @@ class Report:
     decode_seconds: float
     decode_steps: int
     vision_flops: int = 0
+    kernel: str = "torch"
+    decode_bytes: int = 0
+    dense_decode_bytes: int = 0
     continued: bool = False
+    memory: MemoryReport | None = None
     samples: list[SampleReport] = field(default_factory=list)
 
     @property
@@ -184,6 +229,11 @@ class Report:
         return self._ratio("kv_bytes", "dense_kv_bytes")
 
     @property
+    def decode_bytes_ratio(self) -> float:
+        """Bytes of weights that a decode step read / dense ones."""
+        return _ratio(self.decode_bytes, self.dense_decode_bytes)
+
+    @property
     def ttft_seconds(self) -> float:
         """Vision tower and prefill: the time to the first token, preprocessing not included."""
         return self.prefill_seconds + self.vision_seconds
@@ -207,6 +257,7 @@ class Report:
             "prefill_flops_ratio",
             "decode_flops_ratio",
             "kv_ratio",
+            "decode_bytes_ratio",
             "ttft_seconds",
             "tpot_seconds",
         )

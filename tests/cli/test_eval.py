@@ -45,6 +45,21 @@ def test_table_and_resumed_run(measure, tmp_path):
     assert (tmp_path / "run" / "board.json").read_text() == before
 
 
+def test_budgets_go_to_each_method_s_own_parameter(measure, tmp_path):
+    arguments = ("--limit", "2", "-M", "stride:layer=1", "-M", "griffin", "--json")
+    code, out, err = measure(*arguments, "--budget", "0.25", "--budget", "0.5")
+    assert code == 0, err
+    board = json.loads(out)
+    assert [m["method"] for m in board["methods"]][1:] == [
+        "stride:layer=1,keep=0.25",
+        "stride:layer=1,keep=0.5",
+        "griffin:beta=0.25",
+        "griffin:beta=0.5",
+    ]
+    assert [m["tokens_kept"]["mean"] for m in board["methods"]] == [1, 0.25, 0.5, 1, 1]
+    assert [m["neurons_kept"] for m in board["methods"]] == pytest.approx([1, 1, 1, 0.25, 0.5])
+
+
 def test_default_method_is_ours(measure):
     board = json.loads(measure("--json", "--limit", "2")[1])
     assert [m["method"] for m in board["methods"]] == ["dense", "corematching"]
@@ -67,6 +82,9 @@ def test_a_text_model_is_refused(measure, tiny_lm):
         (("--method", "random:kep=0.1"), "did you mean 'keep'"),
         (("--method", "oracle:keep"), "write it as param=value"),
         (("--split", "/no/such"), "pass the folder of a SceneQA split"),
+        (("--method", "released-code", "--budget", "0.1"), "run it without --budget"),
+        (("--method", "fastv:keep=0.3", "--budget", "0.1"), "which it states"),
+        (("--budget", "1.5"), "keep=1.5: give a share"),
         (("--limit", "0"), "limit"),
         (("--batch", "0"), "batch"),
         (("--dtype", "float31"), "did you mean 'float32'"),

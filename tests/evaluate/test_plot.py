@@ -46,7 +46,17 @@ def test_one_curve_for_each_method():
 
 
 def test_what_keeps_all_has_no_place_on_the_axis():
-    assert list(group_curves(ENTRIES[1:], "neurons_kept")) == ["ours:keep=0.3", "ours:keep=0.1"]
+    assert group_curves(ENTRIES[-1:], "neurons_kept") == {}
+
+
+def test_what_only_moves_along_the_other_axis_has_no_place():
+    fixed = [entry(f"ours:keep={keep}", keep, 0.6, 0.8) for keep in (0.1, 0.2)]
+    moved = [entry(f"ours:keep=0.1,beta={beta}", 0.1, beta, 0.7) for beta in (0.4, 0.6)]
+    alone = entry("theirs:keep=0.1", 0.1, 0.5, 0.6)
+    assert list(group_curves([*fixed, alone], "neurons_kept")) == ["theirs:keep=0.1"]
+    assert list(group_curves([*fixed, alone], "tokens_kept")) == ["ours", "theirs"]
+    assert list(group_curves([*moved, alone], "tokens_kept")) == ["theirs"]
+    assert len(group_curves(moved, "neurons_kept")["ours:keep=0.1"]) == 2
 
 
 @pytest.mark.parametrize("entries", [ENTRIES, ENTRIES[:1]])

@@ -30,6 +30,7 @@ from corematching import (
 )
 from corematching.errors import AlreadyInstalledError, ConfigError
 from corematching.methods import METHODS, method_from_text, register_method
+from corematching.protocol import VisionView
 from corematching.runtime import is_attached
 from tests.models import build
 from tests.policy.views import make_view
@@ -64,7 +65,12 @@ def test_default_is_not_the_paper_and_says_how():
 
 @pytest.mark.parametrize(("keep", "budget"), [(0.25, Ratio(0.25)), (64, Count(64)), (None, Knee())])
 def test_keep_means_share_count_or_knee(keep, budget):
-    assert CoreMatching(keep=keep).tokens.budget == budget
+    assert CoreMatching(keep=keep, cover=0.0).tokens.budget == budget
+
+
+def test_cover_reaches_the_budget():
+    assert CoreMatching(cover=0.4).tokens.budget.cover == 0.4
+    assert CoreMatching.paper().tokens.budget.cover == 0
 
 
 def test_rho_and_beta_reach_the_scores():
@@ -108,16 +114,27 @@ def test_round_trip_through_json(method):
 def test_every_named_method_chooses(name):  # the oracle needs the scenes that a task shows it
     method = method_by_name(name)
     view = make_view(
-        ["ttiiiiiitt", "...tiiiitt"],
+        ["ttiiiiiitt", "..tiiiiiit"],
         torch.randn(2, 10, 32),
         embeddings=torch.randn(2, 10, 8),
         hidden=torch.randn(2, 10, 8),
         attention=lambda rows: torch.rand(2, 4, rows.shape[1], 10),
         contributions=lambda: torch.randn(2, 10, 8),
+        inputs=torch.randn(2, 10, 8),
+        gate=torch.randn(2, 10, 32),
+        vision=VisionView(
+            queries=torch.randn(2, 2, 7, 4),
+            keys=torch.randn(2, 2, 7, 4),
+            scaling=0.5,
+            classes=1,
+            features=torch.randn(2, 6, 5),
+            project=torch.nn.Linear(5, 8),
+        ),
     )
     if method.tokens is not None:
         view.layer = method.tokens.drop_after(view.num_layers)[0]
-        choice = method.tokens.choose(view)
+        with torch.no_grad():
+            choice = method.tokens.choose(view)
         assert (choice.keep & view.text).equal(view.text)
         assert not (choice.keep & ~view.valid).any()
         assert (choice.keep & view.image).any(1).all()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from corematching.errors import ConfigError
 from corematching.policy.amounts import count_of
-from corematching.policy.budgets import Count, Knee, Ratio, measure_chord_distance
+from corematching.policy.budgets import Count, Knee, Ratio, measure_chord_distance, spread_evenly
 
 NAN = float("nan")
 whole_scores = st.lists(st.integers(-20, 20), min_size=1, max_size=40)
@@ -184,3 +184,31 @@ def test_parameters_out_of_range_are_refused(make):
 def test_refusals_name_the_fix():
     with pytest.raises(ConfigError, match=r"ratio=1.2: give a share in \(0, 1\]"):
         Ratio(1.2)
+
+
+def test_spread_evenly_takes_the_middles_of_equal_runs():
+    image = torch.tensor([[False] + [True] * 8 + [False], [True, False] + [True] * 3 + [False] * 5])
+    even = spread_evenly(image, torch.tensor([2, 1]))
+    assert even[0].nonzero().flatten().tolist() == [2, 6]
+    assert even[1].nonzero().flatten().tolist() == [2]
+
+
+@given(n=st.integers(1, 60), share=st.floats(0, 1))
+def test_spread_evenly_takes_as_many_as_asked_for(n, share):
+    count = round(n * share)
+    image = torch.ones(1, n, dtype=torch.bool)
+    assert spread_evenly(image, torch.tensor([count])).sum() == count
+
+
+def test_cover_keeps_the_count_and_fills_up_with_the_highest_scores():
+    scores = torch.tensor([[9.0, 8, 7, 6, 1, 1, 1, 1]])
+    image = torch.ones(1, 8, dtype=torch.bool)
+    kept = Count(4, cover=0.5)(scores, image)
+    assert kept[0].nonzero().flatten().tolist() == [0, 1, 2, 5]
+    assert Count(4)(scores, image)[0].nonzero().flatten().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("cover", [-0.1, 1.0, float("nan")])
+def test_cover_out_of_range_is_refused(cover):
+    with pytest.raises(ConfigError, match="cover"):
+        Ratio(0.5, cover=cover)

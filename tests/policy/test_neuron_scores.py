@@ -32,7 +32,6 @@ ALL = [
     Paper(),
     Paper(over="image"),
     CoreInfer(),
-    RandomNeurons(),
 ]
 
 
@@ -75,14 +74,24 @@ def test_output_weighted_without_the_weight_is_refused():
         OutputWeighted()(make_view(["tit"], [TOKENS]))
 
 
-def test_random_neurons_differ_by_layer_seed_and_length():
-    a = torch.ones(1, 3, 32)
-    base = RandomNeurons()(make_view(["tit"], a))
-    assert base.shape == (1, 32)
-    assert torch.equal(base, RandomNeurons()(make_view(["tit"], 2 * a)))
-    assert not torch.equal(base, RandomNeurons(seed=3)(make_view(["tit"], a)))
-    assert not torch.equal(base, RandomNeurons()(make_view(["tit"], a, layer=5)))
-    assert not torch.equal(base, RandomNeurons()(make_view([".it"], a)))
+def test_random_neurons_differ_by_layer_seed_and_sample():
+    a, embeddings = torch.ones(2, 3, 32), torch.randn(2, 3, 8)
+    base = RandomNeurons()(make_view(["tit"] * 2, a, embeddings=embeddings))
+    assert base.shape == (2, 32) and not torch.equal(base[0], base[1])
+    one = make_view(["tit"], 2 * a[:1], embeddings=embeddings[:1])
+    assert torch.equal(base[:1], RandomNeurons()(one))
+    assert not torch.equal(base[:1], RandomNeurons(seed=3)(one))
+    one.layer = 5
+    assert not torch.equal(base[:1], RandomNeurons()(one))
+
+
+def test_scores_over_the_kept_tokens():
+    view = make_view(["tiit"], torch.rand(1, 4, 8))
+    everything = Griffin(over="kept")(view)
+    assert everything.equal(Griffin()(view))
+    view.kept = torch.tensor([[True, False, True, True]])
+    without = make_view(["tit"], view.activations[:, [0, 2, 3]])
+    torch.testing.assert_close(Griffin(over="kept")(view), Griffin()(without))
 
 
 @pytest.mark.parametrize("score", ALL, ids=repr)
@@ -98,7 +107,7 @@ def test_padding_changes_nothing(score, seed, pad):
     torch.testing.assert_close(score(view)[1:], score(second))
 
 
-@pytest.mark.parametrize("score", ALL[:-1], ids=repr)
+@pytest.mark.parametrize("score", ALL, ids=repr)
 @given(seed=st.integers(0, 50), random=st.randoms())
 def test_scores_follow_a_permutation_of_the_neurons(score, seed, random):
     generator = torch.Generator().manual_seed(seed)

@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corematching.errors import ConfigError
-from corematching.policy.thresholds import calibrate_threshold, pick_firing, share_firing
+from corematching.policy.thresholds import (
+    calibrate_threshold,
+    find_cut,
+    pick_firing,
+    share_firing,
+)
 
 VALUES = torch.tensor([[[1.0, -2.0, 3.0, -4.0], [5.0, -6.0, 7.0, -8.0], [99.0, 99.0, 99.0, 99.0]]])
 TOKENS = torch.tensor([[True, True, False]])
@@ -35,6 +40,19 @@ def test_at_least_the_sparsity_falls_away(seed, sparsity):
     one = 1 / (12 * tokens.sum(1))
     assert (share <= 1 - sparsity + 1e-5).all()
     assert (share > 1 - sparsity - one - 1e-5).all()  # and not one neuron more than needed
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 4), (0.25, 2), (1.0, 8)])
+def test_cut_by_hand(share, kept):
+    cut = find_cut(VALUES, TOKENS, share)
+    assert int((VALUES[:, :2].abs() >= cut).sum()) == kept
+
+
+def test_zeros_fall_away_under_a_cut():
+    cut = find_cut(torch.tensor([[[0.0, 0.0, 0.0, 1.0]]]), torch.tensor([[True]]), 0.5)
+    assert 0 < cut.item() < 1e-30
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    assert find_cut(VALUES, none, 0.5).tolist() == [0]
 
 
 def test_equal_values_all_fall_away():

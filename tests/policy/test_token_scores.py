@@ -21,7 +21,7 @@ from corematching.policy import (
     score_by_name,
 )
 from corematching.policy.tokens import select_question
-from corematching.protocol import ATTENTION, CONTRIBUTIONS
+from corematching.protocol import ATTENTION, CONTRIBUTIONS, EMBEDDINGS
 
 from .views import make_view, pad_left
 
@@ -44,7 +44,6 @@ BY_ACTIVATIONS = [
     TextOverlap(activated_by="size", rarity=0.5),
     TextOverlap(activated_by="value", normalize="cosine"),
     Norm(),
-    RandomTokens(),
 ]
 
 
@@ -150,12 +149,25 @@ def test_projection_of_a_zero_output_is_zero():
     assert scores(Projection(), view) == [0]
 
 
-def test_random_depends_on_seed_layer_and_count_only():
-    one, other = make_view(["tiit"]), make_view([".tiit", "iiit."])
-    assert scores(RandomTokens(), one) == scores(RandomTokens(), other)
+def test_random_depends_on_seed_layer_and_sample():
+    embeddings = torch.randn(2, 5, 8)
+    one = make_view(["tiit"], embeddings=embeddings[:1, 1:])
+    both = make_view([".tiit", "tiiit"], embeddings=embeddings)
+    assert scores(RandomTokens(), one) == scores(RandomTokens(), both)[:2]
     assert scores(RandomTokens(seed=1), one) != scores(RandomTokens(), one)
-    assert scores(RandomTokens(), make_view(["tiit"], layer=9)) != scores(RandomTokens(), one)
-    assert RandomTokens()(other)[1][:2].tolist() != scores(RandomTokens(), one)
+    later = make_view(["tiit"], embeddings=embeddings[:1, 1:], layer=9)
+    assert scores(RandomTokens(), later) != scores(RandomTokens(), one)
+    other = make_view(["tiit"], embeddings=embeddings[1:, 1:])
+    assert scores(RandomTokens(), other) != scores(RandomTokens(), one)
+
+
+def test_random_needs_no_exact_embeddings():
+    embeddings = torch.randn(1, 6, 32)
+    view, noisy = (
+        make_view(["tiiiit"], embeddings=embeddings + noise)
+        for noise in (0, 1e-5 * torch.rand(6, 32))
+    )
+    assert scores(RandomTokens(), view) == scores(RandomTokens(), noisy)
 
 
 @pytest.mark.parametrize("score", BY_ACTIVATIONS, ids=repr)
@@ -174,7 +186,7 @@ def test_padding_and_company_change_nothing(score, seed, pad):
     torch.testing.assert_close(score(both)[0][2 + pad : 6 + pad], expected)
 
 
-@pytest.mark.parametrize("score", BY_ACTIVATIONS[:-1], ids=repr)
+@pytest.mark.parametrize("score", BY_ACTIVATIONS, ids=repr)
 @given(seed=st.integers(0, 50), random=st.randoms())
 def test_scores_follow_a_permutation_of_the_image_tokens(score, seed, random):
     a = torch.randn(1, 8, 20, generator=torch.Generator().manual_seed(seed))
@@ -204,7 +216,7 @@ def test_half_precision_and_no_image(score):
 def test_needs():
     assert Attention().needs == {ATTENTION}
     assert Projection().needs == {CONTRIBUTIONS}
-    assert RandomTokens().needs == frozenset()
+    assert RandomTokens().needs == {EMBEDDINGS}
 
 
 @pytest.mark.parametrize("name", names("token score"))

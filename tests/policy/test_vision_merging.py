@@ -7,8 +7,9 @@ import torch
 
 from corematching.errors import ConfigError
 from corematching.policy.vision_merging import (
-    attend_from_class,
+    attend_to_patches,
     count_outliers,
+    join_heads,
     prune_and_merge,
     zip_tokens,
 )
@@ -82,7 +83,7 @@ def test_zip_refuses_what_does_not_fit(dominant, contextual):
 def test_outliers_by_hand():
     # quartiles of 0..7 and 100: 2 and 6, so above 6 + 1.5 * 4 = 12
     attention = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6, 7, 100], [0.0, 1, 2, 3, 4, 5, 6, 7, 12]])
-    assert count_outliers(attention).tolist() == [1, 0]
+    assert count_outliers(attention).tolist() == [1, 1]  # none in the second: at least one
 
 
 def test_prune_and_merge_by_hand():
@@ -91,7 +92,7 @@ def test_prune_and_merge_by_hand():
     features = torch.tensor([[[1.0], [10.0], [100.0], [1000.0], [2.0]]])
     keys = torch.tensor([[[-1.0, 0.0], [2.0, 1.0], [0.0, 1.0], [1.0, 0.0], [3.0, -1.0]]])
     assert count_outliers(attention).tolist() == [1]
-    keep, merged = prune_and_merge(features, attention, keys, neighbours=2)
+    keep, merged = prune_and_merge(features, attention, keys, torch.tensor([1]), neighbours=2)
     assert keep.tolist() == [[False, False, False, True, False]]
     assert merged[0, :, 0].tolist() == pytest.approx([1, 10, 100, 1000 + 0.2 * 10 + 0.3 * 2, 2])
 
@@ -101,20 +102,35 @@ def test_prune_and_merge_adds_kept_neighbours_as_they_were():
     attention = torch.tensor([[0.0] * 6 + [0.5, 0.4]])
     features = torch.arange(8.0).view(1, 8, 1)
     keys = torch.cat([torch.eye(8)[:6], torch.eye(8)[6:7], torch.eye(8)[6:7]])[None]
-    keep, merged = prune_and_merge(features, attention, keys, neighbours=1)
+    keep, merged = prune_and_merge(features, attention, keys, torch.tensor([2]), neighbours=1)
     assert keep[0].nonzero().squeeze(1).tolist() == [6, 7]
     assert merged[0, 6:, 0].tolist() == pytest.approx([6 + 0.4 * 7, 7 + 0.5 * 6])
 
 
-def test_prune_and_merge_keeps_at_least_one_token():
-    keep, _ = prune_and_merge(torch.randn(2, 6, 3), torch.ones(2, 6) / 6, torch.randn(2, 6, 4))
-    assert keep.sum(1).tolist() == [1, 1]
+def test_prune_and_merge_keeps_what_each_image_is_given():
+    features, keys = torch.randn(2, 6, 3), torch.randn(2, 6, 4)
+    keep, _ = prune_and_merge(features, torch.rand(2, 6), keys, torch.tensor([1, 6]))
+    assert keep.sum(1).tolist() == [1, 6]
 
 
 def test_class_attention_by_hand():
-    query = torch.tensor([[2.0, 0.0, 0.0, 0.0]])  # over sqrt(4)
-    keys = torch.tensor([[[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [3.0, 0.0, 5.0, 0.0]]])
+    queries = torch.tensor([[[[2.0, 0.0, 0.0, 0.0]] * 3]])
+    queries[:, :, 1:] = 100.0  # the patches' own rows do not count
+    keys = torch.tensor([[[[0.0, 1, 0, 0], [1.0, 0, 0, 0], [3.0, 0, 5, 0]]]])
     total = 1 + math.e + math.e**3
-    assert attend_from_class(query, keys)[0].tolist() == pytest.approx(
-        [math.e / total, math.e**3 / total]
-    )
+    got = attend_to_patches(queries, keys, scaling=0.5, classes=1)
+    assert got.shape == (1, 1, 2)
+    assert got[0, 0].tolist() == pytest.approx([math.e / total, math.e**3 / total])
+
+
+def test_attention_without_a_class_token_is_the_mean_over_the_patches():
+    queries = torch.tensor([[[[0.0], [1.0]]]])
+    keys = torch.tensor([[[[0.0], [2.0]]]])
+    got = attend_to_patches(queries, keys, scaling=1.0, classes=0)
+    second = 1 / (1 + math.exp(-2))
+    assert got[0, 0].tolist() == pytest.approx([(0.5 + 1 - second) / 2, (0.5 + second) / 2])
+
+
+def test_joined_heads_give_one_softmax_over_the_whole_width():
+    heads = torch.arange(12.0).view(1, 2, 3, 2)
+    assert join_heads(heads)[0, 0].tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]

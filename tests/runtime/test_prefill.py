@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corematching.errors import ConfigError, InputError, UnsupportedModelError
-from corematching.protocol import NEEDS, NeuronChoice, TokenChoice
+from corematching.protocol import NEEDS, VISION, NeuronChoice, TokenChoice
 from corematching.runtime import attach, detach
 from tests.models import build, image_mask, make_inputs
 from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod, assert_same, generate
@@ -22,7 +22,7 @@ class Recorder:
     """Keeps what it is shown and every token but some."""
 
     layers: tuple[int, ...] = (1,)
-    needs: frozenset[str] = NEEDS
+    needs: frozenset[str] = NEEDS - {VISION}
     drop: tuple[int, ...] = ()
     seen: list = field(default_factory=list)
     probe: object = None

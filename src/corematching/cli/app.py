@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.analyze import register_analyze
+from corematching.cli.bench import register_bench
 from corematching.cli.eval import register_eval
 
 EXAMPLES = """
@@ -41,6 +43,8 @@ def run(
     max_new_tokens: options.MaxNewTokens = 64,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    engine: options.Engine = "auto",
+    memory: options.Memory = None,
     method: options.MethodName = "corematching",
     tokens: options.Tokens = None,
     keep: options.Keep = None,
@@ -66,6 +70,8 @@ def run(
             model=model,
             device=device,
             dtype=dtype,
+            engine=engine,
+            memory=memory,
             method=method,
             options=chosen,
             compare=compare,
@@ -113,3 +119,5 @@ def models() -> None:
 
 
 register_eval(app)
+register_bench(app)
+register_analyze(app)

@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 StepProgress = Callable[[str, float], None]
 
@@ -70,6 +79,28 @@ def stepping(message: str) -> Iterator[StepProgress]:
         yield show
     finally:
         bar.stop()
+
+
+def counting_bar(
+    before: tuple[ProgressColumn, ...] = (),
+    between: tuple[ProgressColumn, ...] = (),
+    transient: bool = True,
+    per_second: float = 2,
+) -> Progress:
+    """A bar of how many are done; ``before`` stands first, ``between`` behind the count."""
+    return Progress(
+        *before,
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        *between,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=transient,
+        refresh_per_second=per_second,
+        disable=not err.is_terminal,
+    )
 
 
 def _bar() -> Progress:

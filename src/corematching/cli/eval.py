@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.repeat import write_command
 
 DEFAULT_OUT = Path("corematching-eval")
 EXAMPLES = """
@@ -20,6 +20,8 @@ EXAMPLES = """
   corematching eval --limit 200
 
   corematching eval -M corematching:keep=0.1 -M corematching:keep=0.2 -M random:keep=0.2 --out board
+
+  corematching eval -M corematching -M fastv -M random --budget 0.05 --budget 0.1 --budget 0.2
 
   corematching eval --split my-split --method paper --method oracle --json
 """
@@ -31,6 +33,16 @@ Methods = Annotated[
         "-M",
         metavar="NAME[:param=value,...]",
         help="A method to run beside dense; repeat it for several. Default: corematching.",
+    ),
+]
+Budgets = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--budget",
+        "-B",
+        metavar="SHARE",
+        help="Run every method at this share of the image tokens, or of the neurons where it keeps "
+        "all tokens; repeat it for several.",
     ),
 ]
 Split = Annotated[
@@ -55,6 +67,7 @@ def evaluate(
     model: options.Model = None,
     split: Split = None,
     method: Methods = None,
+    budget: Budgets = None,
     limit: Limit = None,
     batch: BatchSize = 16,
     dtype: options.Dtype = "auto",
@@ -70,7 +83,7 @@ def evaluate(
     from corematching.evaluate import Plan, SceneQA, Subject, make_methods
     from corematching.evaluate import evaluate as run_methods
 
-    methods = make_methods(method or ["corematching"])
+    methods = make_methods(method or ["corematching"], budget)
     plan = Plan(limit=limit, seed=seed, batch=batch, max_new_tokens=max_new_tokens)
     task = SceneQA.load(split)
     loaded = load_model(model, device, dtype)
@@ -87,7 +100,8 @@ def evaluate(
         "out": out,
     }
     with counting() as progress:
-        board = run_methods(subject, task, methods, out, plan, progress, write_command(given))
+        command = write_command("eval", given)
+        board = run_methods(subject, task, methods, out, plan, progress, command)
     if as_json:
         print(json.dumps(board))
         return
@@ -100,35 +114,13 @@ def register_eval(app: typer.Typer) -> None:
     app.command("eval", epilog=EXAMPLES)(evaluate)
 
 
-def write_command(given: dict[str, Any]) -> str:
-    """The command line that gives the same board, but for the methods."""
-    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    return shlex.join(["corematching", "eval", *words])
-
-
 @contextmanager
 def counting() -> Iterator[Callable[[str, int, int, float], None]]:
     """A bar for each method, with the answers so far and the running accuracy."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import TextColumn
 
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]:.1f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console.err,
-        refresh_per_second=2,
-        disable=not console.err.is_terminal,
-    )
+    running = TextColumn("{task.fields[accuracy]:.1f} %")
+    bar = console.counting_bar(between=(running,), transient=False)
     tasks: dict[str, Any] = {}
 
     def show(text: str, done: int, total: int, accuracy: float) -> None:

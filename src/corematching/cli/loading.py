@@ -40,7 +40,12 @@ class LoadedModel:
         return getattr(self.processor, "tokenizer", self.processor)
 
 
-def load_model(name: str | None, device: str | None = None, dtype: str = "auto") -> LoadedModel:
+def load_model(
+    name: str | None,
+    device: str | None = None,
+    dtype: str = "auto",
+    memory: str | None = None,
+) -> LoadedModel:
     """Load a model and its processor.
 
     Parameters
@@ -51,6 +56,9 @@ def load_model(name: str | None, device: str | None = None, dtype: str = "auto")
         Default: a CUDA device when there is one, else the CPU.
     dtype : str
         One of `DTYPES`.
+    memory : str, optional
+        Load the model without its FFNs, which stay outside this much memory; SceneVLM is loaded
+        whole.
 
     Raises
     ------
@@ -59,6 +67,8 @@ def load_model(name: str | None, device: str | None = None, dtype: str = "auto")
     UnsupportedModelError
         The model is no causal language model, with or without images.
     """
+    from corematching.runtime import load
+
     target = choose_device(device)
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
@@ -71,7 +81,10 @@ def load_model(name: str | None, device: str | None = None, dtype: str = "auto")
     processor = load_processor(name, takes_images)
     with console.waiting(f"loading {name}"):
         try:
-            model = loader.from_pretrained(name, dtype=dtype).to(target).eval()
+            if memory is not None:
+                model = load(name, memory, dtype=dtype, device=target)
+            else:
+                model = loader.from_pretrained(name, dtype=dtype).to(target).eval()
         except (OSError, ImportError, ValueError) as error:
             raise InputError(
                 f"cannot load the weights of '{name}' ({first_line(error)}): check that the model "

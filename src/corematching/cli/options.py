@@ -31,6 +31,19 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU when there is one.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="What runs the model: auto (compiled kernels where they fit), torch or native."
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Keep the model under this much memory, such as 12GiB: FFN weights stay outside.",
+    ),
+]
 MethodName = Annotated[
     str,
     typer.Option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from corematching.cli.method_options import build_method, build_text_method
 from corematching.cli.overlay import Choice, draw_overlay, shown_area
 from corematching.cli.prompt import check_inputs
 from corematching.cli.table import tabulate
-from corematching.errors import InputError
+from corematching.errors import ConfigError, InputError
+from corematching.report import MemoryReport
+from corematching.sizes import format_size, parse_size
 
 WARM_UP_TOKENS = 2
 
@@ -34,7 +37,9 @@ class Request:
     images : tuple of str
         Paths and URLs.
     model, device : str or None
-    dtype : str
+    dtype, engine : str
+    memory : str or None
+        The cap on the model's memory.
     method : str
         Name of the method.
     options : dict
@@ -49,6 +54,8 @@ class Request:
     model: str | None = None
     device: str | None = None
     dtype: str = "auto"
+    engine: str = "auto"
+    memory: str | None = None
     method: str = "corematching"
     options: dict[str, Any] | None = None
     compare: bool = False
@@ -61,12 +68,14 @@ def answer_request(request: Request) -> None:
     """Check the request, load the model, answer, and show the result."""
     method = build_method(request.method, request.options or {})
     check_overlay(request)
+    check_memory(request)
     images = read_images(request.images)
-    loaded = load_model(request.model, request.device, request.dtype)
+    loaded = load_model(request.model, request.device, request.dtype, request.memory)
     check_inputs(loaded, images, request.question)
     if not loaded.takes_images:
         method = build_text_method(request.method, request.options or {})
-    with method(loaded.model):  # refuses an unsupported model before anything runs
+    # refuses an unsupported model before anything runs
+    with method(loaded.model, request.engine, request.memory):
         pass
     dense, sparse = run_both(request, loaded, images, method)
     if request.as_json:
@@ -74,6 +83,8 @@ def answer_request(request: Request) -> None:
     else:
         console.out.print()
         console.out.print(tabulate(sparse.report, sparse, dense))
+        if sparse.report.memory is not None:
+            console.note(describe_memory(sparse.report.memory))
     if request.overlay:
         save_overlay(request.overlay, loaded, images, sparse.report)
 
@@ -88,19 +99,41 @@ def check_overlay(request: Request) -> None:
         raise InputError(f"no directory {request.overlay.parent} for --overlay: create it first")
 
 
+def check_memory(request: Request) -> None:
+    """Refuse a cap that is none, or a dense run under one."""
+    if request.memory is None:
+        return
+    parse_size("--memory", request.memory)
+    if request.compare:
+        raise ConfigError(
+            "--compare runs the model dense as well, which needs all of its weights in memory: "
+            "leave out --compare or --memory"
+        )
+
+
+def describe_memory(memory: MemoryReport) -> str:
+    """One line: the peak, the cap, and what was streamed."""
+    peak, cap, streamed = map(
+        format_size, (memory.peak_bytes, memory.cap_bytes, memory.streamed_bytes)
+    )
+    return f"memory: {peak} at most, cap {cap}; the prompt streamed {streamed}"
+
+
 def run_both(
     request: Request, loaded: LoadedModel, images: Sequence[Image.Image], method: Any
 ) -> tuple[Answer | None, Answer]:
-    """Answer dense if it is asked for, and then sparse."""
+    """Answer dense if it is asked for, and then sparse, both on the same engine."""
     arguments = (loaded, images, request.question)
+    baseline = partial(build_method("dense", {}), engine=request.engine)
+    method = partial(method, engine=request.engine, memory=request.memory)
     if request.compare:
         with console.waiting("warming up"):
-            ask(*arguments, WARM_UP_TOKENS)
+            ask(*arguments, WARM_UP_TOKENS, baseline)
             ask(*arguments, WARM_UP_TOKENS, method)
     dense = None
     if request.compare:
         with speaking("dense", request) as write:
-            dense = ask(*arguments, request.max_new_tokens, write=write)
+            dense = ask(*arguments, request.max_new_tokens, baseline, write)
     with speaking("sparse" if request.compare else "", request) as write:
         sparse = ask(*arguments, request.max_new_tokens, method, write)
     return dense, sparse

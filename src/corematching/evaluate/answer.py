@@ -67,19 +67,7 @@ class Subject:
     def encode(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Any:
         """Tokens and pixels of a batch, one picture and one question each, padded on the left."""
         texts = [self._render(prompt) for prompt in prompts]
-        start = getattr(self.tokenizer, "bos_token", None)
-        inputs = self.processor(
-            text=texts,
-            images=[[image] for image in images],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not (start and texts[0].startswith(start)),
-            return_tensors="pt",
-        ).to(self.model.device)
-        for name, value in inputs.items():
-            if hasattr(value, "is_floating_point") and value.is_floating_point():
-                inputs[name] = value.to(self.model.dtype)
-        return inputs
+        return encode_texts(self.model, self.processor, texts, [[image] for image in images])
 
     def _render(self, prompt: str) -> str:
         """The chat template's text, or the bare prompt where there is none."""
@@ -88,6 +76,31 @@ class Subject:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         turns = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def encode_texts(model: Any, processor: Any, texts: list[str], images: list | None) -> Any:
+    """Rendered prompts and each one's pictures (None: no pictures) as a model's input.
+
+    Padded on the left; a prompt that starts with the tokenizer's first token gets no second one.
+    """
+    inputs = processor(
+        text=texts,
+        images=images,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not starts_itself(processor, texts[0]),
+        return_tensors="pt",
+    ).to(model.device)
+    for name, value in inputs.items():
+        if hasattr(value, "is_floating_point") and value.is_floating_point():
+            inputs[name] = value.to(model.dtype)
+    return inputs
+
+
+def starts_itself(processor: Any, text: str) -> bool:
+    """Whether a rendered prompt has the tokenizer's first token already."""
+    start = getattr(processor.tokenizer, "bos_token", None)
+    return bool(start and text.startswith(start))
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,9 @@ NOTES = """Intervals are 95 % bootstrap intervals over pictures. "Same" is the s
 match the dense one after normalisation; KL is that of the answer's first token, dense from sparse,
 in nats, over the dense model's likeliest words with the rest as one; neurons are thinned out from
 the second token on, so a method that drops no image tokens has none. Tokens are the image tokens
-that reach the last layer, neurons those that a decode step computes. FLOPs, bytes and seconds are
-means per question; seconds are those of a batch divided by its size."""
+that reach the last layer, neurons those that a decode step computes (with per-token thresholds, the
+share of the FFN that they are calibrated for). FLOPs, bytes and seconds are means per question;
+seconds are those of a batch divided by its size."""
 
 
 def _fidelity_table(entries: Sequence[dict[str, Any]]) -> str:

@@ -107,7 +107,7 @@ def _overlap(edges: Tensor, width: float, start: float, stop: float) -> Tensor:
     return ((edges + width).clamp(max=stop) - edges.clamp(min=start)).clamp(min=0)
 
 
-@register_method("oracle")
+@register_method("oracle", budgets=("keep", "beta"))
 def oracle(
     keep: int | float | None = None, layer: int | float = 0.3, beta: float = 1.0
 ) -> Sparsifier:

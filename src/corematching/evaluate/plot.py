@@ -16,6 +16,7 @@ AXES = {
 }
 """Share -> what the axis says, and the parameters of a method that move along it."""
 WHOLE = 99.95
+STILL = 0.05
 MARKERS = "osD^vP*Xph<>"
 
 
@@ -41,7 +42,8 @@ def draw_curves(entries: Sequence[dict[str, Any]], share: str, path: Path, model
         dense = entries[0]["accuracy"]
         axes.axhline(100 * dense["value"], color="black", linestyle="--", label="dense")
         axes.axhspan(100 * dense["low"], 100 * dense["high"], color="black", alpha=0.08)
-    for index, (name, curve) in enumerate(group_curves(entries[1:], share).items()):
+    curves = group_curves(entries[1:], share)
+    for index, (name, curve) in enumerate(curves.items()):
         x, y, low, high = zip(*curve, strict=True)
         axes.errorbar(
             x,
@@ -51,13 +53,15 @@ def draw_curves(entries: Sequence[dict[str, Any]], share: str, path: Path, model
             marker=MARKERS[index % len(MARKERS)],
             color=f"C{index % 10}",
             linestyle="-" if index < 10 else ":",
-            capsize=2,
+            capsize=1.5,
+            elinewidth=0.7,
             linewidth=1.4,
         )
     axes.set_xlabel(axis)
     axes.set_ylabel("accuracy [%]")
     axes.set_title(model)
-    axes.set_xlim(0, 102)
+    farthest = max((point[0] for curve in curves.values() for point in curve), default=100.0)
+    axes.set_xlim(0, min(102.0, 1.1 * farthest))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path)
@@ -69,13 +73,12 @@ def group_curves(
     """Points (share, accuracy, interval below, interval above) in %, by curve, rising.
 
     A curve's name is the method's text without the parameters that move along the axis. Methods
-    that keep all of it have no place on the axis.
+    that keep all of it have no place on the axis, nor have those that only moved along the other.
     """
     curves: dict[str, list[tuple[float, float, float, float]]] = {}
     for entry in entries:
-        kept = entry[share]
-        x = 100 * (kept["mean"] if isinstance(kept, dict) else kept)
-        if x > WHOLE:
+        x = _place(entry, share)
+        if x > WHOLE or _moves_elsewhere(entry, entries, share):
             continue
         accuracy = entry["accuracy"]
         y, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
@@ -86,7 +89,30 @@ def group_curves(
 
 def name_curve(text: str, share: str) -> str:
     """``random:keep=0.1,beta=1`` -> ``random:beta=1`` over the image tokens."""
+    return _without(text, AXES[share][1])
+
+
+def _without(text: str, parameters: Sequence[str]) -> str:
     name, _, rest = text.partition(":")
     parts = filter(None, re.split(r",(?![^\[]*\])", rest))
-    others = [part for part in parts if part.partition("=")[0].strip() not in AXES[share][1]]
+    others = [part for part in parts if part.partition("=")[0].strip() not in parameters]
     return f"{name}:{','.join(others)}" if others else name
+
+
+def _place(entry: dict[str, Any], share: str) -> float:
+    """Where a method stands on the axis, in %."""
+    kept = entry[share]
+    return 100 * float(kept["mean"] if isinstance(kept, dict) else kept)
+
+
+def _moves_elsewhere(entry: dict[str, Any], entries: Sequence[dict[str, Any]], share: str) -> bool:
+    """Whether a method comes several times, at one place of this axis and at several of another."""
+    every = [parameter for _, parameters in AXES.values() for parameter in parameters]
+    bare = _without(entry["method"], every)
+    family = [other for other in entries if _without(other["method"], every) == bare]
+
+    def spread(axis: str) -> float:
+        places = [_place(other, axis) for other in family]
+        return max(places) - min(places)
+
+    return spread(share) < STILL and any(spread(axis) >= STILL for axis in AXES)

@@ -17,7 +17,7 @@ from corematching.evaluate.machine import describe_machine
 from corematching.evaluate.measure import condense, kl_from
 from corematching.evaluate.store import Answer, FirstTokens, RunDirectory
 from corematching.evaluate.task import Question, Task, pick_questions
-from corematching.methods import Installable, method_from_text
+from corematching.methods import Installable, method_from_text, text_at_budget
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +56,26 @@ class Plan:
             raise ConfigError(f"seed={self.seed}: give a whole number of at least 0")
 
 
-def make_methods(texts: Sequence[str]) -> dict[str, Installable]:
+def make_methods(
+    texts: Sequence[str], budgets: Sequence[float] | None = None
+) -> dict[str, Installable]:
     """Methods by the text that names them, dense first.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        As `method_from_text` reads them.
+    budgets : sequence of float, optional
+        Shares to keep: every method but dense is made at each of them; see `text_at_budget`.
 
     Raises
     ------
     ConfigError
-        A name or a parameter is unknown or out of range.
+        A name or a parameter is unknown or out of range, or a method has no budget.
     """
+    if budgets:
+        others = [text for text in texts if text != DENSE]
+        texts = [text_at_budget(text, share) for text in others for share in budgets]
     return {text: method_from_text(text) for text in dict.fromkeys((DENSE, *texts))}
 
 

@@ -1,9 +1,19 @@
 """Computing an FFN from some of its intermediate neurons.
 
-One interface, `gather_rows`, `gather_columns` and `sparse_ffn` over `CompactWeights`, so that a
-faster kernel can take the place of the PyTorch one without a change in the runtime.
+Two ways: a kernel that reads the chosen neurons' rows out of the dense weights, in place
+(`find_kernel`, `IndexedKernel`); or, where there is none, `sparse_ffn` on compact copies of them
+(`gather_rows`, `gather_columns`), in PyTorch's operators, on any device.
 """
 
+from corematching.kernels.interface import (
+    ACTIVATIONS,
+    FFNWeights,
+    IndexedKernel,
+    NeuronSets,
+    Thresholds,
+    activation_name,
+)
+from corematching.kernels.select import find_kernel
 from corematching.kernels.torch_reference import (
     CompactWeights,
     gather_columns,
@@ -11,4 +21,16 @@ from corematching.kernels.torch_reference import (
     sparse_ffn,
 )
 
-__all__ = ["CompactWeights", "gather_columns", "gather_rows", "sparse_ffn"]
+__all__ = [
+    "ACTIVATIONS",
+    "CompactWeights",
+    "FFNWeights",
+    "IndexedKernel",
+    "NeuronSets",
+    "Thresholds",
+    "activation_name",
+    "find_kernel",
+    "gather_columns",
+    "gather_rows",
+    "sparse_ffn",
+]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .interface import Thresholds
+
 
 @dataclass
 class CompactWeights:
@@ -94,6 +96,7 @@ def sparse_ffn(
     weights: CompactWeights,
     bias: Tensor | None,
     activation: Callable[[Tensor], Tensor],
+    limits: Thresholds | None = None,
 ) -> Tensor:
     """One decode step of an FFN that has only the chosen neurons.
 
@@ -108,17 +111,23 @@ def sparse_ffn(
         (C, d), what is added to the output of sample b: row ``b // (B / C)``.
     activation : callable
         The FFN's activation function.
+    limits : Thresholds or None
+        Per-token rules, S of each; what they rule out is computed and then masked.
 
     Returns
     -------
     Tensor
         (B, d).
     """
+    limits = limits or Thresholds()
+    x = _silence(x, limits.input)
     up = _project(x, weights.up, weights.up_bias)  # (B, K)
     if weights.gate is None:
         neurons = activation(up)
     else:
-        neurons = activation(_project(x, weights.gate, weights.gate_bias)) * up
+        gate = activation(_project(x, weights.gate, weights.gate_bias))
+        neurons = _silence(gate, limits.gate) * up
+    neurons = _silence(neurons, limits.output)
     sets = weights.down.shape[0]
     if sets == 1:
         out = F.linear(neurons, weights.down[0])
@@ -141,3 +150,11 @@ def _project(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         out = out + bias[:, None]
     return out.flatten(0, 1)
+
+
+def _silence(x: Tensor, threshold: Tensor | None) -> Tensor:
+    """(B, n) without the entries whose magnitude is below (S,) thresholds."""
+    if threshold is None:
+        return x
+    rows = threshold[:, None].expand(-1, x.shape[0] // threshold.shape[0]).reshape(-1, 1)
+    return torch.where(x.abs() >= rows, x, 0)

@@ -9,12 +9,15 @@ from corematching.methods.registry import (
     method_from_text,
     method_names,
     register_method,
+    text_at_budget,
 )
 from corematching.methods.sparsifier import Installable, NeuronRule, Sparsifier, TokenRule
 from corematching.policy.component import import_all
 
-register_method("corematching")(CoreMatching)
-register_method("paper", CoreMatching.paper().parameters())(CoreMatching.paper)
+BUDGETS = ("keep", "beta")
+
+register_method("corematching", budgets=BUDGETS)(CoreMatching)
+register_method("paper", CoreMatching.paper().parameters(), BUDGETS)(CoreMatching.paper)
 import_all(__name__, __path__)
 
 
@@ -35,4 +38,5 @@ __all__ = [
     "method_from_text",
     "method_names",
     "register_method",
+    "text_at_budget",
 ]

@@ -15,15 +15,16 @@ def dense() -> Sparsifier:
     return Sparsifier()
 
 
-@register_method("random")
+@register_method("random", budgets=("keep", "beta"))
 def random(
     keep: int | float = 0.3, layer: int | float = 0.3, beta: float = 0.6, compensate: bool = False
 ) -> CoreMatching:
-    """Random tokens and random neurons, the same for a sample in any batch."""
+    """Random tokens and random neurons: others for each sample, the same for it in any batch."""
     return CoreMatching(
         token_score="random",
         neuron_score="random",
         keep=keep,
+        cover=0.0,
         layer=layer,
         beta=beta,
         compensate=compensate,

@@ -8,7 +8,7 @@ from corematching.methods.sparsifier import Sparsifier, TokenRule
 from corematching.policy.token_scores.cdpruner import CDPruner
 
 
-@register_method("cdpruner")
+@register_method("cdpruner", budgets=("keep",))
 def cdpruner(keep: int | float = 64 / 576) -> Sparsifier:
     """Keep projected features that differ from each other and fit the question; all neurons.
 

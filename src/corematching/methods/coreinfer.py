@@ -9,7 +9,7 @@ from corematching.policy.neuron_scores.coreinfer import CoreInfer
 from corematching.policy.schedules import DenseEnds
 
 
-@register_method("coreinfer")
+@register_method("coreinfer", budgets=("beta",))
 def coreinfer(
     beta: float = 0.4,
     rho: float = 0.2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, cast
 
 from corematching.methods.sparsifier import Installable, NeuronRule, Sparsifier, TokenRule
@@ -11,14 +11,18 @@ from corematching.policy.budgets import Budget, Count, Knee, Ratio
 from corematching.policy.check import check_amount, check_depth, check_share
 from corematching.policy.component import build, find
 from corematching.policy.schedules import DenseEnds
+from corematching.policy.tokens import check_over
+from corematching.sizes import parse_size
 
 PUBLISHED: dict[str, Any] = {
     "token_score": "core-overlap",
     "neuron_score": "paper",
     "rho": 0.2,
+    "over": "all",
     "beta": 0.4,
     "layer": 6 / 32,
     "keep": None,
+    "cover": 0.0,
     "floor": None,
     "ceiling": None,
     "dense_first": 6 / 32,
@@ -36,8 +40,12 @@ class CoreMatching(Installable, name="corematching"):
     The defaults are ours and differ from the paper where measurements say so: image tokens are
     matched against the neurons that the question activates, each weighted by how few image tokens
     activate it, not against the sentence's most frequent ones (on pictures with much background
-    those are the background's); neurons are ranked by GRIFFIN's score with the dropped ones
-    replaced by their mean, and the end layers stay dense. `paper` gives the published rule.
+    those are the background's), and half of the kept ones lie evenly over the picture, for what no
+    score can see; neurons are ranked by GRIFFIN's score with the dropped ones replaced by their
+    mean, and the end layers stay dense. `paper` gives the published rule.
+
+    ``memory``, such as ``"12GiB"``, is the most that the model may take of its device's memory; it
+    changes where weights are kept and no result, so it is no parameter of the method.
 
     Raises
     ------
@@ -56,6 +64,13 @@ class CoreMatching(Installable, name="corematching"):
     rho: float = field(
         default=0.2,
         metadata={"help": "share of a token's neurons that count as its own, in (0, 1]"},
+    )
+    over: str = field(
+        default="all",
+        metadata={
+            "help": "tokens that neurons are ranked over: all (that a layer sees), kept (text and "
+            "core tokens, also in the layers before the cut), text, question or image"
+        },
     )
     beta: float = field(
         default=0.7, metadata={"help": "share of the neurons that are core, in (0, 1]"}
@@ -80,6 +95,10 @@ class CoreMatching(Installable, name="corematching"):
     ceiling: int | float | None = field(
         default=None, metadata={"help": "keep at most this share (float) or count (int) of them"}
     )
+    cover: float = field(
+        default=0.5,
+        metadata={"help": "share of the kept tokens spread evenly over the picture, in [0, 1)"},
+    )
     dense_first: int | float = field(
         default=4 / 32,
         metadata={"help": "first layers that keep all neurons: int or share of depth"},
@@ -94,10 +113,15 @@ class CoreMatching(Installable, name="corematching"):
     multiple: int = field(
         default=8, metadata={"help": "round the number of kept neurons to a multiple of this"}
     )
+    memory: InitVar[str | int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, memory: str | int | None) -> None:
+        if memory is not None:
+            parse_size("memory", memory)
+        object.__setattr__(self, "memory", memory)
         check_share("rho", self.rho)
         check_share("beta", self.beta)
+        check_over(self.over)
         if self.keep is not None:
             check_amount("keep", self.keep)
         check_depth("dense_first", self.dense_first)
@@ -155,27 +179,34 @@ class CoreMatching(Installable, name="corematching"):
 
     def _compose_tokens(self) -> TokenRule | None:
         budget = self._compose_budget()
-        score = self._resolve(TokenScore.kind, self.token_score)
+        ours = {"rho": self.rho, "share": self.rho, "beta": self.beta}
+        score = _resolve(TokenScore.kind, self.token_score, ours)
         return None if score is None else TokenRule(score, budget, self._layers())
 
     def _compose_budget(self) -> Budget:
+        bounds: dict[str, Any] = {
+            "floor": self.floor,
+            "ceiling": self.ceiling,
+            "cover": self.cover,
+        }
         if self.keep is None:
-            return Knee(floor=self.floor, ceiling=self.ceiling)
+            return Knee(**bounds)
         if isinstance(self.keep, float):
-            return Ratio(self.keep, floor=self.floor, ceiling=self.ceiling)
-        return Count(self.keep, floor=self.floor, ceiling=self.ceiling)
+            return Ratio(self.keep, **bounds)
+        return Count(self.keep, **bounds)
 
     def _compose_neurons(self) -> NeuronRule | None:
         schedule = DenseEnds(
             self.beta, first=self.dense_first, last=self.dense_last, multiple=self.multiple
         )
-        score = self._resolve(NeuronScore.kind, self.neuron_score)
+        ours = {"rho": self.rho, "share": self.rho, "over": self.over}
+        score = _resolve(NeuronScore.kind, self.neuron_score, ours)
         return None if score is None else NeuronRule(score, schedule, self.compensate)
 
-    def _resolve(self, kind: str, score: Any) -> Any:
-        """A score from its name, given those of our parameters that it knows."""
-        if not isinstance(score, str):
-            return score
-        ours = {"rho": self.rho, "share": self.rho, "beta": self.beta}
-        known = {f.name for f in fields(cast(Any, find(kind, score)))}
-        return build(kind, score, **{key: ours[key] for key in ours if key in known})
+
+def _resolve(kind: str, score: Any, ours: dict[str, Any]) -> Any:
+    """A score from its name, given those of our parameters that it knows."""
+    if not isinstance(score, str):
+        return score
+    known = {f.name for f in fields(cast(Any, find(kind, score)))}
+    return build(kind, score, **{key: ours[key] for key in ours if key in known})

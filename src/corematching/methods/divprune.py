@@ -8,7 +8,7 @@ from corematching.methods.sparsifier import Sparsifier, TokenRule
 from corematching.policy.token_scores.divprune import DivPrune
 
 
-@register_method("divprune")
+@register_method("divprune", budgets=("keep",))
 def divprune(keep: int | float = 0.098) -> Sparsifier:
     """Keep the projected features that are farthest from each other; all neurons.
 

@@ -8,7 +8,7 @@ from corematching.methods.sparsifier import Sparsifier, TokenRule
 from corematching.policy.token_scores.attention import Attention
 
 
-@register_method("fastv")
+@register_method("fastv", budgets=("keep",))
 def fastv(keep: int | float = 0.5, layer: int | float = 1) -> Sparsifier:
     """Keep what the last token attends to in an early layer; all neurons.
 

@@ -9,7 +9,7 @@ from corematching.policy.neuron_scores.griffin import Griffin
 from corematching.policy.schedules import Uniform
 
 
-@register_method("griffin")
+@register_method("griffin", budgets=("beta",))
 def griffin(beta: float = 0.5) -> Sparsifier:
     """The neurons with the largest share of the prompt's activations in the decode; all tokens.
 

@@ -8,7 +8,7 @@ from corematching.methods.sparsifier import Sparsifier, TokenRule
 from corematching.policy.token_scores.projection import Projection
 
 
-@register_method("projection")
+@register_method("projection", budgets=("keep",))
 def projection(keep: int | float = 0.3, layer: int | float = 0.3) -> Sparsifier:
     """Keep what moves the last token's attention output most along its direction; all neurons.
 

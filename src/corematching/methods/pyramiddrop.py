@@ -11,7 +11,7 @@ PUBLISHED = (0.5, 0.25, 0.125)
 LAYERS = (9 / 32, 17 / 32, 25 / 32)
 
 
-@register_method("pyramiddrop")
+@register_method("pyramiddrop", budgets=("keep",))
 def pyramiddrop(
     keep: tuple[int | float, ...] | int | float = PUBLISHED,
     layer: tuple[int | float, ...] = LAYERS,

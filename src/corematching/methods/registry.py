@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,17 +18,30 @@ F = TypeVar("F", bound=Factory)
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered method: what makes it, and its parameters with their defaults."""
+    """A registered method.
+
+    Attributes
+    ----------
+    factory : callable
+        What makes it.
+    parameters : mapping
+        Its parameters with their defaults.
+    budgets : tuple of str
+        The parameters that are shares to keep: of the image tokens first, then of the neurons.
+    """
 
     factory: Factory
     parameters: Mapping[str, Any]
+    budgets: tuple[str, ...] = ()
 
 
 METHODS: dict[str, Entry] = {}
 """Name -> entry."""
 
 
-def register_method(name: str, parameters: Mapping[str, Any] | None = None) -> Callable[[F], F]:
+def register_method(
+    name: str, parameters: Mapping[str, Any] | None = None, budgets: Sequence[str] = ()
+) -> Callable[[F], F]:
     """Register a class or a function that makes a method from keyword parameters.
 
     Parameters
@@ -37,11 +50,14 @@ def register_method(name: str, parameters: Mapping[str, Any] | None = None) -> C
         The method's name on the command line.
     parameters : mapping, optional
         Parameters and defaults where the factory's signature does not show them.
+    budgets : sequence of str
+        The parameters that are shares to keep, for `text_at_budget`: of the image tokens first,
+        then of the neurons.
 
     Raises
     ------
     ConfigError
-        When the name is taken by another function.
+        When the name is taken by another function, or a budget is no parameter.
     """
 
     def enter(factory: F) -> F:
@@ -50,7 +66,10 @@ def register_method(name: str, parameters: Mapping[str, Any] | None = None) -> C
             raise ConfigError(f"method '{name}' is taken by {known.factory}: rename one")
         signature = inspect.signature(factory).parameters
         shown = parameters or {key: parameter.default for key, parameter in signature.items()}
-        METHODS[name] = Entry(factory, shown)
+        for budget in budgets:
+            if budget not in shown:
+                raise unknown_name(f"parameter of method '{name}'", budget, shown)
+        METHODS[name] = Entry(factory, shown, tuple(budgets))
         return factory
 
     return enter
@@ -70,9 +89,7 @@ def method_by_name(name: str, **params: Any) -> Installable:
         When the method or a parameter is unknown (the message names the nearest one), or a value is
         out of range.
     """
-    key = name.strip().lower().replace("_", "-")
-    if key not in METHODS:
-        raise unknown_name("method", name, METHODS)
+    key = _find_name(name)
     entry = METHODS[key]
     for param in params:
         if param not in entry.parameters:
@@ -90,6 +107,45 @@ def method_from_text(text: str) -> Installable:
     ConfigError
         As `method_by_name`, and when a part is no ``param=value``.
     """
+    name, params = _split_text(text)
+    return method_by_name(name, **params)
+
+
+def text_at_budget(text: str, share: float) -> str:
+    """The text of the same method at another budget: ``fastv`` to ``fastv:keep=0.1``.
+
+    The share becomes the method's budget: that of the image tokens if the method drops some, else
+    that of the neurons. One that the text states already stays, and the other is set.
+
+    Raises
+    ------
+    ConfigError
+        As `method_from_text`, and when the method has no budget that is still open.
+    """
+    method: Any = method_from_text(text)
+    name, params = _split_text(text)
+    entry = METHODS[_find_name(name)]
+    open_ones = [budget for budget in entry.budgets if budget not in params]
+    if method.tokens is None and len(entry.budgets) > 1:
+        open_ones = [budget for budget in open_ones if budget != entry.budgets[0]]
+    if not open_ones:
+        stated = f" besides {' and '.join(entry.budgets)}, which it states" if entry.budgets else ""
+        raise ConfigError(
+            f"method '{text}' has no parameter that a budget could set{stated}: "
+            + ("leave that out of the method" if stated else "run it without --budget")
+        )
+    return f"{text}{',' if params else ':'}{open_ones[0]}={share}"
+
+
+def _find_name(name: str) -> str:
+    key = name.strip().lower().replace("_", "-")
+    if key not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return key
+
+
+def _split_text(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the parameters out of ``NAME[:param=value,...]``."""
     name, _, rest = text.partition(":")
     params: dict[str, Any] = {}
     for part in filter(None, re.split(r",(?![^\[]*\])", rest)):
@@ -97,7 +153,7 @@ def method_from_text(text: str) -> Installable:
         if not equals:
             raise ConfigError(f"'{part}' in method '{text}': write it as param=value")
         params[key.strip()] = read_value(value.strip())
-    return method_by_name(name, **params)
+    return name, params
 
 
 def read_value(text: str) -> Any:

@@ -53,7 +53,7 @@ class RecyclingRule(StagedRule, name="recycling-rule"):
         return replace(choice, keep=keep, cut=cut, hidden=hidden)
 
 
-@register_method("sparsevlm")
+@register_method("sparsevlm", budgets=("keep",))
 def sparsevlm(
     keep: tuple[int | float, ...] | int | float = PUBLISHED,
     layer: tuple[int | float, ...] = LAYERS,

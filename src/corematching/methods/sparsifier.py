@@ -22,6 +22,7 @@ from corematching.policy.schedules import Schedule
 from corematching.protocol import (
     ACTIVATIONS,
     EMBEDDINGS,
+    KEPT,
     NeuronChoice,
     NeuronPolicy,
     PrefillView,
@@ -97,8 +98,9 @@ class TokenRule(TokenDropper, name="token-rule"):
         """Choose among the image tokens still present."""
         scores = self.score(view)
         kept = self.budget(scores, view.image)
-        cut = torch.where(kept, scores, torch.inf).amin(1)
-        cut = torch.where(kept.any(1), cut, torch.nan)
+        dropped = torch.where(view.image & ~kept, scores, -torch.inf).amax(1, keepdim=True)
+        cut = torch.where(kept & (scores >= dropped), scores, torch.inf).amin(1)
+        cut = torch.where(cut.isfinite(), cut, torch.nan)
         return TokenChoice(keep=kept | view.text, scores=scores, cut=cut)
 
 
@@ -121,7 +123,9 @@ class NeuronRule(NeuronDropper, name="neuron-rule"):
     @property
     def needs(self) -> frozenset[str]:
         """The parts of the view that the choice reads."""
-        return self.score.needs | {ACTIVATIONS} if self.compensate else self.score.needs
+        kept = {KEPT} if getattr(self.score, "over", None) == "kept" else set()
+        mean = {ACTIVATIONS} if self.compensate else set()
+        return self.score.needs | kept | mean
 
     def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
         """Neurons to keep in each layer; ``width`` leaves the layer dense."""
@@ -143,19 +147,35 @@ class Installable(Component, kind="method"):
     `corematching.protocol.Method` asks.
     """
 
-    def install(self, model: Module) -> Run:
+    memory: str | int | None = None
+
+    def install(self, model: Module, engine: str = "auto", memory: str | int | None = None) -> Run:
         """Put the method on this model instance and leave it on, as a server does.
+
+        Parameters
+        ----------
+        model : Module
+            A loaded model.
+        engine : str
+            What may run decode steps and prompts: ``auto``, ``torch`` or ``native``; see
+            `corematching.runtime.attach`.
+        memory : str or int, optional
+            What the model may take of its device's memory, such as ``"12GiB"``: the weights that
+            decoding does not need are then kept outside. Default: the method's own ``memory``.
 
         Raises
         ------
         AlreadyInstalledError
             When a method is on the model already.
+        MemoryCapError
+            When the model does not fit under the cap.
         UnsupportedModelError
             When the model cannot be shortened or thinned out.
         """
         from corematching.runtime import attach
 
-        return attach(model, cast(Any, self))
+        cap = self.memory if memory is None else memory
+        return attach(model, cast(Any, self), engine, cap)
 
     def remove(self, model: Module) -> None:
         """Take the method off the model."""
@@ -164,9 +184,11 @@ class Installable(Component, kind="method"):
         detach(model)
 
     @contextmanager
-    def __call__(self, model: Module) -> Iterator[Run]:
+    def __call__(
+        self, model: Module, engine: str = "auto", memory: str | int | None = None
+    ) -> Iterator[Run]:
         """Put the method on for the length of a ``with`` block, whatever happens in it."""
-        run = self.install(model)
+        run = self.install(model, engine, memory)
         try:
             yield run
         finally:

@@ -8,7 +8,7 @@ from corematching.methods.sparsifier import Sparsifier, TokenRule
 from corematching.policy.token_scores.stride import Stride
 
 
-@register_method("stride")
+@register_method("stride", budgets=("keep",))
 def stride(keep: int | float = 0.3, layer: int | float = 0.3) -> Sparsifier:
     """Image tokens at equal distances in the prompt's order; all neurons.
 

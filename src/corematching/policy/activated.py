@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from corematching.policy.amounts import PPM, count_of, parts
+from corematching.policy.passes import count_positive, mark_largest
 
 
 def activate_by_sign(activations: Tensor) -> Tensor:
@@ -21,10 +22,9 @@ def activate_by_sign(activations: Tensor) -> Tensor:
 
 def activate_by_magnitude(activations: Tensor, share: float) -> Tensor:
     """The top ``share`` of the F neurons by ``|a|``, token by token."""
-    magnitude = activations.abs()
-    width = magnitude.shape[-1]
-    threshold = find_kth_largest(magnitude, count_of(share, width))
-    return (magnitude >= threshold) & (magnitude > 0)
+    count = count_of(share, activations.shape[-1])
+    counts = torch.full((*activations.shape[:-1], 1), count, device=activations.device)
+    return mark_largest(activations, counts, most=count, absolute=True)
 
 
 def activate_top_positive(activations: Tensor, rho: float) -> Tensor:
@@ -34,9 +34,9 @@ def activate_top_positive(activations: Tensor, rho: float) -> Tensor:
     ``floor((P - 1) * rho) + 1`` stand at or above it. A token without any activates nothing
     (CoreInfer, arXiv:2410.18311).
     """
-    positives = (activations > 0).sum(-1, keepdim=True)
-    counts = ((positives - 1) * parts(rho)).div(PPM, rounding_mode="floor") + 1
-    return _top_positive(activations, counts, most=int((activations.shape[-1] - 1) * rho) + 2)
+    counts = ((count_positive(activations) - 1) * parts(rho)).div(PPM, rounding_mode="floor") + 1
+    most = int((activations.shape[-1] - 1) * rho) + 2
+    return mark_largest(activations, counts, most, absolute=False)
 
 
 def activate_shared_top_positive(activations: Tensor, rho: float, valid: Tensor) -> Tensor:
@@ -50,20 +50,12 @@ def activate_shared_top_positive(activations: Tensor, rho: float, valid: Tensor)
     valid : Tensor
         (B, T) bool, the tokens that the mean is taken over.
     """
-    positives = (activations > 0).sum(-1, keepdim=True)
+    positives = count_positive(activations)
     total = (positives * valid.unsqueeze(-1)).sum(1, keepdim=True)
     tokens = valid.sum(1).clamp(min=1).view(-1, 1, 1)
     counts = (total * parts(rho)).div(PPM * tokens, rounding_mode="floor").clamp(min=1)
     most = int(activations.shape[-1] * rho) + 1
-    return _top_positive(activations, counts.expand_as(positives), most)
-
-
-def _top_positive(activations: Tensor, counts: Tensor, most: int) -> Tensor:
-    """Positive entries not below the ``counts``-th largest; ``counts`` (B, T, 1) <= ``most``."""
-    most = min(max(most, 1), activations.shape[-1])
-    largest = activations.topk(most, dim=-1).values
-    threshold = largest.gather(-1, (counts - 1).clamp(0, most - 1))
-    return (activations >= threshold) & (activations > 0)
+    return mark_largest(activations, counts.expand_as(positives), most, absolute=False)
 
 
 def find_kth_largest(values: Tensor, k: int) -> Tensor:
@@ -87,8 +79,3 @@ ACTIVATED_BY = {
     "sign": lambda activations, share: activate_by_sign(activations),
     "magnitude": activate_by_magnitude,
 }
-
-
-def as_weights(mask: Tensor) -> Tensor:
-    """A mask as float32, in which counts of up to 2**24 are exact."""
-    return mask.to(torch.float32)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.policy.amounts import counts_of
-from corematching.policy.check import check_amount, check_bool, check_count, check_share
+from corematching.policy.check import (
+    check_amount,
+    check_bool,
+    check_count,
+    check_number,
+    check_share,
+)
 from corematching.policy.component import Component
 
 
@@ -17,7 +23,9 @@ from corematching.policy.component import Component
 class Budget(Component, kind="budget"):
     """Base class: override `count`. The highest scores are kept; of equal ones the first.
 
-    A sample with image tokens keeps at least one, whatever the floor.
+    A sample with image tokens keeps at least one, whatever the floor. With ``cover``, that share of
+    the kept tokens lies evenly over the image tokens, whatever their scores, and the highest scores
+    fill the rest: a view of the whole picture, such as "where is it?" needs.
     """
 
     floor: int | float | None = field(
@@ -26,8 +34,14 @@ class Budget(Component, kind="budget"):
     ceiling: int | float | None = field(
         default=None, metadata={"help": "keep at most this: a share (float) or a count (int)"}
     )
+    cover: float = field(
+        default=0.0, metadata={"help": "share of the kept tokens spread evenly, in [0, 1)"}
+    )
 
     def __post_init__(self) -> None:
+        check_number("cover", self.cover, least=0)
+        if self.cover >= 1:
+            raise ConfigError(f"cover={self.cover}: give a share in [0, 1)")
         for name in ("floor", "ceiling"):
             if getattr(self, name) is not None:
                 check_amount(name, getattr(self, name))
@@ -73,6 +87,9 @@ class Budget(Component, kind="budget"):
         order = filled.argsort(dim=1, descending=True, stable=True)
         totals = image.sum(1)
         counts = self._bound(self.count(filled.gather(1, order), totals), totals)
+        if self.cover:
+            even = spread_evenly(image, (counts * self.cover).round().long())
+            order = filled.masked_fill(even, torch.inf).argsort(dim=1, descending=True, stable=True)
         return image & (_invert(order) < counts.unsqueeze(1))
 
     def _bound(self, counts: Tensor, totals: Tensor) -> Tensor:
@@ -138,6 +155,28 @@ class Count(Budget, name="count"):
 
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
         return torch.full_like(totals, self.tokens)
+
+
+def spread_evenly(image: Tensor, counts: Tensor) -> Tensor:
+    """The middles of ``counts[b]`` equal runs of each sample's image tokens.
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, T) bool.
+    counts : Tensor
+        (B,) long, at most the number of image tokens.
+
+    Returns
+    -------
+    Tensor
+        (B, T) bool, ``counts[b]`` of them True in sample b.
+    """
+    totals = image.sum(1, keepdim=True).clamp(min=1)
+    places, counts = image.cumsum(1) - 1, counts.unsqueeze(1)
+    ahead = (2 * (places + 1) * counts + totals) // (2 * totals)
+    behind = (2 * places * counts + totals) // (2 * totals)
+    return image & (ahead > behind)
 
 
 def measure_chord_distance(curve: Tensor, totals: Tensor) -> Tensor:

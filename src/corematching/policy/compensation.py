@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from corematching.policy.passes import sum_tokens
 
 
 def average_dropped(activations: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
@@ -23,6 +24,5 @@ def average_dropped(activations: Tensor, tokens: Tensor, indices: Tensor) -> Ten
     Tensor
         (B, F), float32.
     """
-    total = activations.masked_fill(~tokens.unsqueeze(-1), 0).sum(1, dtype=torch.float32)
-    mean = total / tokens.sum(1, keepdim=True).clamp(min=1)
+    mean = sum_tokens(activations, tokens) / tokens.sum(1, keepdim=True).clamp(min=1)
     return mean.scatter(1, indices, 0.0)

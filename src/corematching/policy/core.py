@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from corematching.kernels.native import pick_highest
 from corematching.policy.activated import activate_by_magnitude, activate_top_positive
 from corematching.policy.amounts import count_of
+from corematching.policy.passes import sum_tokens
 
 
 def count_activations(activated: Tensor, tokens: Tensor) -> Tensor:
@@ -23,7 +27,7 @@ def count_activations(activated: Tensor, tokens: Tensor) -> Tensor:
     Tensor
         (B, F) long.
     """
-    return (activated & tokens.unsqueeze(-1)).sum(1)
+    return sum_tokens(activated, tokens).long()
 
 
 def pick_top(scores: Tensor, count: int) -> Tensor:
@@ -39,8 +43,23 @@ def pick_top(scores: Tensor, count: int) -> Tensor:
     Tensor
         (B, count) long.
     """
+    found = pick_highest(scores.detach(), count)
+    if found is not None:
+        return found
+    if scores.device.type == "cpu" and not bool(scores.isnan().any()):
+        return torch.stack([_pick_row(row, count) for row in scores.detach().unbind()])
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order[:, :count].sort(dim=-1).values
+
+
+def _pick_row(scores: Tensor, count: int) -> Tensor:
+    """`pick_top` of one sample by partition instead of sorting."""
+    row = (scores.float() if scores.is_floating_point() else scores).numpy()
+    place = len(row) - count
+    cut = np.partition(row, place)[place]
+    chosen = row > cut
+    chosen[np.flatnonzero(row == cut)[: count - np.count_nonzero(chosen)]] = True
+    return torch.from_numpy(np.flatnonzero(chosen))
 
 
 def pick_core_neurons(

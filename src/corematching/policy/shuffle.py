@@ -25,10 +25,15 @@ def hash_uniform(*keys: int | Tensor) -> Tensor:
     Tensor
         float32, in steps of 2**-24.
     """
+    return (hash_words(*keys) >> 8).to(torch.float32) / (1 << 24)
+
+
+def hash_words(*keys: int | Tensor) -> Tensor:
+    """The same as whole numbers in [0, 2**32), long."""
     state: Any = 0
     for key in keys:
         state = _mix((state * 31 + key + 0x9E3779B9) & _WORD)
-    return (state >> 8).to(torch.float32) / (1 << 24)
+    return state
 
 
 def _mix(word: Any) -> Any:

@@ -18,6 +18,9 @@ from corematching.policy.activated import find_kth_largest
 from corematching.policy.amounts import PPM, parts
 from corematching.policy.check import check_share
 
+SMALLEST = torch.finfo(torch.float32).tiny
+"""The least cut, because smaller numbers count as 0 on some devices."""
+
 
 def calibrate_threshold(values: Tensor, tokens: Tensor, sparsity: float) -> Tensor:
     """The smallest t for which at least ``sparsity`` of the entries have a magnitude of at most t.
@@ -57,6 +60,34 @@ def calibrate_threshold(values: Tensor, tokens: Tensor, sparsity: float) -> Tens
             below = -(-entries.numel() * parts(sparsity) // PPM)  # rounded up
             thresholds[sample] = find_kth_largest(entries, entries.numel() - below + 1)[0]
     return thresholds
+
+
+def find_cut(values: Tensor, tokens: Tensor, share: float) -> Tensor:
+    """The smallest magnitude that stays when about ``share`` of the entries do: ``|v| >= cut``.
+
+    The float32 number after `calibrate_threshold`, so that what equals the quantile falls away, as
+    in ``|v| > t``; 0, at which all stay, for ``share=1``.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, T, F), in any float dtype.
+    tokens : Tensor
+        (B, T) bool, the tokens to calibrate over.
+    share : float
+        Share of the entries that shall stay, in (0, 1].
+
+    Returns
+    -------
+    Tensor
+        (B,) float32; 0 for a sample without tokens.
+    """
+    check_share("share", share)
+    if share == 1:
+        return values.new_zeros(len(values), dtype=torch.float32)
+    threshold = calibrate_threshold(values, tokens, 1 - share)
+    cut = threshold.nextafter(torch.full_like(threshold, torch.inf)).clamp(min=SMALLEST)
+    return torch.where(tokens.any(1), cut, 0.0)
 
 
 def pick_firing(values: Tensor, thresholds: Tensor) -> Tensor:

@@ -19,8 +19,14 @@ def select_question(view: PrefillView) -> Tensor:
     return torch.where(question.any(1, keepdim=True), question, view.text)
 
 
+def select_kept(view: PrefillView) -> Tensor:
+    """(B, T) bool, the tokens that go on to the last layer; all where none is dropped."""
+    return view.valid if view.kept is None else view.valid & view.kept
+
+
 TOKEN_SETS: dict[str, Callable[[PrefillView], Tensor]] = {
     "all": lambda view: view.valid,
+    "kept": select_kept,
     "text": lambda view: view.text,
     "image": lambda view: view.image,
     "question": select_question,
@@ -28,7 +34,7 @@ TOKEN_SETS: dict[str, Callable[[PrefillView], Tensor]] = {
 
 
 def select_tokens(view: PrefillView, over: str) -> Tensor:
-    """The (B, T) bool mask of a set by name: ``all``, ``text``, ``image`` or ``question``."""
+    """The (B, T) bool mask of a set by its name in `TOKEN_SETS`."""
     return TOKEN_SETS[over](view)
 
 

@@ -1,8 +1,8 @@
 """VisionZip and LLaVA-PruMerge: choose and merge image tokens by the vision tower's own attention.
 
-Both look at one layer of a vision tower with a class token, at the attention from that token to the
-patches and at the patches' keys. Shapes: I images, N patches of each, H heads, D width of a head,
-d width of the features, which are the tower's (what the projector gets).
+Both look at one layer of a vision tower: the attention from its class token to the patches, and the
+patches' keys. Shapes: I images, N patches of each, S = N plus the class token, H heads, D width
+of a head, d width of the features, which are the tower's (what the projector gets).
 """
 
 from __future__ import annotations
@@ -75,13 +75,12 @@ def zip_tokens(
 
 
 def prune_and_merge(
-    features: Tensor, attention: Tensor, keys: Tensor, neighbours: int = 32
+    features: Tensor, attention: Tensor, keys: Tensor, counts: Tensor, neighbours: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """PruMerge: the outliers of the class token's attention, with their neighbours added.
+    """PruMerge: the tokens with most of the class token's attention, with their neighbours added.
 
     "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
-    arXiv:2403.15388. Of N tokens the top ``int(N r)`` by attention are kept (at least one), r being
-    the share whose attention is above ``Q3 + 1.5 (Q3 - Q1)``; then
+    arXiv:2403.15388. The top tokens by attention are kept, as many as `count_outliers` finds; then
     ``x_i += sum_j a_j x_j`` over the tokens j with the most similar keys (cosine), kept ones
     included. The one token more that the released code makes of all dropped ones is left out: it
     has no place among the image tokens.
@@ -91,9 +90,11 @@ def prune_and_merge(
     features : Tensor
         (I, N, d).
     attention : Tensor
-        (I, N), from `attend_from_class`.
+        (I, N), from `attend_to_patches` over the whole width.
     keys : Tensor
         (I, N, H * D).
+    counts : Tensor
+        (I,) long, tokens to keep, in [1, N].
     neighbours : int
         Tokens added to each kept one.
 
@@ -103,10 +104,9 @@ def prune_and_merge(
         (I, N) bool, the kept tokens; (I, N, d), the features with those of kept tokens replaced.
     """
     total = features.shape[1]
-    outliers = count_outliers(attention).clamp(min=1)
     order = attention.float().argsort(dim=1, descending=True, stable=True)
     places = torch.arange(total, device=order.device).expand_as(order)
-    keep = torch.empty_like(order).scatter_(1, order, places) < outliers.unsqueeze(1)
+    keep = torch.empty_like(order).scatter_(1, order, places) < counts.unsqueeze(1)
     unit = torch.nn.functional.normalize(keys.float(), dim=-1)
     itself = torch.eye(total, dtype=torch.bool, device=keys.device)
     similarity = (unit @ unit.transpose(1, 2)).masked_fill(itself, -torch.inf)
@@ -117,30 +117,53 @@ def prune_and_merge(
     return keep, torch.where(keep.unsqueeze(-1), merged.to(features.dtype), features)
 
 
-def attend_from_class(query: Tensor, keys: Tensor) -> Tensor:
-    """PruMerge's attention: one softmax over the whole width, with no split into heads.
+def attend_to_patches(queries: Tensor, keys: Tensor, scaling: float, classes: int) -> Tensor:
+    """How much attention each patch gets from the class token, or else from the average patch.
+
+    VisionZip reads every head; PruMerge one softmax over the whole width, `join_heads` before this.
 
     Parameters
     ----------
-    query : Tensor
-        (I, H * D), the class token's query.
-    keys : Tensor
-        (I, 1 + N, H * D), the class token's key first.
+    queries, keys : Tensor
+        (I, H, S, D), the class token first.
+    scaling : float
+        What the products are multiplied with, such as ``D ** -0.5``.
+    classes : int
+        Class tokens; with 0 the mean over the patches' own rows stands for the class token's.
 
     Returns
     -------
     Tensor
-        (I, N) float32, the patches' part of ``softmax(q K / sqrt(H * D))``.
+        (I, H, N) float32.
     """
-    scores = torch.einsum("ic,inc->in", query.float(), keys.float())
-    return (scores * query.shape[-1] ** -0.5).softmax(-1)[:, 1:]
+    rows = queries[:, :, :classes] if classes else queries
+    scores = rows.float() @ keys.float().transpose(2, 3) * scaling
+    return scores.softmax(-1).mean(2)[:, :, classes:]
+
+
+def join_heads(heads: Tensor) -> Tensor:
+    """(I, H, S, D) to (I, 1, S, H * D), one head as wide as all."""
+    return heads.transpose(1, 2).flatten(2).unsqueeze(1)
 
 
 def count_outliers(attention: Tensor) -> Tensor:
-    """(I,) long, the entries of (I, N) above ``Q3 + 1.5 (Q3 - Q1)``, each image by itself."""
+    """PruMerge's number of tokens: entries above ``Q3 + 1.5 (Q3 - Q1)``, at least one.
+
+    The paper keeps ``int(N r)`` of N tokens, r being the share of such entries.
+
+    Parameters
+    ----------
+    attention : Tensor
+        (I, N).
+
+    Returns
+    -------
+    Tensor
+        (I,) long, each image by itself.
+    """
     attention = attention.float()
     low, high = attention.quantile(attention.new_tensor([0.25, 0.75]), dim=1)
-    return (attention > (high + 1.5 * (high - low)).unsqueeze(1)).sum(1)
+    return (attention > (high + 1.5 * (high - low)).unsqueeze(1)).sum(1).clamp(min=1)
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from .attach import Run, attach, detach, is_attached
 from .checks import check_model
 from .families import FAMILIES, Family, find_family
+from .offload_load import load
 
 __all__ = [
     "FAMILIES",
@@ -13,4 +14,5 @@ __all__ = [
     "detach",
     "find_family",
     "is_attached",
+    "load",
 ]

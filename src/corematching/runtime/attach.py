@@ -13,6 +13,7 @@ from corematching.report import Report
 
 from .count import build_report
 from .engine import Engine
+from .offload import find_offload
 
 # The model's own hooks keep its engine alive, so that both can go when the model goes.
 _installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
@@ -52,10 +53,13 @@ class Run:
         return [self._report(record) for record in self._engine.records]
 
     def _report(self, record: Any) -> Report:
+        self._engine.settle(record)
         return build_report(record, self._engine.parts, self.method, self.model)
 
 
-def attach(model: nn.Module, method: Method) -> Run:
+def attach(
+    model: nn.Module, method: Method, engine: str = "auto", memory: str | int | None = None
+) -> Run:
     """Install a method on one model; nothing runs before the model does.
 
     With ``use_cache=False``, generate() runs the whole prompt again at every step; each of them
@@ -69,6 +73,14 @@ def attach(model: nn.Module, method: Method) -> Run:
         A loaded ``PreTrainedModel``.
     method : Method
         What chooses tokens and neurons.
+    engine : str
+        What may run decode steps and prompts: ``auto``, whatever is fastest for this model here
+        (compiled kernels on a CPU, Triton's on a GPU); ``torch``, PyTorch's operators only;
+        ``native``, the compiled CPU kernels, or an error where there are none.
+    memory : str or int, optional
+        What the model may take of its device's memory, such as ``"12GiB"``: the FFNs of the layers
+        whose neurons are chosen are then kept outside, in pinned host memory (GPU) or in a file
+        (CPU), and each prompt streams them. They decode in PyTorch.
 
     Returns
     -------
@@ -79,6 +91,10 @@ def attach(model: nn.Module, method: Method) -> Run:
     ------
     AlreadyInstalledError
         A method is already installed on this model.
+    ConfigError
+        There is no such engine.
+    MemoryCapError
+        The model does not fit under the cap.
     UnsupportedModelError
         The model cannot be shortened; the message says why and what to do.
     """
@@ -87,14 +103,20 @@ def attach(model: nn.Module, method: Method) -> Run:
             f"a method is already installed on this {type(model).__name__}: remove it first "
             "(leave its `with` block, or call remove(model))"
         )
-    engine = Engine(model, method)
+    offload = find_offload(model, memory)
     try:
-        engine.install()
+        at_work = Engine(model, method, engine, offload)
     except BaseException:
-        engine.remove()
+        if offload is not None:
+            offload.remove()
         raise
-    _installed[model] = weakref.ref(engine)
-    return Run(engine)
+    try:
+        at_work.install()
+    except BaseException:
+        at_work.remove()
+        raise
+    _installed[model] = weakref.ref(at_work)
+    return Run(at_work)
 
 
 def detach(model: nn.Module) -> None:

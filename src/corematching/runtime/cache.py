@@ -108,9 +108,15 @@ class RememberingCache(Cache):
         memory = self.memory
         memory.valid = move(memory.valid)
         memory.neurons = {
-            layer: NeuronChoice(move(c.indices), None if c.mean is None else move(c.mean))
-            for layer, c in memory.neurons.items()
+            layer: _move_choice(choice, move) for layer, choice in memory.neurons.items()
         }
+
+
+def _move_choice(choice: NeuronChoice, move: Any) -> NeuronChoice:
+    moved: dict[str, Any] = {
+        name: None if part is None else move(part) for name, part in vars(choice).items()
+    }
+    return NeuronChoice(**moved)
 
 
 @functools.cache
@@ -251,3 +257,17 @@ def short_mask(memory: Memory, mask: Tensor | None, total: int) -> Tensor | None
         mask = memory.valid.new_ones(memory.valid.shape[0], total, dtype=torch.long)
     valid = memory.valid.to(mask)
     return valid if rest <= 0 else torch.cat([valid, mask[:, -rest:]], dim=1)
+
+
+def fit_mask(kwargs: dict[str, Any], cache: Cache | None, length: int) -> dict[str, Any]:
+    """A caller's mask over the whole conversation, or none, made to fit what is stored."""
+    memory, mask = memory_of(cache), kwargs.get("attention_mask")
+    if memory is None or not memory.shortened or isinstance(mask, dict):
+        return kwargs
+    if mask is None and memory.filler:
+        total = tokens_after(cache, length)
+    elif mask is not None and mask.ndim == 2:
+        total = mask.shape[1]
+    else:
+        return kwargs
+    return dict(kwargs, attention_mask=short_mask(memory, mask, total))

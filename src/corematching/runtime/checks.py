@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from corematching.errors import UnsupportedModelError
-from corematching.protocol import ACTIVATIONS, ATTENTION, CONTRIBUTIONS, Method
+from corematching.protocol import ACTIVATIONS, ATTENTION, CONTRIBUTIONS, Method, NeuronPolicy
 
 from .ffn import find_ffn
 from .view import find_attention
@@ -241,3 +241,12 @@ def _check_tokens(model: nn.Module, config: Any, parts: Parts, method: Method) -
             f"the method drops tokens before layer 0 and reads {', '.join(sorted(shown))}, which "
             "no layer has computed by then: drop after layer 0 or later"
         )
+
+
+def choose_counts(parts: Parts, neurons: NeuronPolicy | None) -> list[int]:
+    """Neurons that each layer keeps; all of them without a policy."""
+    widths = parts.widths
+    if neurons is None:
+        return list(widths)
+    counts = {width: neurons.counts(len(widths), width) for width in set(widths)}
+    return [counts[width][index] for index, width in enumerate(widths)]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from corematching.report import Report, SampleReport
 
 from .checks import Parts, linear_shape
+from .decode import Tally
+from .memory import MemoryUse
 from .prefill import Selection
 
 Mark = float | torch.cuda.Event
@@ -73,6 +75,11 @@ class Record:
     vision: list[tuple[Mark, Mark]] = field(default_factory=list)
     vision_flops: int = 0
     vision_inside: bool = False
+    tally: Tally | None = None
+    kernel: str = "torch"
+    decode_bytes: int = 0
+    dense_decode_bytes: int = 0
+    memory: MemoryUse | None = None
 
 
 @dataclass
@@ -173,7 +180,11 @@ def build_report(record: Record, parts: Parts, method: Any, model: nn.Module) ->
         vision_flops=record.vision_flops,
         decode_seconds=seconds_between(record.filled, record.last),
         decode_steps=record.steps,
+        kernel=record.kernel,
+        decode_bytes=record.decode_bytes,
+        dense_decode_bytes=record.dense_decode_bytes,
         continued=record.continued,
+        memory=None if record.memory is None else record.memory.report(),
     )
     counter = _SampleCounter(record, parts, model)
     rows = range(0, record.valid.shape[0], record.expand)

@@ -17,20 +17,22 @@ from corematching.protocol import Method
 from .cache import (
     Memory,
     check_cache,
+    fit_mask,
     is_fresh,
     memory_of,
     remember,
-    short_mask,
-    tokens_after,
     widen_sliding_layers,
 )
-from .checks import Parts, check_model
-from .count import Record, mark
+from .checks import Parts, check_model, choose_counts
+from .count import Record, layer_costs, mark
+from .decode import Backend, check_engine
 from .ffn import SparseFFN
 from .generation import GenerationPatches
 from .lock import UseLock
+from .offload import Offload
 from .prefill import Prefill, Selection
 from .prompt import query_length, read_prompt
+from .tower import find_tower
 from .vision import VisionMeter
 
 MAX_RECORDS = 16
@@ -45,37 +47,58 @@ class Engine:
         The model.
     method : Method
         What chooses.
+    engine : str
+        What may run decode steps and prompts: ``auto``, ``torch`` or ``native``.
+    offload : Offload or None
+        Keeps FFN weights outside fast memory; their layers decode in PyTorch.
 
     Raises
     ------
+    MemoryCapError
+        The model does not fit under the offload's cap.
     UnsupportedModelError
         The model cannot be shortened.
     """
 
-    def __init__(self, model: nn.Module, method: Method) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        engine: str = "auto",
+        offload: Offload | None = None,
+    ) -> None:
+        self.offload = offload
+        engine = check_engine(engine) if offload is None else offload.check_engine(engine)
+        in_place = engine != "torch"
         self.parts: Parts = check_model(model, method)
         self._model, self.method = weakref.ref(model), method
         self.lock = UseLock()
-        self.generating = False
         self.prefill: Prefill | None = None
         self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
-        self.counts = self._choose_counts()
-        self.sparse = {
-            index: SparseFFN(self.parts.ffns[index], count)
-            for index, count in enumerate(self.counts)
-            if count < self.parts.widths[index]
-        }
+        counts = choose_counts(self.parts, method.neurons)
+        per_token = getattr(method.neurons, "per_token", False)
+        chosen = {i: n for i, n in enumerate(counts) if n < self.parts.widths[i] or per_token}
+        self.sparse: dict[int, SparseFFN] = (
+            {i: SparseFFN(self.parts.ffns[i], n, in_place) for i, n in chosen.items()}
+            if offload is None
+            else offload.make_ffns(self.parts, chosen)
+        )
+        share = getattr(method.neurons, "decode_share", 1.0)
+        self.counts = [max(1, round(share * count)) for count in counts]
+        self.backend = Backend(model, self.parts, self.sparse, engine)
         self._patches = GenerationPatches(self)
         self._handles: list[Any] = []
         self._names = list(inspect.signature(model.forward).parameters)
         self._start: Any = None
         self._vision = VisionMeter(self.parts.vision, self._device)
-        self._prompt_width, self._expand_from = 0, 0
+        self._tower = find_tower(model, self.parts.vision, method.tokens)
+        self._prompt_width, self._expand_from, self._total = 0, 0, 0
         self._ends: tuple[int, ...] = ()
         self._first: Record | None = None
+        self._counting: Record | None = None
         self._owner: Any = None
         self._thread = self._numbers = 0
-        self._stepping = False
+        self.generating = self._stepping = False
         self._resumed: Record | None = None
 
     @property
@@ -93,20 +116,30 @@ class Engine:
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
         self._vision.install()
+        if self._tower is not None:
+            self._tower.install()
+        if self.offload is not None:
+            self.offload.install()
         for ffn in self.sparse.values():
             ffn.install()
+        self.backend.install()
         self._patches.install()
 
     def remove(self) -> None:
         """Take everything off the model again."""
         self._drop_prefill()
         self._patches.remove()
+        self.backend.remove()
         for ffn in self.sparse.values():
             ffn.remove()
+        if self.offload is not None:
+            self.offload.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._vision.remove()
+        if self._tower is not None:
+            self._tower.remove()
 
     def begin_generate(self, prompt_width: int) -> None:
         """A generate() starts."""
@@ -114,24 +147,39 @@ class Engine:
         self.generating, self._first = True, None
         self._vision.take()
         self._prompt_width, self._expand_from, self._ends = prompt_width, 0, ()
+        self._total = 0
 
     @property
     def answering(self) -> bool:
         """Whether the prompt of the generate() under way is done."""
         return self._first is not None
 
-    def gather_neurons(self) -> None:
+    def gather_neurons(self, cache: Any = None) -> None:
         """A token will be decoded: fetch the weights of what the prompt's layers chose.
 
         Not before, so that the first token need not wait for it and an answer of one token never
         pays for it.
         """
+        compiled = cache is not None and cache.is_compileable
         for ffn in self.sparse.values():
-            ffn.gather()
+            ffn.gather(copies=compiled)
+
+    def settle(self, record: Record) -> None:
+        """Note what the decode steps of the latest record have read."""
+        if record is not self._counting or record.tally is None:
+            return
+        if self.offload is not None:
+            self.offload.measure(record.memory)
+        now, before = self.backend.count(), record.tally
+        rows = record.valid.shape[0]
+        record.kernel = self.backend.name(before, now)
+        record.decode_bytes = self.backend.bytes_per_step(before, now, record.steps, rows)
+        record.dense_decode_bytes = self.backend.dense_bytes()
 
     def note_generation(self, config: Any, ends: Tensor | None) -> None:
         """generate() has settled its configuration."""
         self._expand_from = max(config.num_beams or 1, config.num_return_sequences or 1)
+        self._total = config.max_length or 0
         self._ends = () if ends is None else tuple(int(x) for x in ends.flatten())
 
     def note_step(self) -> None:
@@ -152,6 +200,7 @@ class Engine:
         self.generating = False
         if self._first is not None:
             self._first.steps = max(self._first.steps - 1, 0)
+            self.settle(self._first)
             self._first.last = mark(self._device)
             self._first.selection.forget_hidden()
         self._first = None
@@ -159,13 +208,6 @@ class Engine:
     @property
     def _device(self) -> torch.device:
         return next(self.parts.layers[0].parameters()).device
-
-    def _choose_counts(self) -> list[int]:
-        widths, depth = self.parts.widths, len(self.parts.layers)
-        if self.method.neurons is None:
-            return list(widths)
-        counts = {w: self.method.neurons.counts(depth, w) for w in set(widths)}
-        return [counts[width][index] for index, width in enumerate(widths)]
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Find out what this forward is; compiled decode steps only get their mask fitted."""
@@ -175,7 +217,7 @@ class Engine:
             if self._first is not None and cache is not None:
                 return None
             if torch.compiler.is_compiling():
-                return args, self._fit_mask(kwargs, cache, length)
+                return args, self._fit(kwargs, cache, length)
         return self._begin(args, kwargs, length)
 
     @torch.compiler.disable
@@ -187,16 +229,24 @@ class Engine:
         cache = kwargs.get("past_key_values")
         if not is_fresh(cache, length):
             self._resume(kwargs, cache, length)
-            return (), self._fit_mask(kwargs, cache, length)
+            return (), self._fit(kwargs, cache, length)
         self._drop_prefill()
+        self.backend.refresh()
         self._start_prefill(kwargs, cache, length)
         return (), kwargs
+
+    def _start_streaming(self, valid: Tensor) -> None:
+        """A prompt begins, whose layers stream their weights."""
+        if self.offload is not None:
+            each = sum(cost.kv_bytes for cost in layer_costs(self.parts))
+            self.offload.start_prompt(valid.shape[0], valid.shape[1], self._total, each)
 
     def _start_prefill(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
         valid, image = read_prompt(self.model, kwargs, self.parts.image_ids, length)
         if self.method.tokens is not None and cache is not None:
             check_cache(cache)
             widen_sliding_layers(cache, length)
+        self._start_streaming(valid)
         first = self._first
         repeat = first.selection if first is not None and cache is None else None
         if repeat is None:
@@ -204,7 +254,7 @@ class Engine:
                 ffn.clear()
             if not self.generating:
                 self._vision.take()
-        prefill = Prefill(self.parts, self.method, self.sparse, valid, image, repeat)
+        prefill = Prefill(self.parts, self.method, self.sparse, valid, image, repeat, self._tower)
         if prefill.cuts and kwargs.get("labels") is not None:
             raise InputError(
                 "labels do not fit a prompt that gets shorter: remove the method before training "
@@ -241,7 +291,7 @@ class Engine:
             cache = getattr(output, "past_key_values", None)
         selection = prefill.selection
         if not self.generating:
-            self.gather_neurons()
+            self.gather_neurons(cache)
         if cache is not None and (selection.stages or selection.neurons):
             count = prefill.valid.shape[1]
             memory = Memory(prefill.valid, prefill.length, prefill.length - count)
@@ -265,15 +315,16 @@ class Engine:
 
     def _resume(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
         """A cache that is not empty comes in: its own choices hold."""
-        self.gather_neurons()
+        self.backend.refresh()
         if self._owner is None or self._owner() is not cache:
             memory = memory_of(cache)
             for index, ffn in self.sparse.items():
                 if memory is None or index not in memory.neurons:
                     ffn.clear()
                 else:
-                    ffn.set(memory.neurons[index])
+                    ffn.take(memory.neurons[index])
             self._owner = weakref.ref(cache)
+        self.gather_neurons(cache)
         self._stepping = length == 1 and not self.generating
         if self._stepping:
             return
@@ -283,6 +334,7 @@ class Engine:
         if not self.generating:
             self._vision.take()
         valid, image = read_prompt(self.model, kwargs, self.parts.image_ids, length)
+        self._start_streaming(valid)
         seen = int(cache.get_seq_length())
         dropped = 0 if memory is None else int(memory.dropped)
         context = torch.tensor([[seen, seen - dropped]]).expand(valid.shape[0], 2)
@@ -303,6 +355,10 @@ class Engine:
         self._resumed = self.records[-1]
 
     def _add(self, record: Record) -> None:
+        if self._counting is not None:
+            self.settle(self._counting)
+        self._counting, record.tally = record, self.backend.count()
+        record.memory = None if self.offload is None else self.offload.use
         record.number, self._numbers = self._numbers, self._numbers + 1
         record.start, record.filled = self._start, mark(self._device)
         record.last = record.filled
@@ -332,20 +388,13 @@ class Engine:
                 "model with a method installed; wait for it, or load the model twice"
             )
 
+    def _fit(self, kwargs: dict[str, Any], cache: Any, length: int) -> dict[str, Any]:
+        """A caller's mask made to fit the cache; generate() gets one that fits by itself."""
+        return kwargs if self.generating else fit_mask(kwargs, cache, length)
+
     def _drop_prefill(self) -> None:
         if self.prefill is not None:
             self.prefill.remove()
+            if self._tower is not None:
+                self._tower.clear()
         self.prefill = None
-
-    def _fit_mask(self, kwargs: dict[str, Any], cache: Any, length: int) -> dict[str, Any]:
-        """A caller's mask over the whole conversation, or none, made to fit what is stored."""
-        memory, mask = memory_of(cache), kwargs.get("attention_mask")
-        if memory is None or not memory.shortened or self.generating or isinstance(mask, dict):
-            return kwargs
-        if mask is None and memory.filler:
-            total = tokens_after(cache, length)
-        elif mask is not None and mask.ndim == 2:
-            total = mask.shape[1]
-        else:
-            return kwargs
-        return dict(kwargs, attention_mask=short_mask(memory, mask, total))

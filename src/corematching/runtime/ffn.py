@@ -1,69 +1,38 @@
 """FFNs that compute only the chosen neurons while decoding.
 
 `SparseFFN` replaces the forward of one FFN on its instance. Prompts run through the original
-forward; a single token runs on compact copies of the chosen neurons' weights, never on masks.
+forward; a single token runs on the chosen neurons' weights alone, never on masks: on their rows in
+the dense weights where a kernel can read them in place, else on compact copies.
 """
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corematching.errors import ConfigError, UnsupportedModelError
-from corematching.kernels import CompactWeights, gather_columns, gather_rows, sparse_ffn
+from corematching.errors import ConfigError
+from corematching.kernels import (
+    CompactWeights,
+    FFNWeights,
+    IndexedKernel,
+    NeuronSets,
+    Thresholds,
+    find_kernel,
+    gather_columns,
+    gather_rows,
+    sparse_ffn,
+)
 from corematching.protocol import NeuronChoice
 
-FFN_NAMES = ("mlp", "feed_forward", "ffn")
-PLAIN_NAMES = (
-    ("fc1", "fc2"),
-    ("up_proj", "down_proj"),
-    ("c_fc", "c_proj"),
-    ("dense_h_to_4h", "dense_4h_to_h"),
-)
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
-EXPERT_NAMES = frozenset({"experts", "router", "shared_expert", "shared_experts"})
-EXPERT_CLASS = re.compile(r"(MoeBlock|MoE|Moe|Experts)$")
+from .ffn_parts import FFNParts, find_ffn
 
-
-def find_ffn(layer: nn.Module) -> nn.Module:
-    """Find the FFN of a decoder layer.
-
-    Parameters
-    ----------
-    layer : nn.Module
-        One of ``model.get_decoder().layers``.
-
-    Returns
-    -------
-    nn.Module
-        The layer's FFN.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The layer routes its tokens to experts, or holds no FFN under a known name.
-    """
-    for name, module in layer.named_modules():
-        kind = type(module).__name__
-        if name.rpartition(".")[2] in EXPERT_NAMES or EXPERT_CLASS.search(kind):
-            raise UnsupportedModelError(
-                f"{type(layer).__name__} has a mixture of experts ({kind} '{name}'), whose FFN "
-                "differs from token to token: use a model with dense FFNs, or drop tokens only "
-                "(neurons=None)"
-            )
-    for name in FFN_NAMES:
-        module = getattr(layer, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise UnsupportedModelError(
-        f"{type(layer).__name__} has no FFN named {', '.join(FFN_NAMES)}: "
-        "drop tokens only (neurons=None)"
-    )
+__all__ = ["SparseFFN", "find_ffn"]
 
 
 class SparseFFN:
@@ -76,6 +45,9 @@ class SparseFFN:
         linear layer (gate first), and every linear layer may have a bias.
     count : int
         Neurons of each choice, in [1, width].
+    in_place : bool
+        Whether a kernel that reads the dense weights in place may run where there is one. It wants
+        the down projection stored by neuron, which `install` sees to and `remove` undoes.
 
     Attributes
     ----------
@@ -83,6 +55,8 @@ class SparseFFN:
         Whether a single token now runs on the chosen neurons.
     count : int
         Neurons of each choice.
+    plan : Any
+        What the kernel made of the choice; None where compact copies are used.
 
     Raises
     ------
@@ -92,32 +66,48 @@ class SparseFFN:
         The weights cannot be gathered, or the FFN computes something else.
     """
 
-    def __init__(self, mlp: nn.Module, count: int) -> None:
-        self.mlp = mlp
+    def __init__(self, mlp: nn.Module, count: int, in_place: bool = False) -> None:
+        self.mlp, self.parts = mlp, FFNParts(mlp)
         self.active = False
         self.count = count
+        self.plan: Any = None
+        self._kernel: IndexedKernel | None = None
+        self._in_place = in_place
         self._installed = False
         self._original: Callable[..., Tensor] = mlp.forward
+        self._sets: NeuronSets | None = None
+        self._rows: FFNWeights | None = None
         self._weights: CompactWeights | None = None
+        self._copied = False
         self._bias: Tensor | None = None
+        self._limits: Thresholds = Thresholds()
         self._taken: NeuronChoice | None = None
-        self._locate()
         if not 1 <= count <= self.width:
             raise ConfigError(
                 f"an FFN of {self.width} neurons cannot keep {count}: "
                 f"choose a count from 1 to {self.width}"
             )
-        self._probe()
+        self.check()
+
+    @property
+    def kernel_name(self) -> str:
+        """The kernel that reads the weights in place; empty where there is none."""
+        return "" if self._kernel is None else self._kernel.name
+
+    @property
+    def runs_uncounted(self) -> bool:
+        """Whether single tokens run on a kernel that does not count what it reads."""
+        return self.active and self.plan is not None and not hasattr(self.plan, "bytes_read")
 
     @property
     def down_proj(self) -> nn.Linear:
         """The module whose input is the activations."""
-        return self._down
+        return self.parts.down
 
     @property
     def width(self) -> int:
         """F, the intermediate neurons of the dense FFN."""
-        return self._down.in_features
+        return self.parts.width
 
     def install(self) -> None:
         """Replace the FFN's forward on its instance."""
@@ -127,23 +117,42 @@ class SparseFFN:
         self._original = self.mlp.forward
         self.mlp.forward = self.forward
         self._installed = True
+        if self._in_place:
+            self._choose_kernel()
 
     def remove(self) -> None:
-        """Put the FFN's own forward back and free the compact weights."""
+        """Put the FFN's own forward and the layout of its weights back; free the copies."""
         if self._installed:
             del self.mlp.forward
             if self._replaced is not None:
                 self.mlp.forward = self._replaced
             self._installed = False
+        if self._kernel is not None:
+            self.parts.store_down_as_usual()
         self.clear()
-        self._weights = self._bias = None
+        self._weights = self._bias = self._rows = self.plan = self._kernel = None
+
+    def check(self) -> None:
+        """Compare the weights as found with the FFN's own forward; see `FFNParts.check`."""
+        self.parts.check()
+
+    def at_hand(self) -> AbstractContextManager[None]:
+        """A block in which all neurons' weights are there; here they always are."""
+        return nullcontext()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, T, d) to (B, T, d), on the chosen neurons where T is 1 and a choice is set."""
         if not self.active or x.dim() != 3 or x.shape[1] != 1:
             return self._original(x, *args, **kwargs)
-        assert self._weights is not None
-        return sparse_ffn(x[:, 0], self._weights, self._bias, self._activation)[:, None]
+        if self.plan is not None and self._runs_in_place(x):
+            assert self._kernel is not None and self._rows is not None
+            return self._kernel.run(x[:, 0], self._rows, self.plan)[:, None]
+        if not self._copied:
+            self._copy_neurons()
+        weights = self._weights
+        assert weights is not None
+        out = sparse_ffn(x[:, 0], weights, self._bias, self.parts.activation, self._limits)
+        return out[:, None]
 
     def set(self, choice: NeuronChoice) -> None:
         """Take a choice and gather its weights at once; see `take` and `gather`."""
@@ -169,185 +178,163 @@ class SparseFFN:
                 f"expected means ({indices.shape[0]}, {self.width}), got {tuple(mean.shape)}: "
                 "a policy must give one mean per neuron, 0 on the kept ones"
             )
+        limits = (choice.input_threshold, choice.gate_threshold, choice.output_threshold)
+        if any(x is not None and x.shape != indices.shape[:1] for x in limits):
+            raise ConfigError(
+                f"expected thresholds ({indices.shape[0]},): a policy must give one per sample"
+            )
+        if choice.gate_threshold is not None and not self.parts.gated:
+            raise ConfigError(
+                f"{type(self.mlp).__name__} has no gate to compare with a threshold: "
+                "use output_threshold"
+            )
         self.clear()
-        if self.count < self.width:
+        if self.count < self.width or any(x is not None for x in limits):
             self._taken = choice
 
-    def gather(self) -> None:
-        """Gather the weights of a choice that was taken; single tokens run on them from now on.
+    def gather(self, copies: bool = False) -> None:
+        """Fetch the weights of a choice that was taken; single tokens run on them from now on.
 
         Samples share one copy where equal neighbours allow it (beams, one choice for all). A choice
         of every neuron leaves the FFN dense. Does nothing without a new choice.
+
+        Parameters
+        ----------
+        copies : bool
+            Make compact copies also where a kernel reads the weights in place, for compiled code.
         """
-        if self._taken is None:
-            return
-        choice, self._taken = self._taken, None
-        with torch.inference_mode(False), torch.no_grad():
-            self._gather(_distinct_sets(choice.indices.to(self._down.weight.device)))
-            self._fold(choice.mean)
-        self.active = True
+        if self._taken is not None:
+            choice, self._taken = self._taken, None
+            with torch.inference_mode(False), torch.no_grad():
+                self._settle(choice)
+            self.active = True
+        if self.active and not self._copied and (copies or self.plan is None):
+            self._copy_neurons()
 
     def clear(self) -> None:
         """Run every token on all neurons until the next choice; the buffers stay for reuse."""
         self.active, self._taken = False, None
 
     def bytes_read(self, batch: int) -> int:
-        """Bytes of weights that one decode step of ``batch`` samples reads here.
+        """Bytes of weights that one decode step of ``batch`` samples reads from compact copies.
 
         A set of neurons that several samples share is read once.
         """
-        if not self.active:
+        if not self.active or self._sets is None:
             return sum(p.numel() * p.element_size() for p in self.mlp.parameters())
-        assert self._weights is not None
-        sets = self._weights.up.shape[0]
-        size = sum(t.numel() * t.element_size() for t in self._weights.tensors)
-        bias = 0 if self._bias is None else self._bias[0].numel() * self._bias.element_size()
-        rows = 0 if self._bias is None else min(batch, self._bias.shape[0])
-        return size // sets * min(batch, sets) + bias * rows
+        sets, count = self._sets.indices.shape
+        row = self.parts.down.out_features
+        size = self.parts.down.weight.element_size()
+        each = sum(
+            (row if tensor.dim() == 2 else 1) * count for tensor in self.parts.dense().values()
+        )
+        bias = 0 if self._bias is None else self._bias.shape[1] * min(batch, self._bias.shape[0])
+        return (each * min(batch, sets) + bias) * size
 
-    def _locate(self) -> None:
-        """Find the linear layers and the activation function, and refuse what is not gatherable."""
-        mlp: Any = self.mlp
-        self._fused: nn.Linear | None = getattr(mlp, "gate_up_proj", None)
-        self._gate: nn.Linear | None = getattr(mlp, "gate_proj", None)
-        self._up: nn.Linear
-        self._down: nn.Linear
-        names = next((n for n in PLAIN_NAMES if all(hasattr(mlp, part) for part in n)), None)
-        if self._fused is not None and hasattr(mlp, "down_proj"):
-            self._up, self._down = self._fused, mlp.down_proj
-        elif names is not None:
-            self._up, self._down = getattr(mlp, names[0]), getattr(mlp, names[1])
-        else:
-            parts = ", ".join(name for name, _ in mlp.named_children()) or "nothing"
-            raise UnsupportedModelError(
-                f"{type(mlp).__name__} is no FFN of a known form (it has {parts}): "
-                "drop tokens only (neurons=None)"
+    def bytes_counted(self) -> int:
+        """Bytes of weights that the kernel has read here so far, by its own count."""
+        count = getattr(self.plan, "bytes_read", None)
+        return 0 if count is None else count()
+
+    def _choose_kernel(self) -> None:
+        """Find the kernel for these weights, and lay the down projection out for it."""
+        rows = self.parts.by_neuron()
+        down = rows.down_t
+        rows = dataclasses.replace(rows, down_t=down.new_empty(0).expand(0, 0))
+        self._kernel = find_kernel(rows)
+        if self._kernel is not None:
+            self.parts.store_down_by_neuron()
+
+    def _runs_in_place(self, x: Tensor) -> bool:
+        """Whether the kernel can compute this token."""
+        kernel, sets = self._kernel, self._sets
+        if kernel is None or sets is None or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        if torch.compiler.is_compiling():
+            return kernel.traceable
+        fits = kernel.max_batch is None or x.shape[0] <= kernel.max_batch
+        return fits and x.dtype == self.parts.down.weight.dtype
+
+    def _settle(self, choice: NeuronChoice) -> None:
+        """Turn a choice into sets of neurons, and give them to the kernel."""
+        device = self.parts.down.weight.device
+        limits = [choice.input_threshold, choice.gate_threshold, choice.output_threshold]
+        limits = [None if x is None else x.to(device, torch.float32) for x in limits]
+        indices = choice.indices.to(device)
+        step = indices.shape[0] // _count_sets([indices, *(x for x in limits if x is not None)])
+        own = (None if x is None else x[::step] for x in limits)
+        self._limits = Thresholds(
+            *(
+                None if x is None else _refill(old, x)
+                for old, x in zip(_fields(self._limits), own, strict=True)
             )
-        for linear in (self._up, self._down, self._gate):
-            if linear is not None:
-                _check_linear(mlp, linear)
-        found = [getattr(mlp, n) for n in ACTIVATION_NAMES if callable(getattr(mlp, n, None))]
-        if not found:
-            raise UnsupportedModelError(
-                f"{type(mlp).__name__} has no activation function named "
-                f"{', '.join(ACTIVATION_NAMES)}: drop tokens only (neurons=None)"
-            )
-        self._activation: Callable[[Tensor], Tensor] = found[0]
+        )
+        self._fold(choice.mean)
+        self._sets = NeuronSets(indices[::step], self._bias, self._limits)
+        self._copied = False
+        self.plan, previous = None, self.plan
+        if self._kernel is not None:
+            self._rows = self.parts.by_neuron()
+            if self._kernel.refuse(self._rows) is None:
+                self.plan = self._kernel.prepare(self._rows, self._sets, previous)
 
-    def _probe(self) -> None:
-        """Compare two probe tokens with all neurons against the FFN's own forward."""
-        weight = self._down.weight
-        with torch.inference_mode(False), torch.no_grad():
-            ramp = torch.arange(2 * self._down.out_features, device=weight.device)
-            x = torch.sin(ramp.float()).to(weight.dtype).view(1, 2, -1)
-            full = CompactWeights(**{name: w[None] for name, w in self._dense().items()})
-            ours = sparse_ffn(x[0], full, self._dense_bias(), self._activation)
-            theirs = self._original(x)[0]
-        scale = theirs.float().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
-        error = float((ours.float() - theirs.float()).abs().max() / scale)
-        if not error < (1e-3 if weight.dtype == torch.float32 else 5e-2):
-            raise UnsupportedModelError(
-                f"{type(self.mlp).__name__} computes more than its activation and linear layers "
-                f"(a probe differs by {error:.1e} of the output): put the model in eval mode, "
-                "merge its adapters, or drop tokens only (neurons=None)"
-            )
-
-    def _dense(self) -> dict[str, Tensor]:
-        """What a choice gathers from, by its name in `CompactWeights`: views, no copies."""
-        rows: dict[str, Tensor | None] = {"down": self._down.weight}
-        if self._fused is not None:
-            half = self.width
-            rows["gate"], rows["up"] = self._fused.weight[:half], self._fused.weight[half:]
-            if self._fused.bias is not None:
-                rows["gate_bias"], rows["up_bias"] = (
-                    self._fused.bias[:half],
-                    self._fused.bias[half:],
-                )
-        else:
-            rows["up"], rows["up_bias"] = self._up.weight, self._up.bias
-            if self._gate is not None:
-                rows["gate"], rows["gate_bias"] = self._gate.weight, self._gate.bias
-        return {name: tensor for name, tensor in rows.items() if tensor is not None}
-
-    def _dense_bias(self) -> Tensor | None:
-        """(1, d) or None, the bias of the down projection."""
-        return None if self._down.bias is None else self._down.bias[None]
-
-    def _gather(self, indices: Tensor) -> None:
-        """(S, K) indices: fill the buffers, in place where their shapes match."""
+    def _copy_neurons(self) -> None:
+        """Fill the buffers of compact copies, in place where their shapes match."""
+        assert self._sets is not None
         old = self._weights
         fresh: dict[str, Tensor] = {}
-        sets, count = indices.shape
-        for name, dense in self._dense().items():
-            buffer = None if old is None else getattr(old, name)
-            if name == "down":
-                buffer = _buffer(buffer, (sets, dense.shape[0], count), dense)
-                fresh[name] = gather_columns(dense, indices, buffer)
-            else:
-                buffer = _buffer(buffer, (sets, count, *dense.shape[1:]), dense)
-                fresh[name] = gather_rows(dense, indices, buffer)
+        sets, count = self._sets.indices.shape
+        with torch.inference_mode(False), torch.no_grad():
+            for name, dense in self.parts.dense().items():
+                buffer = None if old is None else getattr(old, name)
+                if name == "down":
+                    buffer = _buffer(buffer, (sets, dense.shape[0], count), dense)
+                    fresh[name] = gather_columns(dense, self._sets.indices, buffer)
+                else:
+                    buffer = _buffer(buffer, (sets, count, *dense.shape[1:]), dense)
+                    fresh[name] = gather_rows(dense, self._sets.indices, buffer)
         if old is None or any(getattr(old, name) is not new for name, new in fresh.items()):
             self._weights = CompactWeights(**fresh)
+        self._copied = True
 
     def _fold(self, mean: Tensor | None) -> None:
         """(B, F) means, or None: the one bias vector per sample that stands for dropped neurons."""
-        down = self._down
+        down = self.parts.down
         if mean is None:
-            bias = self._dense_bias()
+            bias = self.parts.bias()
         else:
             bias = F.linear(mean.to(down.weight), down.weight, down.bias)
-        if bias is None:
-            self._bias = None
-            return
-        self._bias = _buffer(self._bias, tuple(bias.shape), bias)
-        self._bias.copy_(bias)
+        self._bias = None if bias is None else _refill(self._bias, bias)
+
+
+def _fields(limits: Thresholds) -> tuple[Tensor | None, ...]:
+    return limits.input, limits.gate, limits.output
+
+
+def _refill(old: Tensor | None, new: Tensor) -> Tensor:
+    """A copy of ``new``, in ``old`` where it fits."""
+    buffer = _buffer(old, tuple(new.shape), new)
+    buffer.copy_(new)
+    return buffer
 
 
 def _buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """``old`` where it fits, else an empty tensor at an address that compiled code may rely on."""
-    if (
-        old is not None
-        and old.shape == shape
-        and (old.dtype, old.device)
-        == (
-            like.dtype,
-            like.device,
-        )
-    ):
+    kind = (like.dtype, like.device)
+    if old is not None and old.shape == shape and (old.dtype, old.device) == kind:
         return old
     fresh = torch.empty(shape, dtype=like.dtype, device=like.device)
     torch._dynamo.mark_static_address(fresh)
     return fresh
 
 
-def _distinct_sets(indices: Tensor) -> Tensor:
-    """(B, K) to (S, K), each run of B / S equal neighbours stored once, for the smallest S."""
-    batch = indices.shape[0]
+def _count_sets(choices: list[Tensor]) -> int:
+    """The smallest S for which samples that follow each other, B / S at a time, choose the same."""
+    batch = choices[0].shape[0]
     for sets in range(1, batch):
         if batch % sets:
             continue
-        runs = indices.unflatten(0, (sets, -1))  # (S, B / S, K)
-        if bool((runs == runs[:, :1]).all()):
-            return runs[:, 0]
-    return indices
-
-
-def _check_linear(mlp: nn.Module, linear: nn.Module) -> None:
-    """Refuse layers whose weight is not the plain matrix that their forward multiplies with."""
-    kind = f"{type(mlp).__name__}'s {type(linear).__name__}"
-    if hasattr(linear, "base_layer"):
-        raise UnsupportedModelError(
-            f"{kind} carries an adapter: merge it first (model = model.merge_and_unload())"
-        )
-    weight = getattr(linear, "weight", None)
-    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    if not plain or not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
-        raise UnsupportedModelError(
-            f"{kind} is quantised or sharded, so the rows of single neurons cannot be gathered: "
-            "load the model in bf16 or fp32 without tensor parallelism, or drop tokens only "
-            "(neurons=None)"
-        )
-    if weight.is_meta:
-        raise UnsupportedModelError(
-            f"{kind} is off-loaded (its weight is on 'meta'): load the whole model on one device"
-        )
+        runs = [x.unflatten(0, (sets, -1)) for x in choices]  # (S, B / S, ...)
+        if all(bool((run == run[:, :1]).all()) for run in runs):
+            return sets
+    return batch

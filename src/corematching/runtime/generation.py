@@ -100,7 +100,7 @@ class GenerationPatches:
             if memory is not None and memory.shortened and _seen(kwargs["past_key_values"]):
                 self._shorten(memory, kwargs)
         if self.engine.answering or _seen(kwargs.get("past_key_values")):
-            self.engine.gather_neurons()
+            self.engine.gather_neurons(kwargs.get("past_key_values"))
         return original(input_ids, *args, **kwargs)
 
     def _update_kwargs(

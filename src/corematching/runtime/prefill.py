@@ -22,6 +22,10 @@ from corematching.protocol import (
     ATTENTION,
     CONTRIBUTIONS,
     EMBEDDINGS,
+    GATE,
+    INPUTS,
+    KEPT,
+    VISION,
     Method,
     NeuronChoice,
     PrefillView,
@@ -32,7 +36,8 @@ from .cache import compact, is_fresh, widen_sliding_layers
 from .checks import Parts
 from .ffn import SparseFFN
 from .masks import hide_columns, shorten_mask, survivors, take
-from .view import AttentionProbe
+from .tower import TowerProbe
+from .view import AttentionProbe, FFNProbe
 
 
 @dataclass
@@ -86,6 +91,8 @@ class Prefill:
         (B, T) bool, the prompt's tokens that are no padding, and those that are image tokens.
     repeat : Selection or None
         Choices to repeat, where this prompt only continues an earlier one (``use_cache=False``).
+    tower : TowerProbe or None
+        Shows the vision tower, to a token policy that reads it.
     """
 
     def __init__(
@@ -96,8 +103,10 @@ class Prefill:
         valid: Tensor,
         image: Tensor,
         repeat: Selection | None = None,
+        tower: TowerProbe | None = None,
     ) -> None:
         self.parts, self.method, self.sparse = parts, method, sparse
+        self.tower = tower
         self.valid, self.image = valid, image
         self.prompt_valid, self.prompt_image = valid, image
         batch, self.length = valid.shape
@@ -114,6 +123,8 @@ class Prefill:
         self.neuron_needs = getattr(method.neurons, "needs", frozenset({ACTIVATIONS}))
         self.memory: dict[str, Any] = {}
         self._activations: Tensor | None = None
+        self._ffn: FFNProbe | None = None
+        self._waiting: list[tuple[Tensor, PrefillView]] = []
         self._embeddings: Tensor | None = None
         self._probe: AttentionProbe | None = None
         self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
@@ -141,6 +152,8 @@ class Prefill:
                 self._handles.append(down.register_forward_pre_hook(hook))
             if {ATTENTION, CONTRIBUTIONS} & needs:
                 self._install_probe(index)
+            if {INPUTS, GATE} & needs:
+                self._install_ffn_probe(index)
             if self.repeat is not None and index in self.sparse:
                 hook = functools.partial(self._after_repeated_ffn, index)
                 self._handles.append(self.parts.ffns[index].register_forward_hook(hook))
@@ -157,6 +170,8 @@ class Prefill:
         if self._unwrap is not None:
             self._unwrap()
         self._unwrap = self._probe = self._activations = self._embeddings = None
+        self._ffn = None
+        self._waiting.clear()
         self._memo.clear()
 
     def _needs(self, index: int) -> frozenset[str]:
@@ -177,6 +192,15 @@ class Prefill:
 
         self._handles.append(attention.register_forward_pre_hook(arm))
 
+    def _install_ffn_probe(self, index: int) -> None:
+        probe = FFNProbe(self.parts.ffns[index])
+
+        def show(*_: Any) -> None:
+            self._ffn = probe
+
+        self._handles.append(self.parts.ffns[index].register_forward_pre_hook(show))
+        self._handles.extend(probe.install())
+
     @torch.compiler.disable
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -190,7 +214,7 @@ class Prefill:
             self.origin = self.origin.to(hidden.device)
         if index - 1 in self.cuts:
             hidden = self._cut(index - 1, hidden)
-        self._activations = self._probe = None
+        self._activations = self._probe = self._ffn = None
         if not self.shortened and self._gone is None:
             return None
         kwargs = dict(kwargs, position_ids=None)
@@ -215,13 +239,31 @@ class Prefill:
     def _before_down_proj(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         """See the activations; choose this layer's neurons."""
         self._activations = args[0]
-        if index in self.sparse and self.method.neurons is not None:
+        if index in self.sparse and self.repeat is None:
             with torch.no_grad():
                 view = self._view(index, None, self.neuron_needs | {ACTIVATIONS})
-                ffn = self.sparse[index]
-                choice = self.method.neurons.choose(view, ffn.count)
-                ffn.take(choice)
-            self.selection.neurons[index] = choice
+                if KEPT in self.neuron_needs and self.cuts and index <= self.cuts[-1]:
+                    self._waiting.append((self.origin, view))
+                else:
+                    view.kept = self.valid if KEPT in self.neuron_needs else None
+                    self._choose_neurons(view)
+
+    def _choose_neurons(self, view: PrefillView) -> None:
+        assert self.method.neurons is not None
+        ffn = self.sparse[view.layer]
+        with ffn.at_hand():
+            choice = self.method.neurons.choose(view, ffn.count)
+            ffn.take(choice)
+        self.selection.neurons[view.layer] = choice
+
+    def _choose_waiting(self) -> None:
+        """Choose the neurons of the layers so far, now that it is known which tokens go on."""
+        alive = torch.zeros_like(self.prompt_valid)
+        alive = alive.scatter(1, self.origin.to(alive.device), self.valid.to(alive.device))
+        for origin, view in self._waiting:
+            view.kept = alive.to(origin.device).gather(1, origin) & view.valid
+            self._choose_neurons(view)
+        self._waiting.clear()
 
     def _after_repeated_ffn(self, index: int, _: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Without a cache: compute the tokens behind the first prompt as a decode step would."""
@@ -240,6 +282,11 @@ class Prefill:
         if ACTIVATIONS in needs and layer >= 0:
             view.activations = self._activations
             view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)
+        if self._ffn is not None and self._activations is not None:
+            view.inputs = self._ffn.inputs
+            view.gate = self._ffn.gate(self._activations) if GATE in needs else None
+        if VISION in needs and self.tower is not None:
+            view.vision = self.tower.show(self.image)
         if EMBEDDINGS in needs and self._embeddings is not None:
             whole = not self.shortened
             shown = self._embeddings if whole else take(self._embeddings, self.origin)
@@ -273,6 +320,8 @@ class Prefill:
         self.image, self.valid = self.image.gather(1, order) & valid, valid
         compact(self.cache, layer + 1, order)
         self.shortened = True
+        if self._waiting and layer == self.cuts[-1]:
+            self._choose_waiting()
         self._memo.clear()
         return take(hidden if choice.hidden is None else choice.hidden.to(hidden), order)
 

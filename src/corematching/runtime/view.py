@@ -1,4 +1,4 @@
-"""What a policy is shown: a layer's activations, and its attention without attention maps.
+"""What a policy is shown of a layer: its FFN's gate, and its attention without attention maps.
 
 The attention of a layer is shown by holding on to the queries, keys and values that its own
 attention function gets: rotations, norms, grouped heads and scales are then the layer's own, and
@@ -144,6 +144,45 @@ class AttentionProbe:
             if (window := self.options.get("sliding_window")) is not None:
                 allowed = allowed & (distance < window)
         return allowed, 0.0
+
+
+class FFNProbe:
+    """Holds what entered an FFN in its last run, and its gate ``act(gate(x))``.
+
+    Parameters
+    ----------
+    mlp : nn.Module
+        An FFN whose gate is ``gate_proj``, or the first half of ``gate_up_proj``; without a gate
+        the activations ``act(up(x))`` stand for it.
+    """
+
+    def __init__(self, mlp: Any) -> None:
+        self.inputs: Tensor | None = None  # (B, T, d)
+        self._mlp = mlp
+        names = ("act_fn", "activation_fn", "act")
+        self._activation: Any = next((getattr(mlp, n) for n in names if hasattr(mlp, n)), None)
+        self._output: Tensor | None = None
+
+    def install(self) -> list[Any]:
+        """Put hooks on the FFN; gives their handles."""
+        handles = [self._mlp.register_forward_pre_hook(self._see_inputs)]
+        gate = getattr(self._mlp, "gate_proj", None)
+        gate = getattr(self._mlp, "gate_up_proj", None) if gate is None else gate
+        if gate is not None:
+            handles.append(gate.register_forward_hook(self._see_gate))
+        return handles
+
+    def gate(self, activations: Tensor) -> Tensor:
+        """(B, T, F), the gate of the run that gave these ``activations`` (B, T, F)."""
+        if self._output is None:
+            return activations
+        return self._activation(self._output[..., : activations.shape[-1]])
+
+    def _see_inputs(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.inputs = args[0]
+
+    def _see_gate(self, _: nn.Module, args: Any, output: Tensor) -> None:
+        self._output = output
 
 
 def find_attention(layer: nn.Module) -> nn.Module | None:

@@ -118,7 +118,7 @@ def test_token_methods_run(model, name, kept_after):
         assert sample.kv_bytes < sample.dense_kv_bytes
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", [*TOKENS, "random"])
 def test_a_batch_chooses_as_its_singles(model, name):
     inputs = make_inputs("llava", model, batch=2)
     method = method_from_text(name)

@@ -26,7 +26,7 @@ class CoreInfer(NeuronScore, name="coreinfer"):
         default=0.2, metadata={"help": "top fraction of the mean positive count, in (0, 1]"}
     )
     over: str = field(
-        default="all", metadata={"help": "tokens that count: all | text | question | image"}
+        default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from corematching.kernels.native import sum_rows
 from corematching.policy.base import NeuronScore, read_activations
+from corematching.policy.passes import read_blocks
 from corematching.policy.tokens import check_over, select_tokens
 from corematching.protocol import PrefillView
 
@@ -22,14 +25,20 @@ class Griffin(NeuronScore, name="griffin"):
     """
 
     over: str = field(
-        default="all", metadata={"help": "tokens that count: all | text | question | image"}
+        default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:
         check_over(self.over)
 
     def score(self, view: PrefillView) -> Tensor:
-        tokens = select_tokens(view, self.over).unsqueeze(-1)
-        squares = read_activations(view).float().square().masked_fill_(~tokens, 0)  # (B, T, F)
-        weights = 1 / squares.sum(-1, keepdim=True).clamp(min=TINY)  # 1 / ||a(t)||^2
-        return (weights.transpose(1, 2) @ squares).squeeze(1).sqrt()
+        activations, tokens = read_activations(view), select_tokens(view, self.over)
+        found = sum_rows(activations, tokens, "unit squares")
+        if found is not None:
+            return found.sqrt()
+        total = activations.new_zeros((len(tokens), activations.shape[-1]), dtype=torch.float32)
+        for sample, _, block in read_blocks(activations, tokens):
+            squares = block.square_()
+            weights = 1 / squares.sum(-1).clamp(min=TINY)  # 1 / ||a(t)||^2
+            total[sample] += weights @ squares
+        return total.sqrt()

@@ -22,7 +22,7 @@ class Magnitude(NeuronScore, name="magnitude"):
         default=0.2, metadata={"help": "share of a token's neurons that it votes for, in (0, 1]"}
     )
     over: str = field(
-        default="all", metadata={"help": "tokens that count: all | text | question | image"}
+        default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ class OutputWeighted(NeuronScore, name="output-weighted"):
     """Mean ``|a_n|`` over the tokens, times the norm of the neuron's column of ``down_proj``."""
 
     over: str = field(
-        default="all", metadata={"help": "tokens that count: all | text | question | image"}
+        default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:

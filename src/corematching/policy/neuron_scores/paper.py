@@ -26,7 +26,7 @@ class Paper(NeuronScore, name="paper"):
         default=0.2, metadata={"help": "top fraction of a token's positive entries, in (0, 1]"}
     )
     over: str = field(
-        default="all", metadata={"help": "tokens that count: all | text | question | image"}
+        default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from corematching.policy.base import NeuronScore, read_activations
 from corematching.policy.check import check_count
+from corematching.policy.fingerprint import fingerprint
 from corematching.policy.shuffle import hash_uniform
-from corematching.protocol import PrefillView
+from corematching.protocol import ACTIVATIONS, EMBEDDINGS, PrefillView
 
 
 @dataclass(frozen=True)
 class RandomNeurons(NeuronScore, name="random"):
-    """A random score from the seed, the layer and the prompt's length, whatever the batch row."""
+    """A random score from the seed, the layer and the sample's `fingerprint`, in any batch."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({ACTIVATIONS, EMBEDDINGS})
 
     seed: int = field(default=0, metadata={"help": "another seed, another choice"})
 
@@ -25,4 +29,4 @@ class RandomNeurons(NeuronScore, name="random"):
     def score(self, view: PrefillView) -> Tensor:
         width = read_activations(view).shape[-1]
         neurons = torch.arange(width, device=view.valid.device)
-        return hash_uniform(self.seed, view.layer + 1, view.valid.sum(1, keepdim=True), neurons)
+        return hash_uniform(self.seed, view.layer + 1, fingerprint(view).unsqueeze(1), neurons)

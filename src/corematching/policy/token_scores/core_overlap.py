@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from corematching.policy.activated import ACTIVATED_BY, activate, as_weights
+from corematching.policy.activated import ACTIVATED_BY, activate
 from corematching.policy.base import TokenScore, read_activations
 from corematching.policy.check import check_choice, check_share
 from corematching.policy.core import pick_core_neurons
+from corematching.policy.passes import dot_tokens
 from corematching.policy.tokens import check_over, select_tokens
 from corematching.protocol import PrefillView
 
@@ -48,4 +49,4 @@ class CoreOverlap(TokenScore, name="core-overlap"):
         core = pick_core_neurons(activations, voters, self.rho, self.beta, self.activated_by)
         activated = activate(activations, self.activated_by, self.rho)  # (B, T, F)
         is_core = torch.zeros_like(activated[:, 0]).scatter(1, core, True)  # (B, F)
-        return torch.einsum("btf,bf->bt", as_weights(activated), as_weights(is_core))
+        return dot_tokens(activated, is_core.float())

@@ -9,19 +9,20 @@ from torch import Tensor
 
 from corematching.policy.base import TokenScore
 from corematching.policy.check import check_count
+from corematching.policy.fingerprint import fingerprint
 from corematching.policy.shuffle import hash_uniform
-from corematching.protocol import PrefillView
+from corematching.protocol import EMBEDDINGS, PrefillView
 
 
 @dataclass(frozen=True)
 class RandomTokens(TokenScore, name="random"):
-    """A random score that is the same for a sample in any row of any batch.
+    """A random score that is another one for each picture and question, whatever the batch.
 
-    It hangs on the seed, the layer, the number of image tokens and the token's place among them, so
-    that the beams of one prompt, and a batch and its singles, agree.
+    It hangs on the seed, the layer, the sample's `fingerprint` and the token's place among the
+    image tokens: the same input always gets the same choice, alone, in any batch and in every beam.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset({EMBEDDINGS})
 
     seed: int = field(default=0, metadata={"help": "another seed, another choice"})
 
@@ -29,6 +30,5 @@ class RandomTokens(TokenScore, name="random"):
         check_count("seed", self.seed, least=0)
 
     def score(self, view: PrefillView) -> Tensor:
-        total = view.image.sum(1, keepdim=True)
-        place = view.image.cumsum(1)
-        return hash_uniform(self.seed, view.layer + 1, total, place)
+        sample = fingerprint(view).unsqueeze(1)
+        return hash_uniform(self.seed, view.layer + 1, sample, view.image.cumsum(1))

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from corematching.policy.activated import activate_by_magnitude, activate_by_sign, as_weights
+from corematching.policy.activated import activate_by_magnitude, activate_by_sign
 from corematching.policy.base import TokenScore, read_activations
 from corematching.policy.check import check_choice, check_number, check_share
+from corematching.policy.passes import dot_tokens, sum_tokens
 from corematching.policy.tokens import check_over, select_tokens
 from corematching.protocol import PrefillView
 
 PROFILES = {
-    "sign": lambda activations, share: as_weights(activate_by_sign(activations)),
-    "magnitude": lambda activations, share: as_weights(activate_by_magnitude(activations, share)),
+    "sign": lambda activations, share: activate_by_sign(activations),
+    "magnitude": activate_by_magnitude,
     "size": lambda activations, share: torch.nn.functional.normalize(
         activations.float().abs(), dim=-1
     ),
@@ -64,18 +65,18 @@ class TextOverlap(TokenScore, name="text-overlap"):
     def score(self, view: PrefillView) -> Tensor:
         profiles = PROFILES[self.activated_by](read_activations(view), self.share)  # (B, T, F)
         chosen = select_tokens(view, self.over)
-        target = profiles.masked_fill(~chosen.unsqueeze(-1), 0).sum(1)  # (B, F)
+        target = sum_tokens(profiles, chosen)  # (B, F)
         weights = self._weigh(profiles, view.image)
-        scores = torch.einsum("btf,bf->bt", profiles, weights * target)
+        scores = dot_tokens(profiles, weights * target)
         if self.normalize == "cosine":
-            norms = torch.einsum("btf,bf->bt", profiles.square(), weights).sqrt()
+            norms = dot_tokens(profiles * profiles, weights).sqrt()
             scores = scores / norms.clamp(min=1e-6)
         return scores
 
     def _weigh(self, profiles: Tensor, image: Tensor) -> Tensor:
         """(B, F), each neuron's weight."""
         if self.rarity == 0:
-            return torch.ones_like(profiles[:, 0])
+            return torch.ones_like(profiles[:, 0], dtype=torch.float32)
         total = image.sum(1, keepdim=True)
-        users = profiles.abs().masked_fill(~image.unsqueeze(-1), 0).sum(1)
+        users = sum_tokens(profiles, image, absolute=True)
         return ((1 + total) / (0.5 + users)).log().clamp(min=0) ** self.rarity

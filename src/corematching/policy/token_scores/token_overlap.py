@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from corematching.errors import ConfigError
-from corematching.policy.activated import ACTIVATED_BY, activate, as_weights
+from corematching.policy.activated import ACTIVATED_BY, activate
 from corematching.policy.base import TokenScore, read_activations
 from corematching.policy.check import check_choice, check_share
+from corematching.policy.passes import dot_tokens
 from corematching.protocol import PrefillView
 
 
@@ -37,8 +38,8 @@ class TokenOverlap(TokenScore, name="token-overlap"):
         check_share("share", self.share)
 
     def score(self, view: PrefillView) -> Tensor:
-        activated = as_weights(activate(read_activations(view), self.activated_by, self.share))
+        activated = activate(read_activations(view), self.activated_by, self.share)
         first = view.valid.to(torch.int8).argmax(1)
         position = (view.last + 1 + self.offset).maximum(first)
         rows = torch.arange(len(position), device=position.device)
-        return torch.einsum("btf,bf->bt", activated, activated[rows, position])
+        return dot_tokens(activated, activated[rows, position].float())

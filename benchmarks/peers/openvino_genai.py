@@ -1,0 +1,106 @@
+"""OpenVINO GenAI, on the checkpoint exported by optimum-intel."""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+from asking import open_pictures
+
+NAME = "openvino_genai"
+INSTALL = (
+    "pip install torch==2.13.0 openvino-genai transformers==5.5.4 accelerate scipy requests pillow "
+    "&& pip install --no-deps optimum==2.3.0 optimum-intel==2.2.0"
+)
+NEEDS = ("openvino_genai", "optimum", "torch", "transformers", "scipy", "requests", "PIL")
+NOTE = "exported by optimum-intel, INFERENCE_PRECISION_HINT as the dtype, prefix cache off"
+MOST_EXTRA_TOKENS = 8  # it writes its own text around the picture
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def read_version():
+    """The engine's version."""
+    import openvino_genai
+
+    return f"OpenVINO GenAI {openvino_genai.__version__}"
+
+
+def convert(options):
+    """Export the checkpoint, once; gives where."""
+    checkpoint = Path(options["checkpoint"])
+    stamps = [(f.name, f.stat().st_mtime_ns) for f in sorted(checkpoint.glob("*.safetensors"))]
+    key = hashlib.sha256(repr((str(checkpoint), stamps)).encode()).hexdigest()[:12]
+    target = Path(options["work"]) / f"{key}-{options['dtype']}"
+    if target.exists():
+        return target
+    scratch = target.with_name(target.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    from optimum.exporters.openvino import main_export
+    from optimum.intel.openvino.configuration import OVConfig
+
+    weights = {"float32": "fp32"}.get(options["dtype"], "fp16")
+    main_export(
+        str(checkpoint),
+        output=scratch,
+        task="image-text-to-text",
+        ov_config=OVConfig(dtype=weights),
+        convert_tokenizer=True,
+    )
+    write_preprocessor(checkpoint, scratch)
+    scratch.rename(target)
+    return target
+
+
+def write_preprocessor(checkpoint, target):
+    """OpenVINO GenAI wants the image processor's settings in a file of its own."""
+    path = target / "preprocessor_config.json"
+    if path.exists():
+        return
+    source = checkpoint / "preprocessor_config.json"
+    if source.exists():
+        path.write_text(source.read_text())
+        return
+    whole = json.loads((checkpoint / "processor_config.json").read_text())
+    path.write_text(json.dumps(whole["image_processor"], indent=1))
+
+
+class Peer:
+    """A pipeline on the CPU or the GPU."""
+
+    def __init__(self, options):
+        import openvino_genai
+
+        device = "CPU" if options["device"] == "cpu" else "GPU"
+        settings = {
+            "INFERENCE_PRECISION_HINT": PRECISIONS[options["dtype"]],
+            "INFERENCE_NUM_THREADS": options["threads"],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self.pipeline = openvino_genai.VLMPipeline(str(convert(options)), device, **settings)
+
+    def generate(self, request):
+        """Seconds of a request."""
+        import numpy as np
+        import openvino
+        import openvino_genai
+
+        pictures = [np.asarray(picture)[None] for picture in open_pictures(request)]
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens = config.min_new_tokens = request["new_tokens"]
+        config.ignore_eos = True
+        config.do_sample = False
+        start = time.perf_counter()
+        images = [openvino.Tensor(picture) for picture in pictures]
+        result = self.pipeline.generate(
+            request["question"], images=images, generation_config=config
+        )
+        seconds = time.perf_counter() - start
+        metrics = result.perf_metrics
+        made, read = metrics.get_num_generated_tokens(), metrics.get_num_input_tokens()
+        if made != request["new_tokens"]:
+            raise RuntimeError(f"{made} tokens instead of {request['new_tokens']}")
+        if abs(read - request["prompt_tokens"]) > MOST_EXTRA_TOKENS:
+            raise RuntimeError(f"{read} prompt tokens instead of {request['prompt_tokens']}")
+        return seconds

@@ -1,0 +1,155 @@
+"""What choosing tokens and neurons costs, against the prefill that it is part of.
+
+    python benchmarks/selection_cost.py layer               # the shape of LLaVA-1.5-7B's layers
+    python benchmarks/selection_cost.py prefill             # SceneVLM, its example picture
+    python benchmarks/selection_cost.py prefill --method paper --dtype float32
+
+``layer`` times every rule on random activations against one decoder layer's matrix products;
+``prefill`` sums the seconds spent in a method's rules and divides by the report's prefill seconds.
+Medians; run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from corematching import CoreMatching, load_demo
+from corematching.demo.example import read_example
+from corematching.methods import Sparsifier
+from corematching.protocol import NeuronChoice, PrefillView, TokenChoice
+
+METHODS = {"default": CoreMatching, "paper": CoreMatching.paper}
+SYSTEM_TOKENS = 35
+
+
+class Timed:
+    """A policy that adds up the seconds of its choices."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy, self.seconds = policy, 0.0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.policy.needs
+
+    def drop_after(self, num_layers: int) -> tuple[int, ...]:
+        return self.policy.drop_after(num_layers)
+
+    def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
+        return self.policy.counts(num_layers, width)
+
+    def choose(self, *args: Any) -> TokenChoice | NeuronChoice:
+        start = time.perf_counter()
+        choice = self.policy.choose(*args)
+        self.seconds += time.perf_counter() - start
+        return choice
+
+
+def time_calls(call: Callable[[], Any], repeats: int) -> float:
+    """The median seconds of a call, after one that does not count."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def make_view(args: argparse.Namespace, dtype: torch.dtype) -> PrefillView:
+    """Random activations, SiLU-gated, of a prompt with one picture in it."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.batch, args.tokens, args.width)
+    gate, up = (torch.randn(shape, generator=generator) for _ in range(2))
+    valid = torch.ones(shape[:2], dtype=torch.bool)
+    image = torch.zeros_like(valid)
+    image[:, SYSTEM_TOKENS : SYSTEM_TOKENS + args.image_tokens] = True
+    activations = (F.silu(gate) * up).to(dtype)
+    return PrefillView(16, 32, valid, image, activations=activations)
+
+
+def time_layer(args: argparse.Namespace, dtype: torch.dtype) -> float:
+    """Seconds of one decoder layer's matrix products: four d x d, three d x F."""
+    x = torch.randn(args.batch * args.tokens, args.hidden).to(dtype)
+    square = torch.randn(args.hidden, args.hidden).to(dtype)
+    wide = torch.randn(args.width, args.hidden).to(dtype)
+    narrow = wide.t().contiguous()
+
+    def multiply() -> None:
+        for _ in range(4):
+            F.linear(x, square)
+        F.linear(F.linear(x, wide), narrow)
+        F.linear(x, wide)
+
+    return time_calls(multiply, args.repeats)
+
+
+def measure_layer(args: argparse.Namespace) -> None:
+    """Every method's rules on one layer."""
+    dtype = getattr(torch, args.dtype)
+    layer = time_layer(args, dtype)
+    print(f"{args.batch} x {args.tokens} tokens, d = {args.hidden}, F = {args.width}, {dtype}")
+    print(f"the layer's matrix products: {layer * 1e3:.1f} ms")
+    view = make_view(args, dtype)
+    for name, make in METHODS.items():
+        method = make()
+        count = method.neurons.counts(32, args.width)[16]
+        rules = {
+            "neurons": lambda method=method, count=count: method.neurons.choose(view, count),
+            "tokens": lambda method=method: method.tokens.choose(view),
+        }
+        for part, rule in rules.items():
+            seconds = time_calls(rule, args.repeats)
+            print(f"{name:8} {part:8} {seconds * 1e3:8.1f} ms  {seconds / layer:6.1%} of the layer")
+
+
+def measure_prefill(args: argparse.Namespace) -> None:
+    """A method's rules inside SceneVLM's prefill."""
+    model, processor = load_demo(dtype=getattr(torch, args.dtype))
+    example = read_example()
+    content = [
+        {"type": "image", "image": Image.open(example.image)},
+        {"type": "text", "text": example.question},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(dtype=model.dtype)
+    method = METHODS[args.method]()
+    rows = []
+    for _ in range(args.repeats + 1):
+        tokens, neurons = Timed(method.tokens), Timed(method.neurons)
+        with torch.inference_mode(), Sparsifier(tokens=tokens, neurons=neurons)(model) as run:
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            prefill = run.report.prefill_seconds
+        rows.append((prefill, tokens.seconds, neurons.seconds))
+    for column, name in enumerate(("prefill", "tokens", "neurons")):
+        seconds = statistics.median(row[column] for row in rows[1:])
+        share = statistics.median(row[column] / row[0] for row in rows[1:])
+        print(f"{name:8} {seconds * 1e3:8.1f} ms  {share:6.1%} of the prefill")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("layer", "prefill"))
+    parser.add_argument("--method", choices=METHODS, default="default", help="for prefill")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1, help="for layer, as what follows")
+    parser.add_argument("--tokens", type=int, default=640)
+    parser.add_argument("--image-tokens", type=int, default=576)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=11008)
+    arguments = parser.parse_args()
+    {"layer": measure_layer, "prefill": measure_prefill}[arguments.what](arguments)

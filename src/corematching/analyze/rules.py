@@ -1,0 +1,70 @@
+"""The two ways to choose core tokens and core neurons that an analysis sets side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from corematching.errors import ConfigError
+from corematching.methods import CoreMatching
+from corematching.policy import Budget, NeuronScore, TokenScore
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a method ranks image tokens and neurons, apart from where in the model it does so.
+
+    Attributes
+    ----------
+    name : str
+        Key in results.
+    title : str
+        For headings.
+    token_score : TokenScore
+    budget : Budget
+        How many image tokens are kept.
+    neuron_score : NeuronScore
+        Over all tokens that it is shown.
+    beta : float
+        Share of the neurons that are core.
+    method : CoreMatching
+        Where all of this comes from.
+    """
+
+    name: str
+    title: str
+    token_score: TokenScore
+    budget: Budget
+    neuron_score: NeuronScore
+    beta: float
+    method: CoreMatching
+
+    @classmethod
+    def of(cls, name: str, title: str, method: CoreMatching) -> Rule:
+        """The rule of a method.
+
+        Raises
+        ------
+        ConfigError
+            The method keeps all tokens or all neurons.
+        """
+        tokens: Any = method.tokens
+        neurons: Any = method.neurons
+        if tokens is None or neurons is None:
+            raise ConfigError("analyze a method that ranks both tokens and neurons")
+        score = neurons.score
+        if "over" in score.parameters():
+            score = replace(score, over="all")
+        return cls(name, title, tokens.score, tokens.budget, score, method.beta, method)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method, JSON-able."""
+        return {"name": self.name, "title": self.title, "method": self.method.to_dict()}
+
+
+def default_rules() -> tuple[Rule, ...]:
+    """The published rule and our default."""
+    return (
+        Rule.of("paper", "Paper", CoreMatching.paper()),
+        Rule.of("ours", "Our default", CoreMatching()),
+    )

@@ -1,0 +1,184 @@
+"""The machine: how busy it is, what it can do at most, and how much memory this process takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from corematching.errors import BusyMachineError
+
+BUSY_SHARE = 0.10
+PROBE_SECONDS = 1.0
+IDLE_FIELDS = ("idle", "iowait", "guest", "guest_nice")  # guests are counted in user time already
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches at best, measured.
+
+    Attributes
+    ----------
+    copy : float
+        Bytes per second of a copy, those read and those written.
+    matmul : float
+        FLOP/s of a square matrix product in the run's dtype.
+    """
+
+    copy: float
+    matmul: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class CpuMeter:
+    """Counts the processor time that others use, from its making on."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def share(self) -> float:
+        """Others' share of the whole machine's processor time so far, in [0, 1]."""
+        busy, own, total = (b - a for a, b in zip(self._start, self._read(), strict=True))
+        return min(1.0, max(0.0, busy - own) / total) if total > 0 else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        times = psutil.cpu_times()._asdict()
+        busy = sum(value for name, value in times.items() if name not in IDLE_FIELDS)
+        own = os.times()
+        mine = own.user + own.system + own.children_user + own.children_system
+        mine += sum(_cpu_seconds(child) for child in psutil.Process().children(recursive=True))
+        return busy, mine, time.monotonic() * (psutil.cpu_count() or 1)
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
+
+
+def probe_others(seconds: float = PROBE_SECONDS) -> float:
+    """Other programs' share of the machine's processor time, over a second, in [0, 1]."""
+    meter = CpuMeter()
+    time.sleep(seconds)
+    return meter.share()
+
+
+def require_quiet(probe: Callable[[], float] = probe_others, force: bool = False) -> float:
+    """Look whether the machine is quiet enough to compare times on.
+
+    Returns
+    -------
+    float
+        Other programs' share of the processor time.
+
+    Raises
+    ------
+    BusyMachineError
+        It is more than 10 %, and ``force`` is False.
+    """
+    share = probe()
+    if share > BUSY_SHARE and not force:
+        raise BusyMachineError(
+            f"other programs use {share:.0%} of this machine's processor time, so times cannot be "
+            "compared: wait until they are done, or pass --force to measure all the same"
+        )
+    return share
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measure a copy and a matrix product; the best of several, about a second each.
+
+    Parameters
+    ----------
+    device : torch.device
+    dtype : torch.dtype
+        Of the matrix product.
+    """
+    large = device.type == "cuda"
+    source = torch.zeros(1 << (31 if large else 28), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source).fill_(1)
+    copy = best_seconds(lambda: target.copy_(source), device)
+    size = 8192 if large else 2048
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    product = torch.empty_like(left)
+    matmul = best_seconds(lambda: torch.matmul(left, right, out=product), device)
+    return Ceilings(copy=2 * source.numel() / copy, matmul=2 * size**3 / matmul)
+
+
+def best_seconds(work: Callable[[], Any], device: torch.device, least: float = 1.0) -> float:
+    """The shortest of at least five runs that take ``least`` seconds together, after one more."""
+    work()
+    synchronise(device)
+    runs: list[float] = []
+    while len(runs) < 5 or sum(runs) < least:
+        start = time.perf_counter()
+        work()
+        synchronise(device)
+        runs.append(time.perf_counter() - start)
+    return min(runs)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class MemoryMeter:
+    """The device's memory in use by this process, and its peak since the last `reset`.
+
+    On a GPU that is what the allocator handed out; otherwise the process's resident memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def reset(self) -> None:
+        """Forget the peak."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return  # no such counter here: the peak is then the process's over all its life
+
+    @property
+    def used(self) -> int:
+        """Bytes in use."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
+
+    @property
+    def peak(self) -> int:
+        """Most bytes in use since `reset`."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return read_peak_resident()
+
+
+def read_peak_resident() -> int:
+    """The process's peak resident memory in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        kilobytes = next(line.split()[1] for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    return 1024 * int(kilobytes)

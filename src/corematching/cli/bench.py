@@ -1,0 +1,299 @@
+"""`corematching bench`: times, memory and FLOPs of sparse beside dense, and of other engines."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from corematching.cli import console, options
+from corematching.cli.repeat import write_command
+from corematching.errors import ConfigError, InputError
+
+DEFAULT_OUT = Path("corematching-bench")
+DEFAULT_PEERS = Path("benchmarks/peers")
+SHAPE_TEXT_TOKENS = 64
+SHAPE_KEEP, SHAPE_NEURONS = 0.2, 0.4
+DENSE = "dense"
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  corematching bench
+
+  corematching bench --dtype bfloat16 --keep 0.2 --neurons 0.4 --peers all
+
+  corematching bench --shape llava-1.5-7b --dtype bfloat16 --batch 8 --new-tokens 128
+"""
+
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        "-M",
+        metavar="NAME[:param=value,...]",
+        help="A method to time beside dense; repeat it for several. Default: corematching.",
+    ),
+]
+ShapeName = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME",
+        help="A published architecture with random weights instead of a model; a wrong name lists "
+        "them. Default shares: 0.2 of the image tokens, 0.4 of the neurons.",
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Samples at a time.")]
+NewTokens = Annotated[int, typer.Option(min=2, help="Tokens of every answer, exactly.")]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Text tokens of the prompt, beside the picture's. A shape: 64."),
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Time this share of the image tokens, set by hand."),
+]
+Neurons = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Time this share of every layer's neurons, set by hand."),
+]
+After = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="LAYER", help="With --keep: drop after this layer; default: 1."),
+]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|all", help="Another engine to time in turn with ours; repeat for several."
+    ),
+]
+PeersDir = Annotated[Path, typer.Option(metavar="DIR", help="Where the engines' adapters are.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Turns of each.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="For bench.json, bench.md, roofline.png.")]
+Force = Annotated[bool, typer.Option("--force", help="Measure on a busy machine as well.")]
+
+
+def bench(
+    model: options.Model = None,
+    shape: ShapeName = None,
+    method: Methods = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    engine: options.Engine = "auto",
+    batch: Batch = 1,
+    new_tokens: NewTokens = 64,
+    prompt_tokens: PromptTokens = None,
+    keep: Keep = None,
+    neurons: Neurons = None,
+    after: After = None,
+    peers: Peers = None,
+    peers_dir: PeersDir = DEFAULT_PEERS,
+    rounds: Rounds = 7,
+    out: Out = DEFAULT_OUT,
+    force: Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Time sparse beside dense, in turn, with a different picture every request."""
+    given = dict(locals())
+    console.keep_bars_away(own_bars=model is None)
+    logging.getLogger("corematching").addHandler(logging.NullHandler())
+    if model and shape:
+        raise ConfigError("--model and --shape exclude each other: leave one out")
+    from corematching.bench import Plan, choose_adapters, require_quiet
+
+    plan = Plan(new_tokens=new_tokens, rounds=rounds, force=force)
+    methods = choose_methods(method, keep, neurons, after, by_shape=shape is not None)
+    adapters = choose_adapters(peers or [], peers_dir)
+    make_folder(out)
+    require_quiet(force=force)
+    workload = open_workload(model, shape, dtype, device, batch, prompt_tokens)
+    board = measure(workload, methods, adapters, plan, given)
+    save(board, out)
+    show(board, out, as_json)
+
+
+def register_bench(app: typer.Typer) -> None:
+    """Make it a command of the app."""
+    app.command("bench", epilog=EXAMPLES)(bench)
+
+
+def choose_methods(
+    texts: Sequence[str] | None,
+    keep: float | None,
+    neurons: float | None,
+    after: int | None,
+    by_shape: bool,
+) -> dict[str, Any]:
+    """The methods to time, by the text that makes them, dense first."""
+    from corematching.bench import name_by_hand
+    from corematching.methods import method_from_text
+
+    chosen = list(texts or [])
+    if after is not None and keep is None:
+        raise ConfigError("--after says where --keep drops tokens: give --keep as well")
+    if keep is not None or neurons is not None:
+        chosen.append(name_by_hand(keep, neurons, after))
+    elif not chosen:
+        chosen.append(name_by_hand(SHAPE_KEEP, SHAPE_NEURONS) if by_shape else "corematching")
+    return {text: method_from_text(text) for text in dict.fromkeys([DENSE, *chosen])}
+
+
+def open_workload(
+    model: str | None,
+    shape: str | None,
+    dtype: str,
+    device: str | None,
+    batch: int,
+    prompt_tokens: int | None,
+) -> Any:
+    """The model and what it is asked: loaded, or a shape's with random weights."""
+    from corematching.bench import LoadedWorkload, RandomWorkload, build_random, find_shape
+    from corematching.cli.loading import choose_device, load_model
+
+    if shape is None:
+        loaded = load_model(model, device, dtype)
+        return LoadedWorkload(loaded.name, loaded.model, loaded.processor, batch, prompt_tokens)
+    chosen, target = find_shape(shape), choose_device(device)
+    kind = read_dtype(dtype)
+    console.quieten_libraries()
+    with console.waiting(f"filling {chosen.name} with random weights"):
+        made = build_random(chosen, target, kind)
+    return RandomWorkload(chosen, made, batch, prompt_tokens or SHAPE_TEXT_TOKENS)
+
+
+def read_dtype(name: str) -> Any:
+    """A shape's dtype; auto is bfloat16."""
+    import torch
+
+    from corematching.cli.loading import DTYPES
+    from corematching.errors import unknown_name
+
+    if name not in DTYPES:
+        raise unknown_name("dtype", name, DTYPES)
+    return torch.bfloat16 if name == "auto" else getattr(torch, name)
+
+
+def measure(
+    workload: Any,
+    methods: dict[str, Any],
+    adapters: Sequence[Any],
+    plan: Any,
+    given: dict[str, Any],
+) -> dict[str, Any]:
+    """Run the contenders in turn, with those peers that can run here."""
+    from corematching.bench import MethodContender, PeerContender, run_bench
+
+    missing = {}
+    peers = []
+    for adapter in adapters:
+        reason = adapter.why_not(workload.batch, workload.random_weights)
+        if reason:
+            missing[adapter.name] = reason
+            continue
+        settings = peer_options(adapter, workload, given)
+        peers.append(PeerContender(adapter, workload, plan.new_tokens, settings))
+    ours = [
+        MethodContender(name, method, workload, plan.new_tokens, given["engine"])
+        for name, method in methods.items()
+    ]
+    facts = {"command": write_command("bench", list_changed(given)), "missing": missing}
+    with counting() as progress:
+        return run_bench(workload, ours, peers, plan, facts, progress)
+
+
+def peer_options(adapter: Any, workload: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter is told."""
+    import torch
+
+    from corematching.demo.cache import cache_root
+
+    values = {
+        "dtype": str(workload.model.dtype).removeprefix("torch."),
+        "device": str(workload.model.device),
+        "threads": torch.get_num_threads(),
+        "batch": workload.batch,
+        "new_tokens": given["new_tokens"],
+        "prompt_tokens": workload.prompt_tokens,
+        "work": str(cache_root() / "peers" / adapter.name),
+    }
+    if workload.random_weights:
+        text_tokens = given["prompt_tokens"] or SHAPE_TEXT_TOKENS
+        return {**values, "shape": workload.name, "text_tokens": text_tokens}
+    return {**values, "checkpoint": find_checkpoint(given["model"])}
+
+
+def find_checkpoint(model: str | None) -> str:
+    """The directory of a model's weights."""
+    from corematching.cli.loading import SCENEVLM
+
+    if model is None or model.lower() == SCENEVLM.lower():
+        from corematching.demo.cache import demo_directory
+
+        return str(demo_directory())
+    if Path(model).is_dir():
+        return str(Path(model).resolve())
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(model, local_files_only=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make the output folder, before anything is measured."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {path} ({error.strerror}): give another folder with --out"
+        ) from error
+
+
+def save(board: dict[str, Any], out: Path) -> None:
+    """Write the figures, the table and the picture."""
+    from corematching.bench import draw_roofline, write_markdown
+
+    (out / "bench.json").write_text(json.dumps(board, indent=1) + "\n", encoding="utf-8")
+    (out / "bench.md").write_text(write_markdown(board), encoding="utf-8")
+    draw_roofline(board, out / "roofline.png")
+
+
+def show(board: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Print the result, and where it is kept."""
+    if as_json:
+        print(json.dumps(board))
+        return
+    from corematching.bench import write_markdown
+
+    print(write_markdown(board))
+    console.note(f"figures, table and roofline: {out}")
+
+
+def list_changed(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that differ from their defaults, but for those that change no figure."""
+    defaults = inspect.signature(bench).parameters
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in ("as_json", "force") and value != defaults[name].default
+    }
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over all turns, which says what runs now."""
+    from rich.progress import SpinnerColumn
+
+    # drawn seldom, so as not to disturb what is timed
+    bar = console.counting_bar(before=(SpinnerColumn(),), per_second=1)
+    with bar:
+        task = bar.add_task("", total=None)
+
+        def show_step(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield show_step

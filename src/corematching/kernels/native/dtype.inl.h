@@ -1,0 +1,13 @@
+/* Everything that depends on the dtype of the weights, in the order in which it is needed. */
+#include "rows.inl.h"
+#include "attention.inl.h"
+#include "ffn.inl.h"
+#include "step.inl.h"
+#include "entry.inl.h"
+#include "prompt.inl.h"
+
+#undef W
+#undef F
+#undef LOAD
+#undef WIDEN
+#undef NARROW

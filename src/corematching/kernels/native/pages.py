@@ -1,0 +1,71 @@
+"""Large memory pages under the weights: translating addresses is part of what reading costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .build import find_library
+
+GAP = 1 << 16
+"""Bytes between two tensors that still count as one range; allocators leave headers and padding."""
+
+
+def use_large_pages(tensors: Iterable[Tensor]) -> int:
+    """Put these tensors' memory on large pages, where the system has them.
+
+    Addresses and values stay as they are. Tensors that follow each other in memory share pages.
+
+    Returns
+    -------
+    int
+        Bytes that now lie on large pages; 0 where the system knows none.
+    """
+    library = find_library()
+    if library is None:
+        return 0
+    spans = sorted({(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.nbytes >= GAP})
+    total, start, end = 0, 0, 0
+    for first, last in spans:
+        if first - end > GAP:
+            total += library.cm_use_large_pages(start, end)
+            start = first
+        end = max(end, last)
+    return total + library.cm_use_large_pages(start, end)
+
+
+def leave_file(parameters: Iterable[Parameter]) -> int:
+    """Bring parameters that are mapped from a file into memory, which can have large pages.
+
+    They stay the same parameters with the same values; the file's pages are the system's to reuse.
+    Does nothing where that would take more than half of the free memory.
+
+    Returns
+    -------
+    int
+        Bytes brought in.
+    """
+    places = _file_ranges()
+    mapped = [p for p in parameters if any(a <= p.data_ptr() < b for a, b in places)]
+    total = sum(p.nbytes for p in mapped)
+    if not total or total > psutil.virtual_memory().available // 2:
+        return 0
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter in mapped:
+            parameter.data = parameter.data.clone()
+    return total
+
+
+def _file_ranges() -> list[tuple[int, int]]:
+    """Address ranges of this process that lie in files; empty where the system does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    spans = (line.split()[0].split("-") for line in lines if "/" in line.split(maxsplit=5)[-1][:1])
+    return [(int(start, 16), int(end, 16)) for start, end in spans]

@@ -1,0 +1,131 @@
+"""What is chosen from a prompt: sums over its tokens, and the highest of many scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .build import find_library
+from .kernel import DTYPES, address
+
+SUMS = {"values": 0, "sizes": 1, "unit squares": 2}
+
+
+def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
+    """A sum over each sample's tokens in one or two passes, without a float32 copy.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, T, F).
+    tokens : Tensor
+        (B, T) bool, the tokens that count.
+    what : str
+        ``values``, their ``sizes`` (magnitudes), or ``unit squares``: the squares of each token's
+        values over their sum.
+
+    Returns
+    -------
+    Tensor or None
+        (B, F) float32, the same for any number of threads; None where the C code cannot run: no
+        compiler, another device or dtype, values that are not contiguous.
+    """
+    library = _library_for(values, *DTYPES)
+    if library is None:
+        return None
+    batch, length, width = values.shape
+    factors = torch.empty(batch, length, dtype=torch.float32, device=values.device)
+    total = torch.empty(batch, width, dtype=torch.float32, device=values.device)
+    tokens = tokens.contiguous()
+    library.cm_sum_rows(
+        *(address(values), address(tokens), SUMS[what], address(factors), address(total)),
+        *(batch, length, width, torch.get_num_threads(), values.dtype == torch.bfloat16),
+    )
+    return total
+
+
+def sum_marks(marks: Tensor, tokens: Tensor) -> Tensor | None:
+    """How many of the tokens (B, T) mark each of F: (B, T, F) bool to (B, F) float32, or None."""
+    library = _library_for(marks, torch.bool)
+    if library is None:
+        return None
+    batch, length, width = marks.shape
+    total = torch.empty(batch, width, dtype=torch.float32)
+    library.cm_sum_marks(
+        *(marks.data_ptr(), tokens.contiguous().data_ptr(), total.data_ptr()),
+        *(batch, length, width, torch.get_num_threads()),
+    )
+    return total
+
+
+def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
+    """The weights (B, F), float32, of what each token marks, (B, T, F) bool: (B, T), or None."""
+    library = _library_for(marks, torch.bool)
+    if library is None:
+        return None
+    batch, length, width = marks.shape
+    total = torch.empty(batch, length, dtype=torch.float32)
+    weights = weights.float().contiguous()
+    library.cm_weigh_marks(
+        *(marks.data_ptr(), weights.data_ptr(), total.data_ptr()),
+        *(batch, length, width, torch.get_num_threads()),
+    )
+    return total
+
+
+def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | None:
+    """Mark what is above 0 and not below each token's ``counts``-th largest of (B, T, F), or None.
+
+    The counts, (B, T, 1) long, lie in [1, F].
+    """
+    library = _library_for(values, *DTYPES)
+    if library is None:
+        return None
+    batch, length, width = values.shape
+    marks = torch.empty(batch, length, width, dtype=torch.bool)
+    counts = counts.expand(batch, length, 1).contiguous()
+    library.cm_mark_largest(
+        *(values.data_ptr(), counts.data_ptr(), marks.data_ptr(), batch * length, width),
+        *(absolute, torch.get_num_threads(), values.dtype == torch.bfloat16),
+    )
+    return marks
+
+
+def _library_for(values: Tensor, *dtypes: torch.dtype) -> Any:
+    """The compiled kernels, if they can read these values."""
+    if values.device.type != "cpu" or values.dtype not in dtypes or not values.is_contiguous():
+        return None
+    return find_library()
+
+
+def pick_highest(scores: Tensor, count: int) -> Tensor | None:
+    """The places of each row's ``count`` highest scores, ascending; of equal ones the first.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, F) float32.
+    count : int
+        At most F.
+
+    Returns
+    -------
+    Tensor or None
+        (B, count) long; None where the C code cannot run: no compiler, another device or dtype, a
+        score that is NaN.
+    """
+    if scores.device.type != "cpu" or scores.dtype != torch.float32:
+        return None
+    library = find_library()
+    if library is None:
+        return None
+    scores = scores.contiguous()
+    places = torch.empty(scores.shape[0], count, dtype=torch.long)
+    width = scores.shape[1]
+    for row in range(scores.shape[0]):
+        start, out = scores.data_ptr() + 4 * row * width, places.data_ptr() + 8 * row * count
+        if not library.cm_pick_top(start, width, count, out):
+            return None
+    return places

@@ -1,0 +1,90 @@
+"""What the C code is handed, field by field as in ``types.h``."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+
+MAX_BATCH = 16
+ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+def _pointers(names: str) -> list[tuple[str, type]]:
+    return [(name, c_void_p) for name in names.split()]
+
+
+def _numbers(names: str) -> list[tuple[str, type]]:
+    return [(name, c_int64) for name in names.split()]
+
+
+class FFNStruct(Structure):
+    """An FFN and the neurons it computes."""
+
+    _fields_ = [
+        *_pointers("up gate up_bias gate_bias down bias rows members"),
+        *_pointers("input_threshold gate_threshold output_threshold rows_read"),
+        *_numbers("width count biases activation by_neuron"),
+    ]
+
+
+class LayerStruct(Structure):
+    """A decoder layer."""
+
+    _fields_ = [
+        *_pointers("attention_norm ffn_norm q k v o q_bias k_bias v_bias o_bias"),
+        *_pointers("q_norm k_norm keys values"),
+        ("ffn", FFNStruct),
+    ]
+
+
+class StepStruct(Structure):
+    """A decode step."""
+
+    _fields_ = [
+        ("layers", POINTER(LayerStruct)),
+        *_pointers("final_norm x out cos sin valid scratch"),
+        *_numbers("num_layers hidden heads kv_heads head_dim batch length capacity threads"),
+        ("epsilon", c_double),
+        ("scaling", c_double),
+    ]
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the types of the library's functions."""
+    signatures = {
+        "cm_step_scratch": (c_int64, [POINTER(StepStruct)]),
+        "cm_step": (None, [POINTER(StepStruct), c_int]),
+        "cm_ffn_scratch": (c_int64, [c_int64] * 4),
+        "cm_ffn": (
+            None,
+            [POINTER(FFNStruct), c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_int],
+        ),
+        "cm_linear": (None, [c_void_p] * 4 + [c_int64] * 4 + [c_void_p, c_int]),
+        "cm_unite": (c_int64, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p, c_void_p]),
+        "cm_use_large_pages": (c_int64, [c_uint64, c_uint64]),
+        "cm_target": (c_char_p, []),
+        "cm_has_tiles": (c_int, []),
+        "cm_multiply_scratch": (c_int64, [c_int64] * 3),
+        "cm_multiply": (
+            None,
+            [*[c_void_p] * 7, *[c_int64] * 4, c_int, c_int64, c_void_p],
+        ),
+        "cm_multiply_several": (
+            None,
+            [*[c_void_p] * 3, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_void_p],
+        ),
+        "cm_sum_marks": (None, [*[c_void_p] * 3, *[c_int64] * 4]),
+        "cm_weigh_marks": (None, [*[c_void_p] * 3, *[c_int64] * 4]),
+        "cm_mark_largest": (None, [*[c_void_p] * 3, c_int64, c_int64, c_int, c_int64, c_int]),
+        "cm_pick_top": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),
+        "cm_rotate": (None, [*[c_void_p] * 3, *[c_int64] * 6, c_int]),
+        "cm_normalise": (None, [*[c_void_p] * 3, c_int64, c_int64, c_double, c_int64, c_int]),
+        "cm_sum_rows": (
+            None,
+            [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, *[c_int64] * 4, c_int],
+        ),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library

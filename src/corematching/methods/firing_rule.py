@@ -1,0 +1,69 @@
+"""Neuron policies that decide token by token, by thresholds on what a decode step computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from corematching.errors import ConfigError
+from corematching.methods.sparsifier import NeuronDropper
+from corematching.policy.check import check_share
+from corematching.policy.thresholds import find_cut
+from corematching.policy.tokens import check_over, select_tokens
+from corematching.protocol import NeuronChoice, PrefillView
+
+
+@dataclass(frozen=True)
+class FiringRule(NeuronDropper):
+    """Keep every neuron in reach, and let thresholds decide at each token. Override `thresholds`.
+
+    The thresholds are quantiles of what the prompt's own tokens showed in the prefill, layer by
+    layer and sample by sample.
+    """
+
+    per_token: ClassVar[bool] = True
+
+    beta: float = field(default=0.5, metadata={"help": "share that passes, in (0, 1]"})
+    over: str = field(
+        default="text",
+        metadata={"help": "tokens to calibrate over: all | kept | text | question | image"},
+    )
+
+    def __post_init__(self) -> None:
+        check_share("beta", self.beta)
+        check_over(self.over)
+
+    @property
+    def decode_share(self) -> float:
+        """Share of the FFN's weights that a decoded token reads, if it is like the prompt's."""
+        return self.beta
+
+    def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
+        """Every neuron of every layer may fire."""
+        return (width,) * num_layers
+
+    def thresholds(self, view: PrefillView) -> dict[str, Tensor]:
+        """The thresholds of `NeuronChoice`, (B,) each, by name."""
+        raise NotImplementedError
+
+    def choose(self, view: PrefillView, count: int) -> NeuronChoice:
+        """All ``count`` neurons, with thresholds."""
+        indices = torch.arange(count, device=view.valid.device).expand(len(view.valid), -1)
+        return NeuronChoice(indices=indices, **self.thresholds(view))
+
+    def calibrate(self, view: PrefillView, values: Tensor | None, what: str) -> Tensor:
+        """(B,), the smallest magnitude of (B, T, F) values that stays.
+
+        Raises
+        ------
+        ConfigError
+            When the view has no such values.
+        """
+        if values is None:
+            raise ConfigError(
+                f"layer {view.layer} shows no {what}: name '{what}' in the policy's needs"
+            )
+        return find_cut(values, select_tokens(view, self.over), self.beta)

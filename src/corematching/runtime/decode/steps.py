@@ -1,0 +1,238 @@
+"""Runs a decoder's single tokens in C: decides step by step whether that is possible."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from corematching.kernels.native import KERNEL, MAX_BATCH, DecodeStep, Plan, use_large_pages
+
+from ..checks import Parts
+from ..ffn import SparseFFN
+from ..ffn_parts import FFNParts
+from ..patches import InstancePatches
+from .buffers import CacheBuffers
+from .layout import Layout, OddDecoderError, read_layout
+from .probe import agrees
+from .watch import Watch
+
+log = logging.getLogger(__name__)
+
+KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"} | {
+    "use_cache",
+    "logits_to_keep",
+}
+CAPTURING = "output_capturing_hook"
+OUTPUTS = ("output_attentions", "output_hidden_states")
+
+
+class NativeSteps:
+    """Replaces a decoder's forward for single tokens that go on from a DynamicCache.
+
+    Everything else (prompts, static caches, gradients, foreign hooks, wanted attention maps) runs
+    through the decoder's own forward.
+
+    Parameters
+    ----------
+    parts : Parts
+        The model's parts.
+    sparse : dict
+        The layers' sparse FFNs, by layer.
+
+    Attributes
+    ----------
+    count : int
+        Steps that ran here.
+    reason : str
+        Why no step can run here; empty where they can.
+    """
+
+    def __init__(self, parts: Parts, sparse: dict[int, SparseFFN]) -> None:
+        self.parts, self.sparse = parts, sparse
+        self.count = 0
+        self.reason = ""
+        self._decoder: Any = parts.decoder
+        self._patches = InstancePatches()
+        self._addresses: tuple[int, ...] = ()
+        self._ffns: list[FFNParts] = []
+        self._dense: list[Plan] = []
+        self._layout: Layout | None = None
+        self._step: DecodeStep | None = None
+        self._buffers: CacheBuffers | None = None
+        self._hooks: list[Any] = []
+        self._watch = Watch()
+
+    def install(self) -> None:
+        """Replace the decoder's forward on its instance, if its form is known."""
+        self.refresh()
+        if self._step is not None and not agrees(self):
+            self.reason, self._step = "a probe gave other numbers than its own forward", None
+        if self._step is None:
+            log.info("%s decodes in PyTorch: %s", type(self._decoder).__name__, self.reason)
+            return
+        self._patches.wrap(self._decoder, "forward", self._forward)
+
+    def remove(self) -> None:
+        """Put the decoder's own forward back."""
+        self._patches.undo()
+        self._step = self._layout = self._buffers = None
+        self._addresses = ()
+
+    def refresh(self) -> None:
+        """Look at the weights again: somebody may have moved, cast or replaced them."""
+        if self._step is not None and self._watch.unchanged():
+            return
+        try:
+            if not self._ffns:
+                self._ffns = [
+                    self.sparse[i].parts if i in self.sparse else FFNParts(ffn)
+                    for i, ffn in enumerate(self.parts.ffns)
+                ]
+            layout = read_layout(self.parts, self._ffns)
+            self._refuse_ffns(layout)
+        except Exception as error:
+            if not isinstance(error, OddDecoderError):
+                log.debug("unreadable decoder", exc_info=True)
+            self.reason, self._step, self._addresses = str(error), None, ()
+            return
+        self._watch = Watch([*self.parts.layers, self._decoder.norm])
+        addresses = tuple(tensor.data_ptr() for tensor in layout.tensors)
+        if addresses == self._addresses:
+            return
+        self._addresses, self._layout, self.reason = addresses, layout, ""
+        shape = layout.shape
+        use_large_pages(layout.tensors)
+        earlier: list[Plan | None] = [*self._dense] or [None] * len(self._ffns)
+        self._dense = [
+            KERNEL.prepare_dense(ffn.by_neuron(), ffn.down.weight.detach(), ffn.bias(), old)
+            for ffn, old in zip(self._ffns, earlier, strict=True)
+        ]
+        self._step = DecodeStep(layout.layers, layout.final_norm, shape)
+        self._buffers = CacheBuffers(
+            len(layout.layers), shape.kv_heads, shape.head_dim, layout.final_norm.dtype
+        )
+        modules = [m for layer in self.parts.layers for m in layer.modules()]
+        modules.append(self._decoder.norm)
+        self._hooks = [m._forward_hooks for m in modules]
+        self._hooks += [m._forward_pre_hooks for m in modules]
+
+    @property
+    def form(self) -> tuple[str, ...]:
+        """What decides whether a step agrees with the decoder's own; not the weights' values."""
+        kinds = {type(m).__qualname__ for layer in self.parts.layers for m in layer.modules()}
+        dtype = "" if self._layout is None else str(self._layout.final_norm.dtype)
+        return (dtype, repr(self._decoder.config.to_dict()), *sorted(kinds))
+
+    def bytes_read(self, layer: int) -> int:
+        """Bytes of FFN weights that a layer has read here with all its neurons."""
+        return self._dense[layer].bytes_read() if self._dense else 0
+
+    def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, 1, d) embeddings to (B, 1, d) behind the final norm; None where that cannot be."""
+        step, buffers, cache = self._step, self._buffers, kwargs["past_key_values"]
+        assert step is not None and buffers is not None and self._layout is not None
+        batch = x.shape[0]
+        stored = buffers.stored(cache, batch)
+        plans = self._plans(batch)
+        if stored is None or plans is None or x.dtype != self._layout.final_norm.dtype:
+            return None
+        valid, fits = _valid_columns(kwargs.get("attention_mask"), batch, stored + 1)
+        angles = self._rotations(x, kwargs.get("position_ids"), cache) if fits else None
+        if angles is None:
+            return None
+        buffer = buffers.take(cache, stored, batch)
+        step.set_plans(plans, batch)
+        step.set_buffer(buffer)
+        out = step.run(x[:, 0].contiguous(), *angles, valid, stored + 1)
+        buffers.show(cache, buffer, stored + 1)
+        return out[:, None]
+
+    def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self._is_plain_step(args, kwargs):
+            return original(*args, **kwargs)
+        x = kwargs.get("inputs_embeds")
+        if x is None:
+            x = self._decoder.embed_tokens(kwargs["input_ids"])
+        out = self.run(x, kwargs)
+        if out is None:
+            return original(*args, **kwargs)
+        self.count += 1
+        return BaseModelOutputWithPast(
+            last_hidden_state=out, past_key_values=kwargs["past_key_values"]
+        )
+
+    def _is_plain_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call asks for nothing but the next token's hidden state."""
+        ids, x = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        token = ids if x is None else x
+        if self._step is None or args or token is None or (ids is None) == (x is None):
+            return False
+        if token.shape[1] != 1 or not 0 < token.shape[0] <= MAX_BATCH:
+            return False
+        if kwargs.get("past_key_values") is None or token.device.type != "cpu":
+            return False
+        if torch.is_grad_enabled() or self._decoder.training:
+            return False
+        config = self._decoder.config
+        if any(kwargs.get(name) or getattr(config, name, False) for name in OUTPUTS):
+            return False
+        extra = (value for name, value in kwargs.items() if name not in KNOWN)
+        plain = all(value is None or isinstance(value, bool) for value in extra)
+        return plain and kwargs.get("return_dict") is not False and not self._is_hooked()
+
+    def _is_hooked(self) -> bool:
+        """Whether somebody's hooks want to see what the layers do."""
+        if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+            return True
+        if not any(self._hooks):
+            return False
+        every = (hook for hooks in self._hooks for hook in hooks.values())
+        return any(getattr(hook, "__name__", "") != CAPTURING for hook in every)
+
+    def _plans(self, batch: int) -> list[Plan] | None:
+        """What each layer's FFN computes, or None where one has no plan for such a batch."""
+        plans = list(self._dense)
+        for index, ffn in self.sparse.items():
+            if not ffn.active:
+                continue
+            sets = ffn.plan.sets if isinstance(ffn.plan, Plan) else None
+            if sets is None or batch % sets.indices.shape[0]:
+                return None
+            plans[index] = ffn.plan
+        return plans
+
+    def _rotations(
+        self, x: Tensor, positions: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """(B, D) cosines and sines of this step's positions; None where they have another form."""
+        rotary = self._decoder.rotary_emb
+        if positions is None:
+            positions = torch.full((1, 1), int(cache.get_seq_length()))
+        if hasattr(rotary, "mrope_section"):
+            if positions.ndim == 2:
+                positions = positions[None].expand(3, -1, -1)
+            positions = positions[-3:]
+        pair = rotary(x, positions)
+        shape = self._layout.shape if self._layout is not None else None
+        if shape is None or any(t.ndim != 3 or t.shape[1:] != (1, shape.head_dim) for t in pair):
+            return None
+        cos, sin = (t[:, 0].float().expand(x.shape[0], -1).contiguous() for t in pair)
+        return cos, sin
+
+    def _refuse_ffns(self, layout: Layout) -> None:
+        for ffn, module in zip(layout.ffns, self.parts.ffns, strict=True):
+            if ffn.activation_name is None:
+                raise OddDecoderError(f"{type(module).__name__} has an unknown activation function")
+
+
+def _valid_columns(mask: Any, batch: int, length: int) -> tuple[Tensor | None, bool]:
+    """A mask over the cache's columns as the C code wants it, and whether it could be had."""
+    if mask is None:
+        return None, True
+    if not isinstance(mask, Tensor) or mask.shape != (batch, length):
+        return None, False
+    return mask.ne(0).to(torch.uint8).contiguous(), True

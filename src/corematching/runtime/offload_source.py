@@ -1,0 +1,218 @@
+"""Where weights stay that do not stay in fast memory: files, or pinned host memory.
+
+Files are read with plain reads into buffers that are there already, and what was read is dropped
+from the page cache at once: a mapping would leave it to the kernel how much memory the file takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import platformdirs
+import torch
+from torch import Tensor, nn
+
+from corematching.errors import InputError
+from corematching.sizes import format_size
+
+CHUNK = 8 << 20
+SPARE_BYTES = 64 << 20
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class Source(Protocol):
+    """One weight in slow memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def copy_to(self, out: Tensor) -> None:
+        """Fill a contiguous tensor of this shape, of any floating dtype, with the weight."""
+        ...
+
+
+class WeightFile:
+    """A file of weights that is open for reading."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file, self.name = file, name
+        self.lock = threading.Lock()
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill ``into`` from ``offset`` on, and leave nothing of it in the page cache."""
+        done = 0
+        with self.lock:
+            self.file.seek(offset)
+            while done < len(into):
+                count = self.file.readinto(into[done : done + CHUNK])  # type: ignore[attr-defined]
+                if not count:
+                    raise InputError(
+                        f"{self.name} ends before its weights do: download the model again"
+                    )
+                done += count
+                forget_pages(self.file.fileno(), offset + done)
+            self.forget()
+
+    def forget(self) -> None:
+        """Leave nothing of the file in the page cache."""
+        forget_pages(self.file.fileno())
+
+
+def forget_pages(descriptor: int, end: int = 0) -> None:
+    """Drop a file's first ``end`` bytes (0: all of it) from the page cache.
+
+    From the start, since the kernel keeps a large page that a range covers in part only.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, end, os.POSIX_FADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A weight in a file."""
+
+    file: WeightFile
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def copy_to(self, out: Tensor) -> None:
+        """Read the weight; numbers of another dtype are converted a piece at a time."""
+        flat = out.view(-1)
+        if out.dtype == self.dtype:
+            self.file.read(self.offset, _raw(flat))
+            return
+        step = CHUNK // self.dtype.itemsize
+        buffer = torch.empty(min(step, flat.numel()), dtype=self.dtype)
+        for start in range(0, flat.numel(), step):
+            piece = buffer[: flat.numel() - start]
+            offset = self.offset + start * self.dtype.itemsize
+            self.file.read(offset, _raw(piece))
+            flat[start : start + step].copy_(piece)
+
+
+@dataclass(frozen=True)
+class HostSource:
+    """A weight in host memory, pinned where a GPU is to read it."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return tuple(self.tensor.shape)
+
+    def copy_to(self, out: Tensor) -> None:
+        """Copy the weight; to a GPU in the current stream, without waiting for it."""
+        out.copy_(self.tensor, non_blocking=True)
+
+
+def pin(weight: Tensor | Source, dtype: torch.dtype) -> HostSource:
+    """Copy a weight into pinned host memory."""
+    shape = tuple(weight.shape)
+    host = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+    if isinstance(weight, Tensor):
+        host.copy_(weight.detach())
+    else:
+        weight.copy_to(host)
+    return HostSource(host)
+
+
+class Scratch:
+    """A file without a name in the cache directory; the system removes it when it is closed.
+
+    Parameters
+    ----------
+    size : int
+        Bytes that will be written.
+
+    Raises
+    ------
+    InputError
+        The disk has no room for it.
+    """
+
+    def __init__(self, size: int) -> None:
+        directory = cache_directory()
+        directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory).free
+        if free < size + SPARE_BYTES:
+            raise InputError(
+                f"{directory} has {format_size(free)} left, but the weights that leave the memory "
+                f"take {format_size(size)}: free some, point CORE_MATCHING_CACHE at a larger disk, "
+                "or use load(path, memory=...), which reads them from the model's own files"
+            )
+        raw = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        self._file = WeightFile(raw, str(directory))
+        self._end = 0
+
+    def write(self, weights: Iterable[nn.Parameter]) -> list[FileSource]:
+        """Append weights and flush them to the disk."""
+        raw, sources = self._file.file, []
+        for weight in weights:
+            data = weight.detach().cpu().contiguous()
+            sources.append(FileSource(self._file, self._end, tuple(data.shape), data.dtype))
+            view = _raw(data)
+            raw.seek(self._end)
+            done = 0
+            while done < len(view):
+                done += raw.write(view[done : done + CHUNK])
+            self._end += done
+        os.fsync(raw.fileno())
+        forget_pages(raw.fileno())
+        return sources
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        self._file.file.close()
+
+
+def open_checkpoint(paths: Iterable[str | Path]) -> dict[tuple[str, str], FileSource]:
+    """The weights of safetensors files, by file and name.
+
+    Raises
+    ------
+    InputError
+        A file is no safetensors file, or holds weights that are no floating point numbers.
+    """
+    found: dict[tuple[str, str], FileSource] = {}
+    for path in paths:
+        raw = open(path, "rb", buffering=0)  # noqa: SIM115
+        try:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+        except (ValueError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+            raw.close()
+            raise InputError(f"{path} is no safetensors file: download the model again") from error
+        file = WeightFile(raw, str(path))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] in DTYPES:
+                offset = 8 + length + entry["data_offsets"][0]
+                shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+                found[str(path), name] = FileSource(file, offset, shape, dtype)
+    return found
+
+
+def cache_directory() -> Path:
+    """``$CORE_MATCHING_CACHE``, or the user's cache directory."""
+    chosen = os.environ.get("CORE_MATCHING_CACHE")
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("corematching"))
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, to read or to write."""
+    return tensor.view(-1).view(torch.uint8).numpy().data

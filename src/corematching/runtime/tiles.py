@@ -1,0 +1,305 @@
+"""Runs the matrices, the norms and the FFNs of prompts in C, on CPUs with matrix tiles."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from corematching.errors import UnsupportedModelError
+from corematching.kernels.native import TileProducts, has_tiles, normalise, refuse_tiles, rotate
+
+from .checks import Parts
+from .ffn_parts import FFNParts
+from .patches import InstancePatches
+
+FEWEST_ROWS = 2
+"""A single row is a decode step, which reads each weight once and needs no tiles."""
+PROBE_ERROR = 2e-2
+ATTENTION = "sdpa"
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class TilePrompts:
+    """Replaces the forwards of linear layers, RMSNorms, gated FFNs and Llama's attention.
+
+    On their instances, and only for prompts: a call that they cannot take (a single token,
+    gradients, autocast, another dtype, compiled code) goes to the module's own forward. Hooks on
+    modules see what they always see.
+
+    Parameters
+    ----------
+    parts : Parts
+        The model's parts.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._patches = InstancePatches()
+        self._products = TileProducts()
+
+    def install(self) -> None:
+        """Replace the forwards, where the machine has tiles."""
+        if not has_tiles():
+            return
+        layers = [module for layer in self.parts.layers for module in layer.modules()]
+        tower = [] if self.parts.vision is None else list(self.parts.vision.modules())
+        for module in [*layers, *tower]:
+            if _is_plain_linear(module):
+                self._wrap(module, self._linear, module)
+        final = getattr(self.parts.decoder, "norm", None)
+        for norm in filter(_is_norm, [*layers, final]):
+            self._wrap(norm, _run_norm, norm)
+        ffns = _read_ffns(self.parts.ffns)
+        for ffn in ffns:
+            inner = [module for module in ffn.mlp.modules() if module not in (ffn.mlp, ffn.down)]
+            self._wrap(ffn.mlp, self._ffn, ffn, _hooks_of(inner))
+        if self._attends_like_llama():
+            for module in self.parts.attentions:
+                self._wrap(module, self._attention, module, _hooks_of(_inputs_of(module)))
+            if ffns and self._layers_are_llamas(ffns[0]):
+                for layer, ffn in zip(self.parts.layers, ffns, strict=True):
+                    inner = [
+                        module for module in layer.modules() if module not in (layer, ffn.down)
+                    ]
+                    hooks = [*_hooks_of(inner), ffn.down._forward_hooks]
+                    self._wrap(layer, self._layer, layer, ffn, hooks)
+
+    def remove(self) -> None:
+        """Put every forward back."""
+        self._patches.undo()
+
+    def _wrap(self, owner: Any, around: Any, *args: Any) -> None:
+        self._patches.wrap(owner, "forward", functools.partial(around, *args))
+
+    def _layers_are_llamas(self, ffn: FFNParts) -> bool:
+        """Whether the layers are of one form, and that form computes what `_layer` does."""
+        first: Any = self.parts.layers[0]
+        for layer in self.parts.layers:
+            names = {name for name, _ in layer.named_children()}
+            if names != LAYER_PARTS or type(layer) is not type(first):
+                return False
+            if not _is_norm(layer.input_layernorm) or not _is_norm(layer.post_attention_layernorm):
+                return False
+        x, angles = self._make_probe(first.self_attn)
+        with torch.inference_mode(False), torch.no_grad():
+            theirs = first(x, position_embeddings=angles, attention_mask=None)
+            ours = self._layer(first, ffn, [], None, x, position_embeddings=angles)
+        theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+        return ours is not None and _is_close(ours, theirs)
+
+    def _make_probe(self, attention: Any) -> tuple[Tensor, Any]:
+        """Three tokens and their angles."""
+        decoder: Any = self.parts.decoder
+        with torch.inference_mode(False), torch.no_grad():
+            wave = torch.sin(torch.arange(3.0 * attention.q_proj.in_features))
+            x = wave.to(attention.q_proj.weight.dtype).view(1, 3, -1)
+            return x, decoder.rotary_emb(x, torch.tensor([[1, 2, 9]]))
+
+    def _layer(
+        self,
+        layer: Any,
+        ffn: FFNParts,
+        hooks: list[Any],
+        original: Any,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Llama's layer, with the residual added where the products are rounded."""
+        x, attention, joint = hidden_states, layer.self_attn, None
+        known = attention.config._attn_implementation == ATTENTION and not layer.training
+        weights = ffn.dense()
+        matrices = [weights[name] for name in ("gate", "up")] + [attention.o_proj.weight]
+        known = known and not any(hooks) and _is_plain(x)
+        if known and all(_fits(x, w) and w.is_contiguous() for w in matrices):
+            norm = layer.input_layernorm
+            normed = normalise(x, norm.weight, norm.variance_epsilon)
+            joint = self._project(attention, normed, position_embeddings)
+        if joint is None or not _fits(x, weights["down"]):
+            return original and original(
+                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values,
+                position_embeddings=position_embeddings, **kwargs,
+            )  # fmt: skip
+        mixed = attend(attention, joint, attention_mask, past_key_values, **kwargs)[0]
+        x = self._products.linear(mixed, attention.o_proj.weight, attention.o_proj.bias, x)
+        norm = layer.post_attention_layernorm
+        normed = normalise(x, norm.weight, norm.variance_epsilon)
+        biases = weights.get("gate_bias"), weights.get("up_bias")
+        assert ffn.activation_name is not None
+        gate, up = matrices[:2]
+        active = self._products.gated(normed, gate, up, *biases, ffn.activation_name)
+        for hook in list(ffn.down._forward_pre_hooks.values()):
+            hook(ffn.down, (active,))
+        return self._products.linear(active, ffn.down.weight, ffn.down.bias, x)
+
+    def _linear(self, module: Any, original: Any, x: Tensor) -> Tensor:
+        if not _is_plain(x) or not _fits(x, module.weight):
+            return original(x)
+        return self._products.linear(x, module.weight, module.bias)
+
+    def _ffn(self, parts: FFNParts, hooks: list[Any], original: Any, x: Tensor, *args: Any) -> Any:
+        """Gate, activation and up at once; the down projection is called as a module."""
+        if args or any(hooks) or not _is_plain(x):
+            return original(x, *args)
+        weights = parts.dense()
+        gate, up = weights["gate"], weights["up"]
+        if not (_fits(x, up) and _fits(x, gate) and up.is_contiguous() and gate.is_contiguous()):
+            return original(x)
+        biases = weights.get("gate_bias"), weights.get("up_bias")
+        assert parts.activation_name is not None
+        return parts.down(self._products.gated(x, gate, up, *biases, parts.activation_name))
+
+    def _attention(
+        self,
+        module: Any,
+        hooks: list[Any],
+        original: Any,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        x, angles = hidden_states, position_embeddings
+        known = module.config._attn_implementation == ATTENTION and not module.training
+        joint = self._project(module, x, angles) if known and not any(hooks) else None
+        if joint is None:
+            return original(
+                hidden_states=x, position_embeddings=angles, attention_mask=attention_mask,
+                past_key_values=past_key_values, **kwargs,
+            )  # fmt: skip
+        mixed, weights = attend(module, joint, attention_mask, past_key_values, **kwargs)
+        return module.o_proj(mixed), weights
+
+    def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
+        """(B, T, H + 2G, D), queries, keys and values, rotated; None where C cannot do that."""
+        if not _is_plain(x) or not _are_angles(angles, x, module.head_dim):
+            return None
+        inputs = _inputs_of(module)
+        weights = [linear.weight for linear in inputs]
+        if not all(_fits(x, weight) and weight.is_contiguous() for weight in weights):
+            return None
+        joint = self._products.several(x, weights, [linear.bias for linear in inputs])
+        joint = joint.view(*x.shape[:-1], -1, module.head_dim)
+        values = weights[-1].shape[0] // module.head_dim
+        cos, sin = angles
+        rotate(joint, cos, sin, joint.shape[2] - values)
+        return joint
+
+    def _attends_like_llama(self) -> bool:
+        """Whether the attentions are of one form, and that form computes what `attend` does."""
+        decoder: Any = self.parts.decoder
+        first: Any = self.parts.attentions[0]
+        for module in self.parts.attentions:
+            names = {name for name, _ in module.named_children()}
+            if names != set(PROJECTIONS) or type(module) is not type(first):
+                return False
+            if any(type(getattr(module, name)) is not nn.Linear for name in PROJECTIONS):
+                return False
+            if getattr(module, "sliding_window", None):
+                return False
+        if not hasattr(decoder, "rotary_emb") or not hasattr(first, "head_dim"):
+            return False
+        x, angles = self._make_probe(first)
+        with torch.inference_mode(False), torch.no_grad():
+            joint = self._project(first, x, angles)
+            if joint is None:
+                return False
+            theirs = first(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
+            return _is_close(first.o_proj(attend(first, joint, None, None)[0]), theirs)
+
+
+def attend(module: Any, joint: Tensor, mask: Any, cache: Any, **kwargs: Any) -> Any:
+    """Llama's attention up to its output projection: (B, T, H + 2G, D) to (B, T, H * D)."""
+    groups = module.v_proj.out_features // module.head_dim
+    heads = joint.shape[2] - 2 * groups
+    query, key, value = joint.transpose(1, 2).split([heads, groups, groups], dim=1)
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx)
+    mixed, weights = ALL_ATTENTION_FUNCTIONS[ATTENTION](
+        module, query, key, value, mask, scaling=module.scaling, **kwargs
+    )
+    return mixed.flatten(2), weights
+
+
+def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:
+    weight = module.weight
+    if not _is_plain(x) or x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
+        return original(x)
+    return normalise(x, weight, module.variance_epsilon)
+
+
+def _read_ffns(ffns: list[nn.Module]) -> list[FFNParts]:
+    """The parts of gated FFNs of a known form; none unless all are, and the first computes it."""
+    try:
+        read = [FFNParts(ffn) for ffn in ffns]
+        read[0].check()
+    except UnsupportedModelError:
+        return []
+    known = all(ffn.gated and ffn.activation_name for ffn in read)
+    return read if known and len({type(ffn) for ffn in ffns}) == 1 else []
+
+
+def _is_plain_linear(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module) is nn.Linear and weight is not None and type(weight.data) is Tensor
+
+
+def _inputs_of(attention: Any) -> list[Any]:
+    return [getattr(attention, name) for name in PROJECTIONS[:3]]
+
+
+def _hooks_of(modules: list[Any]) -> list[Any]:
+    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether these are several rows that C code may read, and nobody wants a graph of it."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.numel() >= FEWEST_ROWS * x.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype and refuse_tiles(weight) is None
+
+
+def _are_angles(angles: Any, x: Tensor, size: int) -> bool:
+    """Whether these are cosines and sines, (B or 1, T, D) each."""
+    return isinstance(angles, tuple) and all(
+        isinstance(part, Tensor)
+        and part.ndim == 3
+        and part.shape[0] in (1, x.shape[0])
+        and part.shape[1:] == (x.shape[1], size)
+        and part.dtype == x.dtype
+        for part in angles
+    )
+
+
+def _is_norm(module: Any) -> bool:
+    """Whether a module is an RMSNorm of Llama's form, by what it computes."""
+    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or weight.ndim != 1:
+        return False
+    if not isinstance(epsilon, float) or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    with torch.inference_mode(False), torch.no_grad():
+        x = 3 * torch.sin(torch.arange(2 * weight.shape[0]).float()).to(weight.dtype).view(2, -1)
+        return _is_close(normalise(x, weight, epsilon), module(x))
+
+
+def _is_close(ours: Tensor, theirs: Tensor) -> bool:
+    error = (ours.float() - theirs.float()).norm()
+    return bool(error <= PROBE_ERROR * theirs.float().norm())

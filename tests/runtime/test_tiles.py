@@ -1,0 +1,177 @@
+"""Prompts on matrix tiles give what the model's own forward gives, and leave nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from corematching import CoreMatching, Sparsifier
+from corematching.kernels.native import has_tiles, tiles
+from corematching.runtime import tiles as tiles_module
+from corematching.runtime.checks import Parts
+
+pytestmark = pytest.mark.skipif(not has_tiles(), reason="no matrix tiles (AMX) on this processor")
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+NEURONS = {"token_score": None, "dense_first": 0, "dense_last": 0}
+
+
+def build(kind="llama", dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    config, model = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "granite": (GraniteConfig, GraniteForCausalLM),
+    }[kind]
+    extra = {"residual_multiplier": 0.2} if kind == "granite" else {}
+    return model(config(**SIZES, **extra)).to(dtype).eval()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what runs on tiles."""
+    counted = []
+    for name in ("linear", "gated", "several"):
+        own = getattr(tiles.TileProducts, name)
+
+        def count(self, *args, own=own, name=name):
+            counted.append(name)
+            return own(self, *args)
+
+        monkeypatch.setattr(tiles.TileProducts, name, count)
+    return counted
+
+
+def prompt(batch=1, length=11):
+    return torch.arange(batch * length).view(batch, length) * 7 % 97
+
+
+@torch.no_grad()
+def logits(model, **inputs):
+    return model(**inputs).logits.float()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_same_logits_on_tiles(kind, calls):
+    model, ids = build(kind), prompt(2)
+    dense = logits(model, input_ids=ids)
+    with Sparsifier()(model):
+        calls.clear()
+        ours = logits(model, input_ids=ids)
+    assert calls.count("gated") == calls.count("several") == 4
+    assert calls.count("linear") == 8
+    assert (ours - dense).norm() < 2e-2 * dense.norm()
+
+
+def test_layers_that_look_like_llamas_are_tried_first():
+    model, ids = build("granite"), prompt(2)
+    dense = logits(model, input_ids=ids)
+    with Sparsifier()(model):
+        ours = logits(model, input_ids=ids)
+    assert (ours - dense).norm() < 2e-2 * dense.norm()
+
+
+def test_unknown_ffns_keep_their_forward(calls):
+    model, ids = build(), prompt()
+    dense = logits(model, input_ids=ids)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj)
+    tiles_only = tiles_module.TilePrompts(find_parts(model))
+    tiles_only.install()
+    calls.clear()
+    ours = logits(model, input_ids=ids)
+    tiles_only.remove()
+    assert "several" in calls
+    assert "gated" not in calls
+    assert (ours - dense).norm() < 2e-2 * dense.norm()
+
+
+def find_parts(model):
+    layers = list(model.model.layers)
+    attentions, ffns = [x.self_attn for x in layers], [x.mlp for x in layers]
+    return Parts(model.model, layers, attentions, ffns, [], model.config, (), None)
+
+
+def test_padded_batches_are_as_singles():
+    model, ids = build(), prompt(2)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with Sparsifier()(model):
+        both = logits(model, input_ids=ids, attention_mask=mask)
+        alone = logits(model, input_ids=ids[:1, 4:])
+    assert (both[:1, 4:] - alone).norm() < 2e-2 * alone.norm()
+
+
+def test_hooks_see_what_they_always_see(calls):
+    model, ids, seen = build(), prompt(), []
+    layer = model.model.layers[1]
+    modules = [layer.mlp.gate_proj, layer.mlp.down_proj, layer.self_attn.k_proj, layer.mlp]
+    with Sparsifier()(model):
+        for module in modules:
+            module.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out)))
+        logits(model, input_ids=ids)
+    assert [m for m, *_ in seen] == [modules[2], modules[0], modules[1], modules[3]]
+    for module, x, out in seen[:3]:
+        expected = torch.nn.functional.linear(x, module.weight)
+        assert (out - expected).float().norm() < 1e-2 * expected.float().norm()
+
+
+def test_neurons_are_chosen_from_activations_on_tiles(calls):
+    model, ids = build(), prompt()
+    method = CoreMatching(beta=0.5, **NEURONS)
+    chosen = []
+    for engine in ("torch", "auto"):
+        with method(model, engine=engine) as run:
+            model.generate(ids, max_new_tokens=3, do_sample=False)
+            chosen.append(run._engine.records[-1].selection.neurons)
+    assert "gated" in calls
+    for index, choice in chosen[0].items():
+        assert torch.equal(choice.indices, chosen[1][index].indices)
+
+
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_gradients_and_other_types_take_the_own_forward(engine, calls):
+    model, ids = build(), prompt()
+    with Sparsifier()(model, engine=engine):
+        calls.clear()
+        model(input_ids=ids).logits.sum().backward()
+        assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+        assert not calls
+    model = build(dtype=torch.float32)
+    with Sparsifier()(model, engine=engine):
+        logits(model, input_ids=ids)
+    assert not calls
+
+
+def test_eager_attention_stays_eager(calls):
+    model, ids = build(), prompt()
+    model.set_attn_implementation("eager")
+    with Sparsifier()(model), torch.no_grad():
+        calls.clear()
+        maps = model(input_ids=ids, output_attentions=True).attentions
+    assert maps[0].shape == (1, 4, 11, 11)
+    assert "several" not in calls
+
+
+def test_nothing_stays_on_the_model():
+    model = build()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    with CoreMatching(beta=0.5, **NEURONS)(model):
+        assert "forward" in vars(model.model.layers[0].mlp)
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys()
