@@ -18,7 +18,7 @@ from corematching.kernels.native import (
     pick_highest,
     refuse_tiles,
     rotate,
-    sum_marks,
+    sum_rows,
     weigh_marks,
 )
 
@@ -193,11 +193,12 @@ def test_sums_over_marks(batch):
     marks, tokens = torch.rand(batch, 9, 37) < 0.4, torch.rand(batch, 9) < 0.6
     weights = torch.randn(batch, 37)
     counted = (marks & tokens[..., None]).sum(1).float()
-    assert torch.equal(sum_marks(marks, tokens), counted)
+    for what in ("values", "sizes"):
+        assert torch.equal(sum_rows(marks, tokens, what), counted)
     torch.testing.assert_close(
         weigh_marks(marks, weights), torch.einsum("btf,bf->bt", marks.float(), weights)
     )
-    assert sum_marks(marks.float(), tokens) is None
+    assert sum_rows(marks.long(), tokens, "values") is None
     assert weigh_marks(marks[..., ::2], weights[:, ::2]) is None
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corematching.kernels.native import mark_highest, sum_marks, sum_rows, weigh_marks
+from corematching.kernels.native import mark_highest, sum_rows, weigh_marks
 
 BLOCK_BYTES = 1 << 20
 """A block's size in float32."""
@@ -60,9 +60,7 @@ def sum_tokens(values: Tensor, tokens: Tensor, absolute: bool = False) -> Tensor
     Tensor
         (B, F) float32; counts of a mask are exact up to 2**24.
     """
-    found = sum_marks(values, tokens)
-    if found is None:
-        found = sum_rows(values, tokens, "sizes" if absolute else "values")
+    found = sum_rows(values, tokens, "sizes" if absolute else "values")
     if found is not None:
         return found
     shape = len(values), values.shape[-1]

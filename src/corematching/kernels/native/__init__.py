@@ -3,7 +3,7 @@
 from .build import find_library
 from .kernel import KERNEL, NativeKernel, Plan, linear, refuse_matrix
 from .pages import leave_file, use_large_pages
-from .prompt import mark_highest, pick_highest, sum_marks, sum_rows, weigh_marks
+from .prompt import mark_highest, pick_highest, sum_rows, weigh_marks
 from .step import DecodeStep, LayerWeights, Shape
 from .structs import MAX_BATCH
 from .tiles import TileProducts, has_tiles, normalise, refuse_tiles, rotate
@@ -27,7 +27,6 @@ __all__ = [
     "refuse_matrix",
     "refuse_tiles",
     "rotate",
-    "sum_marks",
     "sum_rows",
     "use_large_pages",
     "weigh_marks",

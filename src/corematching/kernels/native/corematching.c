@@ -19,6 +19,7 @@ static int omp_get_num_threads(void) { return 1; }
 #define TINY 1e-24f /* a token without activations counts nothing */
 
 enum { SUM, SUM_SIZES, SUM_UNIT_SQUARES };
+enum { FLOATS, BF16S, BYTES };
 
 #define W float
 #define F(name) name##_float
@@ -33,6 +34,14 @@ enum { SUM, SUM_SIZES, SUM_UNIT_SQUARES };
 #define WIDEN widen_bf16
 #define NARROW narrow_bf16
 #include "dtype.inl.h"
+
+#define W uint8_t
+#define F(name) name##_byte
+#define WIDEN (float)
+#include "sums.inl.h"
+#undef W
+#undef F
+#undef WIDEN
 
 static float *take_floats(float *start, int64_t *used, int64_t count) {
     float *here = start ? start + *used : NULL;

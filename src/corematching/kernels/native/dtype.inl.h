@@ -4,6 +4,7 @@
 #include "ffn.inl.h"
 #include "step.inl.h"
 #include "entry.inl.h"
+#include "sums.inl.h"
 #include "prompt.inl.h"
 
 #undef W

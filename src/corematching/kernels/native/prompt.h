@@ -1,10 +1,12 @@
-/* The entries of prompt.inl.h. Included last. */
+/* The entries of sums.inl.h and prompt.inl.h, and what is chosen among numbers. Included last. */
 
 void cm_sum_rows(const void *values, const uint8_t *tokens, int64_t kind, float *factors,
                  float *out, int64_t batch, int64_t length, int64_t n, int64_t threads,
-                 int is_bf16) {
-    if (is_bf16)
+                 int dtype) {
+    if (dtype == BF16S)
         sum_rows_bf16(values, tokens, kind, factors, out, batch, length, n, (int)threads);
+    else if (dtype == BYTES)
+        sum_rows_byte(values, tokens, kind, factors, out, batch, length, n, (int)threads);
     else
         sum_rows_float(values, tokens, kind, factors, out, batch, length, n, (int)threads);
 }
@@ -20,27 +22,9 @@ void cm_normalise(const void *x, const void *weight, void *out, int64_t rows, in
 void cm_rotate(void *x, const void *cosine, const void *sine, int64_t rows, int64_t stride,
                int64_t heads, int64_t size, int64_t angles, int64_t threads, int is_bf16) {
     if (is_bf16)
-        rotate_rows_bf16(x, cosine, sine, rows, stride, heads, size, angles,
-                       (int)threads);
+        rotate_rows_bf16(x, cosine, sine, rows, stride, heads, size, angles, (int)threads);
     else
-        rotate_rows_float(x, cosine, sine, rows, stride, heads, size, angles,
-                       (int)threads);
-}
-
-/* out (batch, n) = how many of the tokens (batch, length) that count are marked, (batch, length, n) */
-void cm_sum_marks(const uint8_t *marks, const uint8_t *tokens, float *out, int64_t batch,
-                  int64_t length, int64_t n, int64_t threads) {
-    int64_t parts = batch < threads ? threads : 1;
-#pragma omp parallel for num_threads((int)threads) schedule(static)
-    for (int64_t task = 0; task < batch * parts; task++) {
-        int64_t sample = task / parts, part = task % parts;
-        int64_t first = n * part / parts, last = n * (part + 1) / parts;
-        float *to = out + sample * n;
-        for (int64_t i = first; i < last; i++) to[i] = 0;
-        for (int64_t t = sample * length; t < (sample + 1) * length; t++)
-            if (tokens[t])
-                for (int64_t i = first; i < last; i++) to[i] += (float)marks[t * n + i];
-    }
+        rotate_rows_float(x, cosine, sine, rows, stride, heads, size, angles, (int)threads);
 }
 
 /* out (batch, length) = the sum of the weights (batch, n) of what a token marks */
@@ -65,57 +49,68 @@ INLINE uint32_t sortable(float x) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+/* What is known of the n-th largest of some numbers: the highest bits of its own, and how many of
+   those that begin alike are still to be counted */
+typedef struct {
+    uint32_t bits, known;
+    int64_t missing;
+} cut_t;
+
+/* One byte more of the cut, from how often each value of it follows the bits that are known */
+INLINE void narrow_cut(cut_t *cut, const int64_t found[256], int shift) {
+    int64_t byte = 255;
+    for (; byte > 0 && found[byte] < cut->missing; byte--) cut->missing -= found[byte];
+    cut->bits |= (uint32_t)byte << shift;
+    cut->known |= 255u << shift;
+}
+
 /* The places of the `count` highest of n scores, ascending; of equal ones the first. Bytes from the
    highest down, it narrows the cut. Returns 0 where a score is NaN. */
 int cm_pick_top(const float *scores, int64_t n, int64_t count, int64_t *places) {
-    uint32_t cut = 0, known = 0;
-    int64_t missing = count;
+    cut_t cut = {0, 0, count};
     for (int64_t i = 0; i < n; i++)
         if (scores[i] != scores[i]) return 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
-        int64_t found[256] = {0}, byte = 255;
+        int64_t found[256] = {0};
         for (int64_t i = 0; i < n; i++) {
             uint32_t bits = sortable(scores[i]);
-            found[bits >> shift & 255] += (bits & known) == cut;
+            found[bits >> shift & 255] += (bits & cut.known) == cut.bits;
         }
-        for (; byte > 0 && found[byte] < missing; byte--) missing -= found[byte];
-        cut |= (uint32_t)byte << shift;
-        known |= 255u << shift;
+        narrow_cut(&cut, found, shift);
     }
     for (int64_t i = 0; i < n && count; i++) {
         uint32_t bits = sortable(scores[i]);
-        if (bits > cut || (bits == cut && missing-- > 0)) *places++ = i, count--;
+        if (bits > cut.bits || (bits == cut.bits && cut.missing-- > 0)) *places++ = i, count--;
     }
     return 1;
 }
 
-/* Mark the entries of each row, (rows, n), that are above 0 and not below its counts[row]-th largest.
-   The bits of positive floats are ordered as the floats; negative ones count as 0, or by their
-   magnitude. Rows of 16-bit floats have only two bytes to look at. */
+/* The bits of entry i, in the order of the floats above 0: others count 0, or by their size */
+INLINE uint32_t size_bits(const void *row, int64_t i, int by_size, int is_bf16) {
+    const uint32_t sign = 1u << 31;
+    uint32_t bits =
+        is_bf16 ? (uint32_t)((const uint16_t *)row)[i] << 16 : ((const uint32_t *)row)[i];
+    return by_size ? bits & ~sign : bits & sign ? 0 : bits;
+}
+
+/* Mark the entries of each row, (rows, n), that are above 0 and not below its counts[row]-th
+   largest. Rows of 16-bit floats have only two bytes to look at. */
 void cm_mark_largest(const void *values, const int64_t *counts, uint8_t *marks, int64_t rows,
                      int64_t n, int by_size, int64_t threads, int is_bf16) {
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        const uint32_t *wide = (const uint32_t *)values + row * n;
-        const uint16_t *narrow = (const uint16_t *)values + row * n;
-        uint32_t cut = 0, known = 0, sign = 1u << 31;
-        int64_t missing = counts[row];
+        const char *own = (const char *)values + row * n * (is_bf16 ? 2 : 4);
+        cut_t cut = {0, 0, counts[row]};
         for (int shift = 24; shift >= (is_bf16 ? 16 : 0); shift -= 8) {
-            int64_t found[256] = {0}, byte = 255;
+            int64_t found[256] = {0};
             for (int64_t i = 0; i < n; i++) {
-                uint32_t bits = is_bf16 ? (uint32_t)narrow[i] << 16 : wide[i];
-                bits = by_size ? bits & ~sign : bits & sign ? 0 : bits;
-                found[bits >> shift & 255] += (bits & known) == cut;
+                uint32_t bits = size_bits(own, i, by_size, is_bf16);
+                found[bits >> shift & 255] += (bits & cut.known) == cut.bits;
             }
-            for (; byte > 0 && found[byte] < missing; byte--) missing -= found[byte];
-            cut |= (uint32_t)byte << shift;
-            known |= 255u << shift;
+            narrow_cut(&cut, found, shift);
         }
-        if (!cut) cut = 1;
-        for (int64_t i = 0; i < n; i++) {
-            uint32_t bits = is_bf16 ? (uint32_t)narrow[i] << 16 : wide[i];
-            bits = by_size ? bits & ~sign : bits & sign ? 0 : bits;
-            marks[row * n + i] = bits >= cut;
-        }
+        if (!cut.bits) cut.bits = 1;
+        for (int64_t i = 0; i < n; i++)
+            marks[row * n + i] = size_bits(own, i, by_size, is_bf16) >= cut.bits;
     }
 }

@@ -11,6 +11,7 @@ from .build import find_library
 from .kernel import DTYPES, address
 
 SUMS = {"values": 0, "sizes": 1, "unit squares": 2}
+SUMMED = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}
 
 
 def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
@@ -19,7 +20,7 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
     Parameters
     ----------
     values : Tensor
-        (B, T, F).
+        (B, T, F), float32, bfloat16 or bool.
     tokens : Tensor
         (B, T) bool, the tokens that count.
     what : str
@@ -32,7 +33,7 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
         (B, F) float32, the same for any number of threads; None where the C code cannot run: no
         compiler, another device or dtype, values that are not contiguous.
     """
-    library = _library_for(values, *DTYPES)
+    library = _library_for(values, *SUMMED)
     if library is None:
         return None
     batch, length, width = values.shape
@@ -41,21 +42,7 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
     tokens = tokens.contiguous()
     library.cm_sum_rows(
         *(address(values), address(tokens), SUMS[what], address(factors), address(total)),
-        *(batch, length, width, torch.get_num_threads(), values.dtype == torch.bfloat16),
-    )
-    return total
-
-
-def sum_marks(marks: Tensor, tokens: Tensor) -> Tensor | None:
-    """How many of the tokens (B, T) mark each of F: (B, T, F) bool to (B, F) float32, or None."""
-    library = _library_for(marks, torch.bool)
-    if library is None:
-        return None
-    batch, length, width = marks.shape
-    total = torch.empty(batch, width, dtype=torch.float32)
-    library.cm_sum_marks(
-        *(marks.data_ptr(), tokens.contiguous().data_ptr(), total.data_ptr()),
-        *(batch, length, width, torch.get_num_threads()),
+        *(batch, length, width, torch.get_num_threads(), SUMMED[values.dtype]),
     )
     return total
 

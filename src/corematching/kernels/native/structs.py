@@ -73,7 +73,6 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
             None,
             [*[c_void_p] * 3, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_void_p],
         ),
-        "cm_sum_marks": (None, [*[c_void_p] * 3, *[c_int64] * 4]),
         "cm_weigh_marks": (None, [*[c_void_p] * 3, *[c_int64] * 4]),
         "cm_mark_largest": (None, [*[c_void_p] * 3, c_int64, c_int64, c_int, c_int64, c_int]),
         "cm_pick_top": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),

@@ -8,23 +8,25 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TILE 16    /* rows of a tile, and floats in one */
-#define DEPTH 32   /* inputs that a tile holds */
-#define SPAN 32   /* outputs, and rows, that are computed at a time */
+#include "lanes.h"
+
+#define TILE 16  /* rows of a tile, and floats in one */
+#define DEPTH 32 /* inputs that a tile holds */
+#define SPAN 32  /* outputs, and rows, that are computed at a time */
 #define TILE_WORDS (TILE * TILE)
 
 /* Tile registers 0 to 3 hold sums, 4 and 5 left operands, 6 and 7 right ones */
-#define CLEAR_SUMS      \
-    do {                \
-        _tile_zero(0);  \
-        _tile_zero(1);  \
-        _tile_zero(2);  \
-        _tile_zero(3);  \
+#define CLEAR_SUMS     \
+    do {               \
+        _tile_zero(0); \
+        _tile_zero(1); \
+        _tile_zero(2); \
+        _tile_zero(3); \
     } while (0)
-#define STORE_SUMS(sums)                            \
-    do {                                            \
-        _tile_stored(0, sums, LINE);                \
-        _tile_stored(1, sums + TILE_WORDS, LINE);   \
+#define STORE_SUMS(sums)                              \
+    do {                                              \
+        _tile_stored(0, sums, LINE);                  \
+        _tile_stored(1, sums + TILE_WORDS, LINE);     \
         _tile_stored(2, sums + 2 * TILE_WORDS, LINE); \
         _tile_stored(3, sums + 3 * TILE_WORDS, LINE); \
     } while (0)
@@ -89,7 +91,8 @@ typedef struct {
 } ahead_t;
 
 INLINE void fetch_ahead(ahead_t *ahead) {
-    for (int64_t i = 0; i < ahead->lines; i++, ahead->at += LINE) __builtin_prefetch(ahead->at, 0, 2);
+    for (int64_t i = 0; i < ahead->lines; i++, ahead->at += LINE)
+        __builtin_prefetch(ahead->at, 0, 2);
 }
 
 /* sums[2 * i + j] (16, 16) = a tile row of weight i times the transpose of packed tile row j */
@@ -113,53 +116,11 @@ INLINE void multiply_block(const bf16 *first, const bf16 *second, const uint32_t
     STORE_SUMS(sums);
 }
 
-INLINE __m512 round_bf16(__m512 x) {
-    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
-    return (__m512)_mm512_slli_epi32(wide, 16);
-}
-
 /* Two outputs of 16 rows, rounded, side by side in every word */
 INLINE __m512i pair_outputs(__m512 even, __m512 odd) {
     __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
     __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-
-INLINE __m512 exp_lanes(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.69314718f), x);
-    __m512 p = _mm512_set1_ps(1.3981999507e-3f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
-}
-
-/* x / (1 + exp(-slope)) */
-INLINE __m512 gate_lanes(__m512 x, __m512 slope) {
-    __m512 below = exp_lanes(_mm512_sub_ps(_mm512_setzero_ps(), slope));
-    below = _mm512_add_ps(below, _mm512_set1_ps(1.0f));
-    __m512 guess = _mm512_rcp14_ps(below);
-    guess = _mm512_mul_ps(guess, _mm512_fnmadd_ps(below, guess, _mm512_set1_ps(2.0f)));
-    return _mm512_mul_ps(x, guess);
-}
-
-/* The activation of 16 numbers, rounded as PyTorch's operator rounds it */
-INLINE __m512 activate_lanes(__m512 x, int64_t activation) {
-    if (activation == SILU) return round_bf16(gate_lanes(x, x));
-    if (activation == RELU) return _mm512_max_ps(x, _mm512_setzero_ps());
-    if (activation == GELU_TANH) {
-        __m512 cubic = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f));
-        __m512 slope = _mm512_mul_ps(_mm512_fmadd_ps(cubic, x, x), _mm512_set1_ps(1.59576912f));
-        return round_bf16(gate_lanes(x, slope));
-    }
-    float values[TILE];
-    _mm512_storeu_ps(values, x);
-    activate(values, TILE, activation);
-    return round_bf16(_mm512_loadu_ps(values));
 }
 
 /* What one call computes: act(gate) * up where there is a gate, else up, both of x */
@@ -207,7 +168,8 @@ static void gated_block(const product_t *p, int64_t first, int64_t row, ahead_t 
 
 /* 32 rounded numbers and 32 more that lie at `more` */
 INLINE __m512i add_rows(__m512i row, const bf16 *more) {
-    __m512 low = (__m512)load_bf16((const bf16 *)&row), high = (__m512)load_bf16((const bf16 *)&row + 16);
+    const bf16 *own = (const bf16 *)&row;
+    __m512 low = (__m512)load_bf16(own), high = (__m512)load_bf16(own + TILE);
     low = _mm512_add_ps(low, (__m512)load_bf16(more));
     high = _mm512_add_ps(high, (__m512)load_bf16(more + TILE));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
@@ -368,7 +330,7 @@ int cm_has_tiles(void) {
 
 /* Words of scratch memory, on a cache line, that cm_multiply needs */
 int64_t cm_multiply_scratch(int64_t rows, int64_t inputs, int64_t threads) {
-    return ((rows + 31) / 32 * 32 + 32 * threads) * inputs / 2;
+    return ((rows + 31) / 32 + threads) * 16 * inputs;
 }
 
 /* out (rows, outputs) = x . up^T + bias (+ residual), or act(x . gate^T) * (x . up^T); inputs and
@@ -386,7 +348,8 @@ void cm_multiply(const void *up, const void *gate, const void *up_bias, const vo
         multiply_rows(&product, 1, (int)threads);
 #else
     (void)up, (void)gate, (void)up_bias, (void)gate_bias, (void)x, (void)residual, (void)out;
-    (void)rows, (void)inputs, (void)outputs, (void)activation, (void)by_input, (void)threads, (void)scratch;
+    (void)rows, (void)inputs, (void)outputs, (void)activation, (void)by_input, (void)threads;
+    (void)scratch;
 #endif
 }
 

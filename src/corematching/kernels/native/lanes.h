@@ -1,0 +1,47 @@
+/* Functions of 16 numbers in one AVX-512 vector, with PyTorch's roundings to bf16. */
+#ifndef CM_LANES_H
+#define CM_LANES_H
+
+INLINE __m512 round_bf16(__m512 x) {
+    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+    return (__m512)_mm512_slli_epi32(wide, 16);
+}
+
+INLINE __m512 exp_lanes(__m512 x) {
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.69314718f), x);
+    __m512 p = _mm512_set1_ps(1.3981999507e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* x / (1 + exp(-slope)) */
+INLINE __m512 gate_lanes(__m512 x, __m512 slope) {
+    __m512 below = exp_lanes(_mm512_sub_ps(_mm512_setzero_ps(), slope));
+    below = _mm512_add_ps(below, _mm512_set1_ps(1.0f));
+    __m512 guess = _mm512_rcp14_ps(below);
+    guess = _mm512_mul_ps(guess, _mm512_fnmadd_ps(below, guess, _mm512_set1_ps(2.0f)));
+    return _mm512_mul_ps(x, guess);
+}
+
+/* The activation of 16 numbers, rounded as PyTorch's operator rounds it */
+INLINE __m512 activate_lanes(__m512 x, int64_t activation) {
+    if (activation == SILU) return round_bf16(gate_lanes(x, x));
+    if (activation == RELU) return _mm512_max_ps(x, _mm512_setzero_ps());
+    if (activation == GELU_TANH) {
+        __m512 cubic = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f));
+        __m512 slope = _mm512_mul_ps(_mm512_fmadd_ps(cubic, x, x), _mm512_set1_ps(1.59576912f));
+        return round_bf16(gate_lanes(x, slope));
+    }
+    float values[16];
+    _mm512_storeu_ps(values, x);
+    activate(values, 16, activation);
+    return round_bf16(_mm512_loadu_ps(values));
+}
+
+#endif
