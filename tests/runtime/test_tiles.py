@@ -12,6 +12,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corematching import CoreMatching, Sparsifier
 from corematching.kernels.native import has_tiles, tiles
@@ -92,7 +93,7 @@ def test_unknown_ffns_keep_their_forward(calls):
     for layer in model.model.layers:
         layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj)
     tiles_only = tiles_module.TilePrompts(find_parts(model))
-    tiles_only.install()
+    tiles_only.install([])
     calls.clear()
     ours = logits(model, input_ids=ids)
     tiles_only.remove()
@@ -105,6 +106,58 @@ def find_parts(model):
     layers = list(model.model.layers)
     attentions, ffns = [x.self_attn for x in layers], [x.mlp for x in layers]
     return Parts(model.model, layers, attentions, ffns, [], model.config, (), None)
+
+
+class DoublingMLP(LlamaMLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_ffns_that_compute_more_keep_their_forward(calls):
+    model, ids = build(), prompt()
+    for layer in model.model.layers:
+        layer.mlp.__class__ = DoublingMLP
+    dense = logits(model, input_ids=ids)
+    with Sparsifier()(model):
+        calls.clear()
+        ours = logits(model, input_ids=ids)
+    assert "several" in calls
+    assert "gated" not in calls
+    assert (ours - dense).norm() < 2e-2 * dense.norm()
+
+
+class DoublingLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "v_proj", "o_proj"])
+def test_a_projection_that_becomes_another_is_run_as_it_is(name):
+    model, ids = build(), prompt()
+    with Sparsifier()(model):
+        logits(model, input_ids=ids)
+        for layer in model.model.layers:
+            old = getattr(layer.self_attn, name)
+            new = DoublingLinear(old.in_features, old.out_features, bias=False).to(old.weight.dtype)
+            new.weight = old.weight
+            setattr(layer.self_attn, name, new)
+        ours = logits(model, input_ids=ids)
+    dense = logits(model, input_ids=ids)
+    assert (ours - dense).norm() < 2e-2 * dense.norm()
+
+
+def test_hooks_on_all_modules_see_every_module():
+    model, ids, seen = build(), prompt(), []
+    with Sparsifier()(model):
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: seen.append(module)
+        )
+        try:
+            logits(model, input_ids=ids)
+        finally:
+            handle.remove()
+    for layer in model.model.layers:
+        assert {layer.mlp.gate_proj, layer.mlp.act_fn, layer.self_attn.q_proj} <= set(seen)
 
 
 def test_padded_batches_are_as_singles():

@@ -14,6 +14,7 @@ from corematching.kernels.native import TileProducts, has_tiles, normalise, refu
 
 from .checks import Parts
 from .ffn_parts import FFNParts
+from .hooks import HookWatch
 from .patches import InstancePatches
 
 FEWEST_ROWS = 2
@@ -42,8 +43,14 @@ class TilePrompts:
         self._patches = InstancePatches()
         self._products = TileProducts()
 
-    def install(self) -> None:
-        """Replace the forwards, where the machine has tiles."""
+    def install(self, ffns: list[FFNParts]) -> None:
+        """Replace the forwards, where the machine has tiles.
+
+        Parameters
+        ----------
+        ffns : list of FFNParts
+            Of all layers, or none.
+        """
         if not has_tiles():
             return
         layers = [module for layer in self.parts.layers for module in layer.modules()]
@@ -52,22 +59,19 @@ class TilePrompts:
             if _is_plain_linear(module):
                 self._wrap(module, self._linear, module)
         final = getattr(self.parts.decoder, "norm", None)
-        for norm in filter(_is_norm, [*layers, final]):
+        norms = list(filter(_is_norm, [*layers, final]))
+        for norm in norms:
             self._wrap(norm, _run_norm, norm)
-        ffns = _read_ffns(self.parts.ffns)
+        ffns = ffns if _are_known(ffns) else []
         for ffn in ffns:
             inner = [module for module in ffn.mlp.modules() if module not in (ffn.mlp, ffn.down)]
-            self._wrap(ffn.mlp, self._ffn, ffn, _hooks_of(inner))
+            self._wrap(ffn.mlp, self._ffn, ffn, HookWatch(inner))
         if self._attends_like_llama():
             for module in self.parts.attentions:
-                self._wrap(module, self._attention, module, _hooks_of(_inputs_of(module)))
-            if ffns and self._layers_are_llamas(ffns[0]):
+                self._wrap(module, self._attention, module, HookWatch(_inputs_of(module)))
+            if ffns and self._layers_are_llamas(ffns[0], norms):
                 for layer, ffn in zip(self.parts.layers, ffns, strict=True):
-                    inner = [
-                        module for module in layer.modules() if module not in (layer, ffn.down)
-                    ]
-                    hooks = [*_hooks_of(inner), ffn.down._forward_hooks]
-                    self._wrap(layer, self._layer, layer, ffn, hooks)
+                    self._wrap(layer, self._layer, layer, ffn, *_watch_layer(layer, ffn))
 
     def remove(self) -> None:
         """Put every forward back."""
@@ -76,19 +80,19 @@ class TilePrompts:
     def _wrap(self, owner: Any, around: Any, *args: Any) -> None:
         self._patches.wrap(owner, "forward", functools.partial(around, *args))
 
-    def _layers_are_llamas(self, ffn: FFNParts) -> bool:
-        """Whether the layers are of one form, and that form computes what `_layer` does."""
+    def _layers_are_llamas(self, ffn: FFNParts, norms: list[Any]) -> bool:
+        """Whether the layers are of one form, and that form computes what `_run_layer` does."""
         first: Any = self.parts.layers[0]
         for layer in self.parts.layers:
             names = {name for name, _ in layer.named_children()}
             if names != LAYER_PARTS or type(layer) is not type(first):
                 return False
-            if not _is_norm(layer.input_layernorm) or not _is_norm(layer.post_attention_layernorm):
+            if layer.input_layernorm not in norms or layer.post_attention_layernorm not in norms:
                 return False
         x, angles = self._make_probe(first.self_attn)
         with torch.inference_mode(False), torch.no_grad():
             theirs = first(x, position_embeddings=angles, attention_mask=None)
-            ours = self._layer(first, ffn, [], None, x, position_embeddings=angles)
+            ours = self._run_layer(first, ffn, x, None, None, angles)
         theirs = theirs[0] if isinstance(theirs, tuple) else theirs
         return ours is not None and _is_close(ours, theirs)
 
@@ -104,7 +108,8 @@ class TilePrompts:
         self,
         layer: Any,
         ffn: FFNParts,
-        hooks: list[Any],
+        hooks: HookWatch,
+        after_down: Any,
         original: Any,
         hidden_states: Tensor,
         attention_mask: Any = None,
@@ -112,54 +117,66 @@ class TilePrompts:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Llama's layer, with the residual added where the products are rounded."""
-        x, attention, joint = hidden_states, layer.self_attn, None
-        known = attention.config._attn_implementation == ATTENTION and not layer.training
-        weights = ffn.dense()
-        matrices = [weights[name] for name in ("gate", "up")] + [attention.o_proj.weight]
-        known = known and not any(hooks) and _is_plain(x)
-        if known and all(_fits(x, w) and w.is_contiguous() for w in matrices):
-            norm = layer.input_layernorm
-            normed = normalise(x, norm.weight, norm.variance_epsilon)
-            joint = self._project(attention, normed, position_embeddings)
-        if joint is None or not _fits(x, weights["down"]):
-            return original and original(
-                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values,
-                position_embeddings=position_embeddings, **kwargs,
-            )  # fmt: skip
-        mixed = attend(attention, joint, attention_mask, past_key_values, **kwargs)[0]
-        x = self._products.linear(mixed, attention.o_proj.weight, attention.o_proj.bias, x)
-        norm = layer.post_attention_layernorm
+        known = _uses_sdpa(layer.self_attn) and not (after_down or hooks.sees_any())
+        seen = attention_mask, past_key_values, position_embeddings
+        out = self._run_layer(layer, ffn, hidden_states, *seen, **kwargs) if known else None
+        if out is not None:
+            return out
+        return original(
+            hidden_states, attention_mask=attention_mask, past_key_values=past_key_values,
+            position_embeddings=position_embeddings, **kwargs,
+        )  # fmt: skip
+
+    def _run_layer(
+        self,
+        layer: Any,
+        ffn: FFNParts,
+        x: Tensor,
+        mask: Any,
+        cache: Any,
+        angles: Any,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """Llama's layer, with the residual added where the products are rounded; None: C cannot."""
+        attention, norm, down = layer.self_attn, layer.input_layernorm, ffn.down
+        output, matrices = attention.o_proj, [attention.o_proj.weight, *_gate_and_up(ffn)]
+        if not _is_plain(x) or not all(_fits(x, w) and w.is_contiguous() for w in matrices):
+            return None
         normed = normalise(x, norm.weight, norm.variance_epsilon)
+        joint = self._project(attention, normed, angles) if _fits(x, down.weight) else None
+        if joint is None:
+            return None
+        mixed = attend(attention, joint, mask, cache, **kwargs)[0]
+        x = self._products.linear(mixed, output.weight, output.bias, x)
+        norm = layer.post_attention_layernorm
+        active = self._activate(ffn, normalise(x, norm.weight, norm.variance_epsilon))
+        for hook in list(down._forward_pre_hooks.values()):
+            hook(down, (active,))
+        return self._products.linear(active, down.weight, down.bias, x)
+
+    def _activate(self, ffn: FFNParts, x: Tensor) -> Tensor:
+        """(B, T, d) to the activations (B, T, F)."""
+        weights = ffn.dense()
         biases = weights.get("gate_bias"), weights.get("up_bias")
         assert ffn.activation_name is not None
-        gate, up = matrices[:2]
-        active = self._products.gated(normed, gate, up, *biases, ffn.activation_name)
-        for hook in list(ffn.down._forward_pre_hooks.values()):
-            hook(ffn.down, (active,))
-        return self._products.linear(active, ffn.down.weight, ffn.down.bias, x)
+        return self._products.gated(x, *_gate_and_up(ffn), *biases, ffn.activation_name)
 
     def _linear(self, module: Any, original: Any, x: Tensor) -> Tensor:
         if not _is_plain(x) or not _fits(x, module.weight):
             return original(x)
         return self._products.linear(x, module.weight, module.bias)
 
-    def _ffn(self, parts: FFNParts, hooks: list[Any], original: Any, x: Tensor, *args: Any) -> Any:
+    def _ffn(self, ffn: FFNParts, hooks: HookWatch, original: Any, x: Tensor, *args: Any) -> Any:
         """Gate, activation and up at once; the down projection is called as a module."""
-        if args or any(hooks) or not _is_plain(x):
+        known = not args and _is_plain(x) and not hooks.sees_any()
+        if not known or not all(_fits(x, w) and w.is_contiguous() for w in _gate_and_up(ffn)):
             return original(x, *args)
-        weights = parts.dense()
-        gate, up = weights["gate"], weights["up"]
-        if not (_fits(x, up) and _fits(x, gate) and up.is_contiguous() and gate.is_contiguous()):
-            return original(x)
-        biases = weights.get("gate_bias"), weights.get("up_bias")
-        assert parts.activation_name is not None
-        return parts.down(self._products.gated(x, gate, up, *biases, parts.activation_name))
+        return ffn.down(self._activate(ffn, x))
 
     def _attention(
         self,
         module: Any,
-        hooks: list[Any],
+        hooks: HookWatch,
         original: Any,
         hidden_states: Tensor,
         position_embeddings: Any = None,
@@ -168,8 +185,8 @@ class TilePrompts:
         **kwargs: Any,
     ) -> Any:
         x, angles = hidden_states, position_embeddings
-        known = module.config._attn_implementation == ATTENTION and not module.training
-        joint = self._project(module, x, angles) if known and not any(hooks) else None
+        known = _uses_sdpa(module) and not hooks.sees_any()
+        joint = self._project(module, x, angles) if known else None
         if joint is None:
             return original(
                 hidden_states=x, position_embeddings=angles, attention_mask=attention_mask,
@@ -181,6 +198,8 @@ class TilePrompts:
     def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
         """(B, T, H + 2G, D), queries, keys and values, rotated; None where C cannot do that."""
         if not _is_plain(x) or not _are_angles(angles, x, module.head_dim):
+            return None
+        if any(type(getattr(module, name)) is not nn.Linear for name in PROJECTIONS):
             return None
         inputs = _inputs_of(module)
         weights = [linear.weight for linear in inputs]
@@ -200,8 +219,6 @@ class TilePrompts:
         for module in self.parts.attentions:
             names = {name for name, _ in module.named_children()}
             if names != set(PROJECTIONS) or type(module) is not type(first):
-                return False
-            if any(type(getattr(module, name)) is not nn.Linear for name in PROJECTIONS):
                 return False
             if getattr(module, "sliding_window", None):
                 return False
@@ -236,15 +253,30 @@ def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:
     return normalise(x, weight, module.variance_epsilon)
 
 
-def _read_ffns(ffns: list[nn.Module]) -> list[FFNParts]:
-    """The parts of gated FFNs of a known form; none unless all are, and the first computes it."""
+def _are_known(ffns: list[FFNParts]) -> bool:
+    """Whether these are gated FFNs of one form, and the first computes what that form says."""
+    if len({type(ffn.mlp) for ffn in ffns}) != 1:
+        return False
     try:
-        read = [FFNParts(ffn) for ffn in ffns]
-        read[0].check()
+        ffns[0].check()
     except UnsupportedModelError:
-        return []
-    known = all(ffn.gated and ffn.activation_name for ffn in read)
-    return read if known and len({type(ffn) for ffn in ffns}) == 1 else []
+        return False
+    return all(ffn.gated and ffn.activation_name for ffn in ffns)
+
+
+def _gate_and_up(ffn: FFNParts) -> tuple[Tensor, Tensor]:
+    weights = ffn.dense()
+    return weights["gate"], weights["up"]
+
+
+def _uses_sdpa(attention: Any) -> bool:
+    return attention.config._attn_implementation == ATTENTION and not attention.training
+
+
+def _watch_layer(layer: Any, ffn: FFNParts) -> tuple[HookWatch, Any]:
+    """The hooks that a layer in one piece would not run: all but those in front of `down`."""
+    inner = [module for module in layer.modules() if module not in (layer, ffn.down)]
+    return HookWatch(inner), ffn.down._forward_hooks
 
 
 def _is_plain_linear(module: Any) -> bool:
@@ -254,10 +286,6 @@ def _is_plain_linear(module: Any) -> bool:
 
 def _inputs_of(attention: Any) -> list[Any]:
     return [getattr(attention, name) for name in PROJECTIONS[:3]]
-
-
-def _hooks_of(modules: list[Any]) -> list[Any]:
-    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 def _is_plain(x: Tensor) -> bool:

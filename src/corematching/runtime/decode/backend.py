@@ -80,6 +80,7 @@ class Backend:
         self._other_bytes += 0 if head is None else _bytes_of(head)
         self.steps: NativeSteps | None = None
         self.head: NativeHead | None = None
+        self.prompts: TilePrompts | None = None
         device = next(parts.layers[0].parameters()).device
         library = find_library() if engine != "torch" and device.type == "cpu" else None
         self._target = "" if library is None else library.cm_target().decode()
@@ -94,16 +95,16 @@ class Backend:
 
     def install(self) -> None:
         """Put the patches on the model."""
-        if self.steps is not None and self.head is not None:
+        if self.steps is not None and self.head is not None and self.prompts is not None:
             weights = [p for layer in self.parts.layers for p in layer.parameters()]
             leave_file([*weights, *self._head.parameters()] if self._head else weights)
             self.steps.install()
             self.head.install()
-            self.prompts.install()
+            self.prompts.install(self.steps.ffns)
 
     def remove(self) -> None:
         """Take the patches off again."""
-        if self.steps is not None and self.head is not None:
+        if self.steps is not None and self.head is not None and self.prompts is not None:
             self.prompts.remove()
             self.head.remove()
             self.steps.remove()

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from corematching.kernels.native import KERNEL, MAX_BATCH, DecodeStep, Plan, use_large_pages
@@ -14,6 +14,7 @@ from corematching.kernels.native import KERNEL, MAX_BATCH, DecodeStep, Plan, use
 from ..checks import Parts
 from ..ffn import SparseFFN
 from ..ffn_parts import FFNParts
+from ..hooks import HookWatch
 from ..patches import InstancePatches
 from .buffers import CacheBuffers
 from .layout import Layout, OddDecoderError, read_layout
@@ -47,6 +48,8 @@ class NativeSteps:
     ----------
     count : int
         Steps that ran here.
+    ffns : list of FFNParts
+        The layers' FFNs; empty where one of them cannot be read.
     reason : str
         Why no step can run here; empty where they can.
     """
@@ -58,12 +61,12 @@ class NativeSteps:
         self._decoder: Any = parts.decoder
         self._patches = InstancePatches()
         self._addresses: tuple[int, ...] = ()
-        self._ffns: list[FFNParts] = []
+        self.ffns: list[FFNParts] = []
         self._dense: list[Plan] = []
         self._layout: Layout | None = None
         self._step: DecodeStep | None = None
         self._buffers: CacheBuffers | None = None
-        self._hooks: list[Any] = []
+        self._hooks = HookWatch([])
         self._watch = Watch()
 
     def install(self) -> None:
@@ -87,12 +90,12 @@ class NativeSteps:
         if self._step is not None and self._watch.unchanged():
             return
         try:
-            if not self._ffns:
-                self._ffns = [
+            if not self.ffns:
+                self.ffns = [
                     self.sparse[i].parts if i in self.sparse else FFNParts(ffn)
                     for i, ffn in enumerate(self.parts.ffns)
                 ]
-            layout = read_layout(self.parts, self._ffns)
+            layout = read_layout(self.parts, self.ffns)
             self._refuse_ffns(layout)
         except Exception as error:
             if not isinstance(error, OddDecoderError):
@@ -106,19 +109,17 @@ class NativeSteps:
         self._addresses, self._layout, self.reason = addresses, layout, ""
         shape = layout.shape
         use_large_pages(layout.tensors)
-        earlier: list[Plan | None] = [*self._dense] or [None] * len(self._ffns)
+        earlier: list[Plan | None] = [*self._dense] or [None] * len(self.ffns)
         self._dense = [
             KERNEL.prepare_dense(ffn.by_neuron(), ffn.down.weight.detach(), ffn.bias(), old)
-            for ffn, old in zip(self._ffns, earlier, strict=True)
+            for ffn, old in zip(self.ffns, earlier, strict=True)
         ]
         self._step = DecodeStep(layout.layers, layout.final_norm, shape)
         self._buffers = CacheBuffers(
             len(layout.layers), shape.kv_heads, shape.head_dim, layout.final_norm.dtype
         )
         modules = [m for layer in self.parts.layers for m in layer.modules()]
-        modules.append(self._decoder.norm)
-        self._hooks = [m._forward_hooks for m in modules]
-        self._hooks += [m._forward_pre_hooks for m in modules]
+        self._hooks = HookWatch([*modules, self._decoder.norm], ignored=CAPTURING)
 
     @property
     def form(self) -> tuple[str, ...]:
@@ -182,16 +183,7 @@ class NativeSteps:
             return False
         extra = (value for name, value in kwargs.items() if name not in KNOWN)
         plain = all(value is None or isinstance(value, bool) for value in extra)
-        return plain and kwargs.get("return_dict") is not False and not self._is_hooked()
-
-    def _is_hooked(self) -> bool:
-        """Whether somebody's hooks want to see what the layers do."""
-        if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-            return True
-        if not any(self._hooks):
-            return False
-        every = (hook for hooks in self._hooks for hook in hooks.values())
-        return any(getattr(hook, "__name__", "") != CAPTURING for hook in every)
+        return plain and kwargs.get("return_dict") is not False and not self._hooks.sees_any()
 
     def _plans(self, batch: int) -> list[Plan] | None:
         """What each layer's FFN computes, or None where one has no plan for such a batch."""
