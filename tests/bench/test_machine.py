@@ -10,7 +10,9 @@ from corematching.bench.machine import (
     CpuMeter,
     MemoryMeter,
     best_seconds,
+    grow_product,
     measure_ceilings,
+    product_dtype,
     require_quiet,
 )
 from corematching.errors import BusyMachineError
@@ -36,9 +38,29 @@ def test_own_work_is_not_others(monkeypatch):
 def test_ceilings_count_both_directions_and_two_per_multiply_add(monkeypatch):
     from corematching.bench import machine
 
-    monkeypatch.setattr(machine, "best_seconds", lambda work, device: 0.5)
+    monkeypatch.setattr(machine, "best_seconds", lambda *arguments: 0.5)
     measured = measure_ceilings(torch.device("cpu"), torch.float32)
-    assert measured == Ceilings(copy=2 * 2**28 / 0.5, matmul=2 * 2048**3 / 0.5)
+    assert measured == Ceilings(2 * 2**28 / 0.5, 2 * 256**3 / 0.5, "float32")
+
+
+def test_products_grow_until_they_take_long_enough(monkeypatch):
+    from corematching.bench import machine
+
+    seconds = iter([0.01, 0.02, 0.2])
+    monkeypatch.setattr(machine, "best_seconds", lambda *arguments: next(seconds))
+    cpu = torch.device("cpu")
+    assert grow_product(cpu, torch.float32, 2048)[0] == 1024
+    seconds = iter([0.01] * 9)
+    assert grow_product(cpu, torch.float32, 512)[0] == 512
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_products_are_measured_in_what_the_processor_multiplies(monkeypatch, has):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    assert product_dtype(cpu, bf16) == (bf16 if has else torch.float32)
+    assert product_dtype(cpu, torch.float32) == torch.float32
+    assert product_dtype(torch.device("cuda"), bf16) == bf16
 
 
 def test_best_of_at_least_five():

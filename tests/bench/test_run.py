@@ -29,7 +29,7 @@ SPARSE = "corematching:keep=0.25,beta=0.5,layer=1"
 def _known_ceilings(monkeypatch):
     from corematching.bench import runner
 
-    monkeypatch.setattr(runner, "measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e12))
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *_: Ceilings(1e9, 1e12, "float32"))
     monkeypatch.setattr(runner, "SETTLE_SECONDS", 0.0)
 
 

@@ -53,7 +53,7 @@ ENTRY = {
 @pytest.fixture
 def measure(tmp_path, monkeypatch, capsys):
     """Runs the command in this process with known ceilings; gives (exit code, stdout, stderr)."""
-    monkeypatch.setattr(runner, "measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e12))
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *_: Ceilings(1e9, 1e12, "float32"))
 
     def call(*arguments):
         code = run_command([*map(str, arguments), "--out", str(tmp_path / "out")])

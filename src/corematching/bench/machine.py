@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from corematching.errors import BusyMachineError
 
 BUSY_SHARE = 0.10
 PROBE_SECONDS = 1.0
+LONG_ENOUGH = 0.05
+"""Seconds of a matrix product that can be trusted."""
+SMALLEST_PRODUCT = 256
 IDLE_FIELDS = ("idle", "iowait", "guest", "guest_nice")  # guests are counted in user time already
 
 
@@ -28,13 +32,16 @@ class Ceilings:
     copy : float
         Bytes per second of a copy, those read and those written.
     matmul : float
-        FLOP/s of a square matrix product in the run's dtype.
+        FLOP/s of a square matrix product.
+    matmul_dtype : str
+        The product's dtype: the run's, or float32 where the processor has no products of that.
     """
 
     copy: float
     matmul: float
+    matmul_dtype: str
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -103,26 +110,56 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     ----------
     device : torch.device
     dtype : torch.dtype
-        Of the matrix product.
+        Of the run; the product is measured in `product_dtype` of it.
     """
     large = device.type == "cuda"
     source = torch.zeros(1 << (31 if large else 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source).fill_(1)
     copy = best_seconds(lambda: target.copy_(source), device)
-    size = 8192 if large else 2048
-    left = torch.randn(size, size, device=device).to(dtype)
-    right = torch.randn(size, size, device=device).to(dtype)
-    product = torch.empty_like(left)
-    matmul = best_seconds(lambda: torch.matmul(left, right, out=product), device)
-    return Ceilings(copy=2 * source.numel() / copy, matmul=2 * size**3 / matmul)
+    dtype = product_dtype(device, dtype)
+    size, multiply = grow_product(device, dtype, 8192 if large else 2048)
+    matmul = best_seconds(multiply, device)
+    return Ceilings(
+        copy=2 * source.numel() / copy,
+        matmul=2 * size**3 / matmul,
+        matmul_dtype=str(dtype).removeprefix("torch."),
+    )
 
 
-def best_seconds(work: Callable[[], Any], device: torch.device, least: float = 1.0) -> float:
-    """The shortest of at least five runs that take ``least`` seconds together, after one more."""
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a device multiplies in: float32 on a CPU that has no products of 16-bit floats."""
+    checks = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if device.type != "cpu" or dtype not in checks:
+        return dtype
+    has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{checks[dtype]}_supported", None)
+    return dtype if has is not None and has() else torch.float32
+
+
+def grow_product(
+    device: torch.device, dtype: torch.dtype, largest: int
+) -> tuple[int, Callable[[], Any]]:
+    """A product of two square matrices that takes long enough to be timed, and their size."""
+    size = SMALLEST_PRODUCT
+    while True:
+        left = torch.randn(size, size, device=device).to(dtype)
+        right = torch.randn(size, size, device=device).to(dtype)
+        multiply = functools.partial(torch.matmul, left, right, out=torch.empty_like(left))
+        if size >= largest or best_seconds(multiply, device, 0.0, 1) >= LONG_ENOUGH:
+            return size, multiply
+        size *= 2
+
+
+def best_seconds(
+    work: Callable[[], Any], device: torch.device, least: float = 1.0, fewest: int = 5
+) -> float:
+    """The shortest of at least ``fewest`` runs that take ``least`` seconds together.
+
+    One more comes before them and is not timed.
+    """
     work()
     synchronise(device)
     runs: list[float] = []
-    while len(runs) < 5 or sum(runs) < least:
+    while len(runs) < fewest or sum(runs) < least:
         start = time.perf_counter()
         work()
         synchronise(device)

@@ -35,7 +35,8 @@ def draw_roofline(board: dict[str, Any], path: Path) -> None:
     copy, matmul = (board["ceilings"][key] for key in ("copy", "matmul"))
     ends = [*intensities, matmul / copy]
     x = np.geomspace(min(ends) / MARGIN, max(ends) * MARGIN, 200)
-    axes.plot(x, np.minimum(x * copy, matmul) / 1e9, color="black", label="measured ceiling")
+    label = f"measured ceiling ({board['ceilings']['matmul_dtype']} products)"
+    axes.plot(x, np.minimum(x * copy, matmul) / 1e9, color="black", label=label)
     names = [entry["name"] for entry in board["contenders"]]
     for entry, phase, intensity, rate in points:
         first = phase == "first token"

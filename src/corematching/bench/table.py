@@ -59,8 +59,9 @@ def describe_run(board: dict[str, Any]) -> str:
         f"{board['prompt_tokens']} prompt tokens, {board['new_tokens']} new ones, "
         f"{board['rounds']} rounds in turn, medians (p10-p90). "
         f"This machine copies {ceilings['copy'] / 1e9:.1f} GB/s and multiplies matrices at "
-        f"{ceilings['matmul'] / 1e9:,.0f} GFLOP/s in {board['dtype']}. Other programs used "
-        f"{others['before']:.0%} of its processor before and {others['during']:.0%} during the run."
+        f"{ceilings['matmul'] / 1e9:,.0f} GFLOP/s in {ceilings['matmul_dtype']}. "
+        f"Other programs used {others['before']:.0%} of its processor before and "
+        f"{others['during']:.0%} during the run."
     )
 
 
