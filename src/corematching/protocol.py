@@ -95,6 +95,8 @@ class PrefillView:
         a neuron policy that reads it chooses the neurons of the layers before when this is known.
     vision : VisionView or None
         What the vision tower computed.
+    origin : Tensor or None
+        (B, T) long, the columns of the whole prompt in which these tokens stood.
     memory : dict
         Scratch space that lives for one prefill and is shared by all its views.
     """
@@ -113,6 +115,7 @@ class PrefillView:
     gate: Tensor | None = None
     kept: Tensor | None = None
     vision: VisionView | None = None
+    origin: Tensor | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property

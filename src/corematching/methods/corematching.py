@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, cast
 
+from corematching.methods.gated_rule import GatedRule
 from corematching.methods.sparsifier import Installable, NeuronRule, Sparsifier, TokenRule
+from corematching.methods.staged import StagedRule, scale_stages
 from corematching.policy.base import NeuronScore, TokenScore
 from corematching.policy.budgets import Budget, Count, Knee, Ratio
 from corematching.policy.check import check_amount, check_depth, check_share
@@ -22,6 +24,7 @@ PUBLISHED: dict[str, Any] = {
     "beta": 0.4,
     "layer": 6 / 32,
     "keep": None,
+    "taper": 0.5,
     "cover": 0.0,
     "floor": None,
     "ceiling": None,
@@ -29,6 +32,7 @@ PUBLISHED: dict[str, Any] = {
     "dense_last": 5 / 32,
     "compensate": False,
     "multiple": 1,
+    "firing": None,
 }
 """The published parameters; `CoreMatching.paper` says where each one stands."""
 
@@ -79,14 +83,22 @@ class CoreMatching(Installable, name="corematching"):
         default=0.5,
         metadata={
             "help": "drop image tokens after this decoder layer (int, from 0), or once this share "
-            "of the layers (float) has seen them all; several: a tuple"
+            "of the layers (float) has seen them all; several, from the first to the last: a tuple"
         },
     )
-    keep: int | float | None = field(
+    keep: int | float | tuple[int | float, ...] | None = field(
         default=0.3,
         metadata={
             "help": "image tokens kept: a share (float), a count (int), or None for the knee of "
-            "the sorted scores"
+            "the sorted scores; with several layers one amount for each (a tuple), or what the "
+            "last one leaves"
+        },
+    )
+    taper: float = field(
+        default=0.5,
+        metadata={
+            "help": "with several layers and one amount to keep: the share that each layer leaves "
+            "of what the one before left, in (0, 1]"
         },
     )
     floor: int | float | None = field(
@@ -113,6 +125,13 @@ class CoreMatching(Installable, name="corematching"):
     multiple: int = field(
         default=8, metadata={"help": "round the number of kept neurons to a multiple of this"}
     )
+    firing: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the core neurons that a decoded token goes on with once their gates "
+            "are known, in (0, 1]; None: all of them"
+        },
+    )
     memory: InitVar[str | int | None] = None
 
     def __post_init__(self, memory: str | int | None) -> None:
@@ -121,14 +140,19 @@ class CoreMatching(Installable, name="corematching"):
         object.__setattr__(self, "memory", memory)
         check_share("rho", self.rho)
         check_share("beta", self.beta)
+        check_share("taper", self.taper)
         check_over(self.over)
-        if self.keep is not None:
-            check_amount("keep", self.keep)
+        for name in ("layer", "keep"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for amount in _several(self.keep):
+            if amount is not None or isinstance(self.keep, tuple):
+                check_amount("keep", amount)
+        if self.firing is not None:
+            check_share("firing", self.firing)
         check_depth("dense_first", self.dense_first)
         check_depth("dense_last", self.dense_last)
-        if isinstance(self.layer, list):
-            object.__setattr__(self, "layer", tuple(self.layer))
-        for layer in self._layers():
+        for layer in _several(self.layer):
             check_depth("layer", layer, least=-1)
         object.__setattr__(self, "_sparsifier", self._compose())
 
@@ -157,9 +181,9 @@ class CoreMatching(Installable, name="corematching"):
         return cls(**{**PUBLISHED, **changes})
 
     @property
-    def tokens(self) -> TokenRule | None:
+    def tokens(self) -> TokenRule | StagedRule | None:
         """The token policy that the parameters amount to."""
-        return cast("TokenRule | None", self.sparsifier.tokens)
+        return cast("TokenRule | StagedRule | None", self.sparsifier.tokens)
 
     @property
     def neurons(self) -> NeuronRule | None:
@@ -174,26 +198,21 @@ class CoreMatching(Installable, name="corematching"):
     def _compose(self) -> Sparsifier:
         return Sparsifier(tokens=self._compose_tokens(), neurons=self._compose_neurons())
 
-    def _layers(self) -> tuple[int | float, ...]:
-        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
-
-    def _compose_tokens(self) -> TokenRule | None:
-        budget = self._compose_budget()
+    def _compose_tokens(self) -> TokenRule | StagedRule | None:
         ours = {"rho": self.rho, "share": self.rho, "beta": self.beta}
         score = _resolve(TokenScore.kind, self.token_score, ours)
-        return None if score is None else TokenRule(score, budget, self._layers())
-
-    def _compose_budget(self) -> Budget:
+        if score is None:
+            return None
+        layers, keep = _several(self.layer), self.keep
         bounds: dict[str, Any] = {
             "floor": self.floor,
             "ceiling": self.ceiling,
             "cover": self.cover,
         }
-        if self.keep is None:
-            return Knee(**bounds)
-        if isinstance(self.keep, float):
-            return Ratio(self.keep, **bounds)
-        return Count(self.keep, **bounds)
+        if keep is None or not (isinstance(keep, tuple) or len(layers) > 1):
+            return TokenRule(score, _make_budget(keep, bounds), layers)
+        shape = [self.taper**stage for stage in range(len(layers))]
+        return StagedRule(score, scale_stages(keep, shape), layers, **bounds)
 
     def _compose_neurons(self) -> NeuronRule | None:
         schedule = DenseEnds(
@@ -201,7 +220,19 @@ class CoreMatching(Installable, name="corematching"):
         )
         ours = {"rho": self.rho, "share": self.rho, "over": self.over}
         score = _resolve(NeuronScore.kind, self.neuron_score, ours)
-        return None if score is None else NeuronRule(score, schedule, self.compensate)
+        if score is None or self.firing is None:
+            return None if score is None else NeuronRule(score, schedule, self.compensate)
+        return GatedRule(score, schedule, self.compensate, self.firing)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _make_budget(keep: int | float | None, bounds: dict[str, Any]) -> Budget:
+    if keep is None:
+        return Knee(**bounds)
+    return Ratio(keep, **bounds) if isinstance(keep, float) else Count(keep, **bounds)
 
 
 def _resolve(kind: str, score: Any, ours: dict[str, Any]) -> Any:

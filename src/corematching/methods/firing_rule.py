@@ -55,15 +55,46 @@ class FiringRule(NeuronDropper):
         return NeuronChoice(indices=indices, **self.thresholds(view))
 
     def calibrate(self, view: PrefillView, values: Tensor | None, what: str) -> Tensor:
-        """(B,), the smallest magnitude of (B, T, F) values that stays.
+        """(B,), the smallest magnitude of (B, T, F) values that stays; see `find_threshold`."""
+        return find_threshold(view, values, what, self.over, self.beta)
 
-        Raises
-        ------
-        ConfigError
-            When the view has no such values.
-        """
-        if values is None:
-            raise ConfigError(
-                f"layer {view.layer} shows no {what}: name '{what}' in the policy's needs"
-            )
-        return find_cut(values, select_tokens(view, self.over), self.beta)
+
+def find_threshold(
+    view: PrefillView,
+    values: Tensor | None,
+    what: str,
+    over: str,
+    share: float,
+    neurons: Tensor | None = None,
+) -> Tensor:
+    """The smallest magnitude that stays when about ``share`` of a view's values do.
+
+    Parameters
+    ----------
+    view : PrefillView
+    values : Tensor or None
+        (B, T, F), a part of the view.
+    what : str
+        The part's name.
+    over : str
+        The tokens to calibrate over, one of `TOKEN_SETS`.
+    share : float
+        In (0, 1].
+    neurons : Tensor, optional
+        (B, K) long, the neurons to calibrate over; default: all.
+
+    Returns
+    -------
+    Tensor
+        (B,) float32.
+
+    Raises
+    ------
+    ConfigError
+        When the view has no such values.
+    """
+    if values is None:
+        raise ConfigError(
+            f"layer {view.layer} shows no {what}: name '{what}' in the policy's needs"
+        )
+    return find_cut(values, select_tokens(view, over), share, neurons)

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import TokenDropper, TokenRule
 from corematching.policy.base import TokenScore
-from corematching.policy.budgets import Budget, Ratio
+from corematching.policy.budgets import Budget, Count, Ratio, spread_among
 from corematching.policy.check import check_amount
 from corematching.policy.greedy import resolve_amount
 from corematching.protocol import PrefillView, TokenChoice
 
-TOTALS = "staged-rule.totals"
+PLACES = "staged-rule.places"
 
 
 @dataclass(frozen=True)
 class StagedRule(TokenDropper, name="staged-rule"):
     """Score the image tokens after several layers and keep less each time; text is always kept.
 
-    Amounts are of the image tokens that the prompt had at the start. Of stages that fall on one
-    layer of a shallow model, the last one counts.
+    Amounts are of the image tokens that the prompt had at the start, and what a stage spreads
+    evenly lies evenly over the whole picture, not over what the stages before left of it. Of stages
+    that fall on one layer of a shallow model, the last one counts.
     """
 
     score: TokenScore = field(metadata={"help": "token score", "kind": "token score"})
@@ -35,18 +38,43 @@ class StagedRule(TokenDropper, name="staged-rule"):
         default=(0.25, 0.5, 0.75),
         metadata={"help": "the stages' layers, as in token-rule; one for each amount"},
     )
+    cover: float = field(
+        default=0.0,
+        metadata={"help": "share of each stage's tokens spread evenly over the picture, in [0, 1)"},
+    )
+    floor: int | float | None = field(
+        default=None, metadata={"help": "keep at least this share (float) or count (int) of them"}
+    )
+    ceiling: int | float | None = field(
+        default=None, metadata={"help": "keep at most this share (float) or count (int) of them"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("keep", "after"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.keep) != len(self.after):
+            amounts, layers = len(self.keep), len(self.after)
             raise ConfigError(
-                f"{len(self.keep)} amounts to keep for {len(self.after)} layers: give one for each"
+                f"{amounts} amount{_s(amounts)} to keep for {layers} layer{_s(layers)}: "
+                "give one for each"
             )
         for amount in self.keep:
             check_amount("keep", amount)
+        for earlier, later in pairwise(self.keep):
+            if type(earlier) is type(later) and later > earlier:
+                raise ConfigError(
+                    f"keep={self.keep}: {later} are more than the {earlier} that the layer before "
+                    "leaves, give falling amounts"
+                )
+        self._limit(Ratio, 1.0)
         for layer in self.after:
             self._rule(layer)
+
+    @property
+    def budget(self) -> Budget:
+        """What is kept after the last stage, as one cut would keep it."""
+        last = self.keep[-1]
+        return self._limit(Ratio if isinstance(last, float) else Count, last)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -76,22 +104,57 @@ class StagedRule(TokenDropper, name="staged-rule"):
         stages = self.stages(view.num_layers)
         if view.layer not in stages:
             raise ConfigError(f"no stage after layer {view.layer}: the stages are {list(stages)}")
-        totals = view.memory.setdefault(TOTALS, view.image.sum(1))
+        places, totals, present = _number_images(view)
         counts = resolve_amount(stages[view.layer], totals)
-        return self._rule(view.layer, _Counts(counts)).choose(view)
+        if self.floor is not None:
+            counts = counts.maximum(resolve_amount(self.floor, totals))
+        if self.ceiling is not None:
+            counts = counts.minimum(resolve_amount(self.ceiling, totals))
+        budget = _Stage(counts, places, present, cover=self.cover)
+        return self._rule(view.layer, budget).choose(view)
+
+    def _limit(self, kind: Any, amount: int | float) -> Budget:
+        budget: Budget = kind(amount, cover=self.cover, floor=self.floor, ceiling=self.ceiling)
+        return budget
 
     def _rule(self, layer: int | float, budget: Budget | None = None) -> TokenRule:
         return TokenRule(self.score, budget or Ratio(1.0), (layer,))
 
 
 @dataclass(frozen=True, eq=False)
-class _Counts(Budget):
-    """How many tokens each sample keeps, (B,) long, known beforehand."""
+class _Stage(Budget):
+    """How many tokens each sample keeps, (B,) long, and where they stand in the whole picture."""
 
     counts: Tensor
+    places: Tensor
+    totals: Tensor
 
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
         return self.counts
+
+    def spread(self, image: Tensor, counts: Tensor) -> Tensor:
+        return spread_among(image, counts, self.places, self.totals)
+
+
+def _number_images(view: PrefillView) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the image tokens stand in their picture, and how many there are.
+
+    Returns
+    -------
+    (Tensor, Tensor, Tensor)
+        (B, T) long, each image token's place among those of the whole picture; (B,) long, how many
+        the prompt had at the start; (B,) long, how many the places count. A view that does not say
+        where its tokens stood counts those still present.
+    """
+    here, present = view.image.cumsum(1) - 1, view.image.sum(1)
+    whole, totals = (x.to(here.device) for x in view.memory.setdefault(PLACES, (here, present)))
+    if view.origin is None:
+        return here, totals, present
+    return whole.gather(1, view.origin), totals, totals
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 def scale_stages(

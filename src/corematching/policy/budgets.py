@@ -88,9 +88,13 @@ class Budget(Component, kind="budget"):
         totals = image.sum(1)
         counts = self._bound(self.count(filled.gather(1, order), totals), totals)
         if self.cover:
-            even = spread_evenly(image, (counts * self.cover).round().long())
+            even = self.spread(image, (counts * self.cover).round().long())
             order = filled.masked_fill(even, torch.inf).argsort(dim=1, descending=True, stable=True)
         return image & (_invert(order) < counts.unsqueeze(1))
+
+    def spread(self, image: Tensor, counts: Tensor) -> Tensor:
+        """(B, T) bool, (B,) image tokens of each sample that lie evenly over the picture."""
+        return spread_evenly(image, counts)
 
     def _bound(self, counts: Tensor, totals: Tensor) -> Tensor:
         if self.floor is not None:
@@ -177,6 +181,41 @@ def spread_evenly(image: Tensor, counts: Tensor) -> Tensor:
     ahead = (2 * (places + 1) * counts + totals) // (2 * totals)
     behind = (2 * places * counts + totals) // (2 * totals)
     return image & (ahead > behind)
+
+
+def spread_among(image: Tensor, counts: Tensor, places: Tensor, totals: Tensor) -> Tensor:
+    """`spread_evenly` over a picture of which only some image tokens are left.
+
+    The picture is cut into ``counts[b]`` equal runs; of each, the token nearest to the middle is
+    taken, of two equally near ones the first. A run of which nothing is left gives none.
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, T) bool, the image tokens left.
+    counts : Tensor
+        (B,) long.
+    places : Tensor
+        (B, T) long, read where ``image`` is True: which of the whole picture's tokens each one is,
+        from 0.
+    totals : Tensor
+        (B,) long, image tokens of the whole picture.
+
+    Returns
+    -------
+    Tensor
+        (B, T) bool, at most ``counts[b]`` of them True in sample b.
+    """
+    totals, counts = totals.clamp(min=1).unsqueeze(1), counts.unsqueeze(1)
+    length = image.shape[1]
+    middle = (2 * places + 1) * counts  # of a token; a run is 2 * totals long
+    run = middle.div(2 * totals, rounding_mode="floor")
+    run = torch.where(image, run, length)
+    columns = torch.arange(length, device=image.device)
+    distance = (middle - (2 * run + 1) * totals).abs() * length + columns
+    most = torch.full_like(distance, torch.iinfo(torch.long).max)
+    nearest = torch.cat([most, most[:, :1]], 1).scatter_reduce(1, run, distance, "amin")
+    return image & (counts > 0) & (distance == nearest.gather(1, run))
 
 
 def measure_chord_distance(curve: Tensor, totals: Tensor) -> Tensor:

@@ -22,10 +22,12 @@ SMALLEST = torch.finfo(torch.float32).tiny
 """The least cut, because smaller numbers count as 0 on some devices."""
 
 
-def calibrate_threshold(values: Tensor, tokens: Tensor, sparsity: float) -> Tensor:
+def calibrate_threshold(
+    values: Tensor, tokens: Tensor, sparsity: float, neurons: Tensor | None = None
+) -> Tensor:
     """The smallest t for which at least ``sparsity`` of the entries have a magnitude of at most t.
 
-    The empirical quantile of ``|values|``, one for each sample, over all neurons of the tokens that
+    The empirical quantile of ``|values|``, one for each sample, over the neurons and tokens that
     count: ``t = min {t' : P(|v| <= t') >= sparsity}``.
 
     Parameters
@@ -36,6 +38,8 @@ def calibrate_threshold(values: Tensor, tokens: Tensor, sparsity: float) -> Tens
         (B, T) bool, the tokens to calibrate over.
     sparsity : float
         Share of the entries that shall fall away, in (0, 1].
+    neurons : Tensor, optional
+        (B, K) long, the neurons to calibrate over, such as the core ones; default: all.
 
     Returns
     -------
@@ -50,7 +54,10 @@ def calibrate_threshold(values: Tensor, tokens: Tensor, sparsity: float) -> Tens
     check_share("sparsity", sparsity)
     thresholds = values.new_zeros(len(values), dtype=torch.float32)
     for sample, chosen in enumerate(tokens):
-        entries = values[sample, chosen].float().abs().flatten()
+        rows = values[sample, chosen]
+        if neurons is not None:
+            rows = rows[:, neurons[sample]]
+        entries = rows.float().abs().flatten()
         if not entries.isfinite().all():
             raise ConfigError(
                 f"the activations of sample {sample} hold NaN or infinite values: check the "
@@ -62,7 +69,7 @@ def calibrate_threshold(values: Tensor, tokens: Tensor, sparsity: float) -> Tens
     return thresholds
 
 
-def find_cut(values: Tensor, tokens: Tensor, share: float) -> Tensor:
+def find_cut(values: Tensor, tokens: Tensor, share: float, neurons: Tensor | None = None) -> Tensor:
     """The smallest magnitude that stays when about ``share`` of the entries do: ``|v| >= cut``.
 
     The float32 number after `calibrate_threshold`, so that what equals the quantile falls away, as
@@ -76,6 +83,8 @@ def find_cut(values: Tensor, tokens: Tensor, share: float) -> Tensor:
         (B, T) bool, the tokens to calibrate over.
     share : float
         Share of the entries that shall stay, in (0, 1].
+    neurons : Tensor, optional
+        (B, K) long, the neurons to calibrate over; default: all.
 
     Returns
     -------
@@ -85,7 +94,7 @@ def find_cut(values: Tensor, tokens: Tensor, share: float) -> Tensor:
     check_share("share", share)
     if share == 1:
         return values.new_zeros(len(values), dtype=torch.float32)
-    threshold = calibrate_threshold(values, tokens, 1 - share)
+    threshold = calibrate_threshold(values, tokens, 1 - share, neurons)
     cut = threshold.nextafter(torch.full_like(threshold, torch.inf)).clamp(min=SMALLEST)
     return torch.where(tokens.any(1), cut, 0.0)
 

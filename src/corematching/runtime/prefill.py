@@ -278,7 +278,7 @@ class Prefill:
     def _view(self, layer: int, hidden: Tensor | None, needs: frozenset[str]) -> PrefillView:
         probe, valid = self._probe, self.valid
         view = PrefillView(layer, len(self.parts.layers), valid, self.image, hidden=hidden)
-        view.memory = self.memory
+        view.memory, view.origin = self.memory, self.origin
         if ACTIVATIONS in needs and layer >= 0:
             view.activations = self._activations
             view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)

@@ -1,0 +1,69 @@
+"""Core neurons for a whole answer, and of these the firing ones for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from corematching.methods.firing_rule import find_threshold
+from corematching.methods.sparsifier import NeuronRule
+from corematching.policy.check import check_share
+from corematching.policy.tokens import check_over
+from corematching.protocol import ACTIVATIONS, GATE, NeuronChoice, PrefillView
+
+
+@dataclass(frozen=True)
+class GatedRule(NeuronRule, name="gated-rule"):
+    """A neuron rule whose core neurons go on to up and down only where their gate is large.
+
+    The rule of CATS (arXiv:2404.08763) within the core set: each decoded token computes the gate of
+    the core neurons, and up and down of those whose ``|act(gate(x))|`` reaches t. Each layer's t is
+    the quantile over its core neurons of the prompt's own tokens, sample by sample. Layers that
+    keep all neurons are gated too: they are where a choice for the whole answer costs most.
+    """
+
+    per_token: ClassVar[bool] = True
+
+    firing: float = field(
+        default=0.5,
+        metadata={"help": "share of the core neurons that a token passes on to up and down"},
+    )
+    calibrate_over: str = field(
+        default="text",
+        metadata={"help": "tokens to calibrate over: all | kept | text | question | image"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("firing", self.firing)
+        check_over(self.calibrate_over)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The parts of the view that the choice reads."""
+        return super().needs | {ACTIVATIONS, GATE}
+
+    @property
+    def decode_share(self) -> float:
+        """The gate of every core neuron, and up and down of those that pass."""
+        return (1 + 2 * self.firing) / 3
+
+    def choose(self, view: PrefillView, count: int) -> NeuronChoice:
+        """Choose ``count`` neurons of the view's layer for each sample, and their threshold.
+
+        Raises
+        ------
+        ConfigError
+            When the view shows no gate.
+        """
+        if view.gate is not None and count == view.gate.shape[-1]:
+            every = torch.arange(count, device=view.valid.device).expand(len(view.valid), -1)
+            choice = NeuronChoice(indices=every)
+        else:
+            choice = super().choose(view, count)
+        choice.gate_threshold = find_threshold(
+            view, view.gate, GATE, self.calibrate_over, self.firing, choice.indices
+        )
+        return choice
