@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from corematching.errors import ConfigError
 from corematching.policy.amounts import count_of
-from corematching.policy.budgets import Count, Knee, Ratio, measure_chord_distance, spread_evenly
+from corematching.policy.budgets import (
+    Count,
+    Knee,
+    Ratio,
+    measure_chord_distance,
+    spread_among,
+    spread_evenly,
+)
 
 NAN = float("nan")
 whole_scores = st.lists(st.integers(-20, 20), min_size=1, max_size=40)
@@ -198,6 +205,32 @@ def test_spread_evenly_takes_as_many_as_asked_for(n, share):
     count = round(n * share)
     image = torch.ones(1, n, dtype=torch.bool)
     assert spread_evenly(image, torch.tensor([count])).sum() == count
+
+
+def test_spread_among_takes_what_is_nearest_to_the_middles():
+    image = torch.tensor([[True] * 4, [False, True, True, True]])
+    places = torch.tensor([[0, 2, 3, 9], [-1, 0, 1, 2]])
+    found = spread_among(image, torch.tensor([2, 2]), places, torch.tensor([10, 9]))
+    # runs of 5 with the middles 2.5 and 7.5: tokens 2 and 9; then 4.5 each, the second run is empty
+    assert found.tolist() == [[False, True, False, True], [False, False, False, True]]
+    nothing = spread_among(image, torch.tensor([0, 0]), places, torch.tensor([10, 9]))
+    assert not nothing.any()
+
+
+@given(n=st.integers(1, 60), share=st.floats(0, 1), left=st.floats(0, 1), seed=st.integers(0, 99))
+def test_spread_among_is_spread_evenly_where_nothing_is_missing(n, share, left, seed):
+    count = torch.tensor([int(share * n)])
+    image = torch.ones(1, n, dtype=torch.bool)
+    places, total = torch.arange(n).unsqueeze(0), torch.tensor([n])
+    even = spread_evenly(image, count)
+    assert spread_among(image, count, places, total).equal(even)
+    # and where a spread is left that is denser by a token a run, no run of a sparser one is empty
+    more = count + int(left * (n - int(count)))
+    extra = torch.rand(1, n, generator=torch.Generator().manual_seed(seed)) < 0.2
+    found = spread_among(spread_evenly(image, more) | extra, count, places, total)
+    if int(count) and n / int(count) >= n / int(more) + 1:
+        assert int(found.sum()) == int(count)
+    assert int(found.sum()) <= int(count)
 
 
 def test_cover_keeps_the_count_and_fills_up_with_the_highest_scores():

@@ -24,6 +24,15 @@ def test_threshold_by_hand(sparsity, threshold):
     assert calibrate_threshold(VALUES, TOKENS, sparsity).tolist() == [threshold]
 
 
+def test_thresholds_over_some_neurons_by_hand():
+    values = torch.cat([VALUES, VALUES])
+    tokens = torch.cat([TOKENS, TOKENS])
+    neurons = torch.tensor([[0, 2], [1, 3]])  # 1, 3, 5, 7 and 2, 4, 6, 8
+    assert calibrate_threshold(values, tokens, 0.5, neurons).tolist() == [3, 4]
+    cuts = find_cut(values, tokens, 0.25, neurons)
+    assert 5 < cuts[0] < 5.001 and 6 < cuts[1] < 6.001
+
+
 def test_firing_by_hand():
     firing = pick_firing(VALUES, torch.tensor([4.0]))
     assert firing.tolist() == [[[False] * 4, [True] * 4, [True] * 4]]

@@ -323,3 +323,11 @@ def test_names_a_mixture_of_experts():
 def test_names_a_layer_without_an_ffn():
     with pytest.raises(UnsupportedModelError, match="Identity has no FFN"):
         find_ffn(nn.Identity())
+
+
+def test_a_gate_threshold_needs_a_gate():
+    ffn = make(PlainFFN)
+    choice = choose(2)
+    choice.gate_threshold = torch.zeros(2)
+    with pytest.raises(ConfigError, match=r"PlainFFN has no gate .* without a rule on the gate"):
+        ffn.take(choice)

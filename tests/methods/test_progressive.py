@@ -1,0 +1,161 @@
+"""Core tokens in several layers: amounts, what is spread evenly, reports and wrong input."""
+
+import json
+
+import pytest
+import torch
+
+from corematching import CoreMatching, Knee, Norm, Ratio, TokenRule
+from corematching.errors import ConfigError
+from corematching.methods import method_from_dict, method_from_text, text_at_budget
+from corematching.methods.staged import StagedRule
+from corematching.policy import TextOverlap
+from tests.models import FAMILIES, build, image_mask, make_inputs
+from tests.policy.views import make_view
+
+IMAGES = FAMILIES["llava"].image_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "after"),
+    [
+        ("layer=[0.1,0.3,0.5],keep=[0.5,0.3,0.15]", (0.5, 0.3, 0.15), (0.1, 0.3, 0.5)),
+        ("layer=[0.1,0.3,0.5],keep=0.2", (0.8, 0.4, 0.2), (0.1, 0.3, 0.5)),
+        ("layer=[2,6],keep=0.75", (1.0, 0.75), (2, 6)),
+        ("layer=[2,6],keep=10", (20, 10), (2, 6)),
+        ("layer=[2,6],keep=0.25,taper=1.0", (0.25, 0.25), (2, 6)),
+        ("layer=[2,6,8],keep=0.02,taper=0.25", (0.32, 0.08, 0.02), (2, 6, 8)),
+        ("layer=0.5,keep=[0.5]", (0.5,), (0.5,)),
+    ],
+)
+def test_amounts_by_hand(text, keep, after):
+    method = method_from_text(f"corematching:{text}")
+    assert isinstance(method.tokens, StagedRule) and isinstance(method.tokens.score, TextOverlap)
+    assert method.tokens.keep == keep and method.tokens.after == after
+    assert method.tokens.cover == CoreMatching().cover
+    assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
+    tokens = json.loads(json.dumps(method.tokens.to_dict()))
+    assert StagedRule.from_dict(tokens) == method.tokens
+
+
+def test_one_layer_or_knees_stay_one_rule():
+    once = CoreMatching(layer=(0.5,), keep=0.2).tokens
+    assert isinstance(once, TokenRule) and once == CoreMatching(layer=0.5, keep=0.2).tokens
+    knees = CoreMatching(layer=(2, 6), keep=None, cover=0.0).tokens
+    assert knees == TokenRule(knees.score, Knee(), (2, 6))
+
+
+def test_a_budget_is_what_the_last_layer_leaves():
+    text = text_at_budget("corematching:layer=[0.1,0.3,0.5]", 0.1)
+    assert text == "corematching:layer=[0.1,0.3,0.5],keep=0.1"
+    ours = method_from_text(text).tokens
+    assert ours.keep == method_from_text("pyramiddrop:keep=0.1").tokens.keep == (0.4, 0.2, 0.1)
+    assert ours.budget == Ratio(0.1, cover=0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("keep=[0.5,0.2]", "2 amounts to keep for 1 layer: give one for each"),
+        ("layer=[1,2,3],keep=[0.5,0.2]", "2 amounts to keep for 3 layers: give one for each"),
+        ("layer=[1,2],keep=[0.2,0.5]", "0.5 are more than the 0.2 .* give falling amounts"),
+        ("layer=[1,2],keep=[0.5,0]", "keep=0: give a share"),
+        ("layer=[1,2],keep=[0.5,null]", "keep=None: give a share"),
+        ("layer=[1,2],keep=1.5", "keep=1.5: give a share"),
+        ("layer=[1,-2]", "layer=-2: give layers"),
+        ("layer=[1,2],taper=0", r"taper=0: give a share in \(0, 1\]"),
+        ("layer=[1,2],cover=1", r"cover=1: give a share in \[0, 1\)"),
+        ("layer=[1,2],floor=0.5,ceiling=0.2", "floor=0.5 is above ceiling=0.2"),
+        ("layer=[1,2],tapper=0.5", "did you mean 'taper'"),
+    ],
+)
+def test_wrong_text_is_refused_with_the_fix(text, message):
+    with pytest.raises(ConfigError, match=message):
+        method_from_text(f"corematching:{text}")
+
+
+def test_layers_in_the_wrong_order_are_refused():
+    with pytest.raises(ConfigError, match="name them from the first to the last"):
+        CoreMatching(layer=(0.5, 0.1)).tokens.drop_after(12)
+
+
+def stage_view(kinds, sizes, layer, memory, origin=None):
+    activations = [[[float(size), 0.0] for size in sizes]]
+    origin = None if origin is None else torch.tensor([origin])
+    return make_view([kinds], activations, layer=layer, memory=memory, origin=origin)
+
+
+def test_each_stage_spreads_over_the_whole_picture():
+    rule = StagedRule(Norm(), (6, 4), (0, 2), cover=0.5)
+    memory: dict[str, object] = {}
+    first = rule.choose(
+        stage_view("tiiiiiiiit", [1, 8, 7, 6, 1, 1, 1, 1, 1, 1], 0, memory, range(10))
+    )
+    # middles of three runs of 8: tokens 1, 3, 6; the highest others: 0, 2 and, of equals, 4
+    assert first.keep.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 5, 7, 9]
+    left = [0, 1, 2, 3, 4, 5, 7, 9]
+    second = rule.choose(stage_view("tiiiiiit", [1, 8, 7, 6, 1, 1, 1, 1], 2, memory, left))
+    # middles of two runs of 8: tokens 1 and, 5 having gone, 6, nearer than 4; the others: 0 and 2
+    assert second.keep.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 6, 7]
+    # a view that does not say where its tokens stood: the six left are the picture
+    blind = rule.choose(stage_view("tiiiiiit", [1, 8, 7, 6, 1, 1, 1, 1], 2, memory))
+    assert blind.keep.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 5, 7]
+
+
+def test_bounds_are_of_the_prompt_s_image_tokens():
+    memory: dict[str, object] = {}
+    rule = StagedRule(Norm(), (0.9, 0.1), (0, 2), floor=0.3, ceiling=6)
+    sizes = [float(10 - i) for i in range(10)]
+    first = rule.choose(stage_view("iiiiiiiiii", sizes, 0, memory))
+    assert int(first.keep.sum()) == 6
+    second = rule.choose(stage_view("iiiiii", sizes[:6], 2, memory))
+    assert int(second.keep.sum()) == 3  # of the 10 at the start, not of the 6 left
+
+
+def test_rising_amounts_of_two_kinds_keep_what_is_left():
+    memory: dict[str, object] = {}
+    rule = StagedRule(Norm(), (0.2, 8), (0, 2))
+    assert int(rule.choose(stage_view("iiiiiiiiii", range(10), 0, memory)).keep.sum()) == 2
+    assert int(rule.choose(stage_view("ii", range(2), 2, memory)).keep.sum()) == 2
+
+
+def run(model, inputs, method):
+    with torch.no_grad(), method(model) as work:
+        tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        stages = work._engine.records[-1].selection.stages
+    return tokens[:, -3:], work.report, stages
+
+
+def test_a_run_reports_like_pyramiddrop():
+    model = build("llava")
+    inputs = make_inputs("llava", model, batch=2)
+    _, theirs, _ = run(model, inputs, method_from_text("pyramiddrop:keep=[8,4,2],layer=[0,1,2]"))
+    ours = method_from_text("corematching:layer=[0,1,2],keep=2,neuron_score=none")
+    _, report, stages = run(model, inputs, ours)
+    for sample, other in zip(report.samples, theirs.samples, strict=True):
+        assert dict(zip(sample.cut_layers, sample.kept_after, strict=True)) == {0: 8, 1: 4, 2: 2}
+        assert sample.kept_tokens == 2 and sample.token_retention_ratio == 2 / IMAGES
+        assert sample.prefill_flops == other.prefill_flops < sample.dense_prefill_flops
+        assert sample.kv_bytes == other.kv_bytes
+    image = image_mask("llava", inputs)
+    for stage, count in zip(stages, (8, 4, 2), strict=True):  # half of each lies evenly
+        kept = stage.choice.keep & image.gather(1, stage.origin)
+        for row in range(2):
+            places = image[row].cumsum(0)[stage.origin[row][kept[row]]] - 1
+            runs = {int(place) * (count // 2) // IMAGES for place in places}
+            assert len(places) == count and runs == set(range(count // 2))
+
+
+def test_a_batch_chooses_as_its_singles():
+    model = build("llava")
+    inputs = make_inputs("llava", model, batch=2)
+    method = CoreMatching(layer=(0, 2), keep=(0.5, 0.25), firing=0.5)
+    tokens, report, _ = run(model, inputs, method)
+    for row in range(2):
+        start = int((inputs["attention_mask"][row] == 0).sum())
+        single = {key: value[row : row + 1] for key, value in inputs.items()}
+        single["input_ids"] = single["input_ids"][:, start:]
+        single["attention_mask"] = single["attention_mask"][:, start:]
+        alone, other, _ = run(model, single, method)
+        assert other.samples[0].keep_mask == report.samples[row].keep_mask
+        assert alone[0].equal(tokens[row])
