@@ -87,6 +87,9 @@ def test_kept_tokens_and_bytes_per_sample():
         assert sample.keep_mask == kept[2][row, image].tolist()
         assert sample.kept_after == [int(kept[i][row, image].sum()) for i in (0, 2)]
         assert sample.kept_tokens == sum(sample.keep_mask) == sample.kept_after[-1]
+        first, last = sample.kept_after  # after the layers 0 and 2 of 4
+        assert sample.layer_tokens == [16, first, first, last]
+        assert sample.layer_token_ratio == (16 + 2 * first + last) / 64
         assert sample.cut_layers == [0, 2] and sample.cuts == [0.5, 0.5] and sample.cut == 0.5
         assert [score == 1.0 for score in sample.scores] == sample.keep_mask
         assert sample.prompt_tokens == int(inputs["attention_mask"][row].sum())
@@ -157,7 +160,13 @@ def test_json_holds_everything_and_no_nan():
     back = json.loads(report.to_json(indent=1), parse_constant=pytest.fail)
     assert back["samples"][0]["scores"][0] is None
     assert back["samples"][1]["keep_mask"] == report.samples[1].keep_mask
-    ratios = ("token_retention_ratio", "prefill_flops_ratio", "decode_flops_ratio", "kv_ratio")
+    ratios = (
+        "token_retention_ratio",
+        "layer_token_ratio",
+        "prefill_flops_ratio",
+        "decode_flops_ratio",
+        "kv_ratio",
+    )
     for ratio in ratios:
         assert back[ratio] == getattr(report, ratio)
         assert back["samples"][0][ratio] == getattr(report.samples[0], ratio)
@@ -169,4 +178,5 @@ def test_ratios_of_nothing_are_one():
     report = Report({}, "m", "t", "float32", "cpu", "sdpa", 1, [], [4], [4], 0.1, 0, 0, 0)
     report.samples = [sample]
     assert sample.token_retention_ratio == sample.kv_ratio == report.token_retention_ratio == 1
+    assert sample.layer_token_ratio == report.layer_token_ratio == 1
     assert report.neuron_retention_ratio == 1 and report.tpot_seconds == 0

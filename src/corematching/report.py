@@ -49,6 +49,8 @@ class SampleReport:
         Of the first decode step.
     kv_bytes, dense_kv_bytes : int
         Keys and values of the prompt in the cache; 0 without a cache.
+    layer_tokens : list of int
+        Image tokens that each decoder layer computes.
     """
 
     image_tokens: int
@@ -67,11 +69,17 @@ class SampleReport:
     dense_decode_flops: int
     kv_bytes: int
     dense_kv_bytes: int
+    layer_tokens: list[int] = field(default_factory=list)
 
     @property
     def token_retention_ratio(self) -> float:
         """Kept image tokens / image tokens; 1 without image tokens."""
         return _ratio(self.kept_tokens, self.image_tokens)
+
+    @property
+    def layer_token_ratio(self) -> float:
+        """Image tokens that a layer computes, averaged over the layers / image tokens."""
+        return _ratio(sum(self.layer_tokens), self.image_tokens * len(self.layer_tokens))
 
     @property
     def prefill_flops_ratio(self) -> float:
@@ -92,6 +100,7 @@ class SampleReport:
         """Plain values, with the ratios."""
         names = (
             "token_retention_ratio",
+            "layer_token_ratio",
             "prefill_flops_ratio",
             "decode_flops_ratio",
             "kv_ratio",
@@ -209,6 +218,12 @@ class Report:
         return self._ratio("kept_tokens", "image_tokens")
 
     @property
+    def layer_token_ratio(self) -> float:
+        """Image tokens that a layer computes, averaged over layers / those of all samples."""
+        computed = sum(sum(sample.layer_tokens) for sample in self.samples)
+        return _ratio(computed, self.num_layers * sum(s.image_tokens for s in self.samples))
+
+    @property
     def neuron_retention_ratio(self) -> float:
         """Neurons computed in a decode step / neurons."""
         return _ratio(sum(self.neurons), sum(self.widths))
@@ -253,6 +268,7 @@ class Report:
         """Plain values that json can write (no NaN), with the ratios."""
         names = (
             "token_retention_ratio",
+            "layer_token_ratio",
             "neuron_retention_ratio",
             "prefill_flops_ratio",
             "decode_flops_ratio",

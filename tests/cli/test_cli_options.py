@@ -31,6 +31,14 @@ def test_options_join_parameters_in_the_name():
     assert isinstance(method.keep, float)
 
 
+def test_options_join_lists_in_the_name():
+    text = "corematching:layer=[0.1,0.3],keep=[0.5,0.2],firing=0.25"
+    ours = CoreMatching(layer=(0.1, 0.3), keep=(0.5, 0.2), firing=0.25, beta=0.5)
+    assert build_method(text, {"--neurons": 0.5}) == ours
+    last = build_method(text, {"--keep": "0.1"})
+    assert last == CoreMatching(layer=(0.1, 0.3), keep=0.1, firing=0.25)
+
+
 @pytest.mark.parametrize("keep", ["0", "-0.1", "1.5", "64", "nan", "inf"])
 def test_ratio_outside_its_range(keep):
     with pytest.raises(ConfigError, match=r"outside \(0, 1\].*knee"):

@@ -77,6 +77,7 @@ def test_sparse_figures(board):
     entry = by_method(board[0])[SPARSE]
     assert entry["tokens_kept"] == {"mean": 0.25, "p5": 0.25, "p95": 0.25}
     assert entry["neurons_kept"] == 0.75
+    assert 0.25 < entry["layer_tokens"] < 1
     assert entry["kl"] > 1e-5 and entry["agreement"] < 1
     assert entry["accuracy"]["value"] < 0.5
     for name in ("prefill_flops", "decode_flops", "kv_bytes"):

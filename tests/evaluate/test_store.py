@@ -21,6 +21,13 @@ def test_answers_come_back(tmp_path):
     assert file.read() == {1: answer(1), 2: answer(2, "ein Schwein, größer\n"), 3: answer(3)}
 
 
+def test_answers_of_versions_that_counted_less_come_back(tmp_path):
+    file = AnswerFile(tmp_path / "a.jsonl")
+    file.append([answer(1)])
+    file.path.write_text(file.path.read_text().replace(', "layer_tokens": null', ""))
+    assert file.read() == {1: answer(1)} and file.read()[1].layer_tokens is None
+
+
 def test_a_line_that_was_cut_off_is_written_again(tmp_path):
     file = AnswerFile(tmp_path / "a.jsonl")
     file.append([answer(1), answer(2)])

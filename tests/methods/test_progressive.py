@@ -134,6 +134,7 @@ def test_a_run_reports_like_pyramiddrop():
     _, report, stages = run(model, inputs, ours)
     for sample, other in zip(report.samples, theirs.samples, strict=True):
         assert dict(zip(sample.cut_layers, sample.kept_after, strict=True)) == {0: 8, 1: 4, 2: 2}
+        assert sample.layer_tokens == other.layer_tokens == [IMAGES, 8, 4, 2]
         assert sample.kept_tokens == 2 and sample.token_retention_ratio == 2 / IMAGES
         assert sample.prefill_flops == other.prefill_flops < sample.dense_prefill_flops
         assert sample.kv_bytes == other.kv_bytes

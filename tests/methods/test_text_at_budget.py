@@ -13,6 +13,7 @@ from corematching.methods import METHODS, method_from_text, register_method, tex
         ("fastv", "fastv:keep=0.1"),
         ("fastv:layer=2", "fastv:layer=2,keep=0.1"),
         ("pyramiddrop:layer=[1,2,3]", "pyramiddrop:layer=[1,2,3],keep=0.1"),
+        ("corematching:layer=[0.1,0.3]", "corematching:layer=[0.1,0.3],keep=0.1"),
         ("griffin", "griffin:beta=0.1"),
         ("teal", "teal:beta=0.1"),
         ("prumerge", "prumerge:keep=0.1"),

@@ -49,8 +49,10 @@ def make_board(
         ``command``; ``settings``; ``methods``, a list with dense first. Each method has ``method``
         (the text that names it), ``parameters``, ``accuracy``, ``of_dense`` (its share of the dense
         accuracy, None where that is 0) and ``families``, with intervals; ``agreement`` with the
-        dense answers, ``kl``, ``tokens_kept`` (mean, p5, p95), ``neurons_kept``, ``batches`` and
-        the means per question of FLOPs, KV bytes, seconds and tokens.
+        dense answers, ``kl``, ``tokens_kept`` (mean, p5, p95), ``layer_tokens`` (the share that a
+        layer computes, averaged over the layers; None where it was not counted),
+        ``neurons_kept``, ``batches`` and the means per question of FLOPs, KV bytes, seconds and
+        tokens.
     """
     entries: list[dict[str, Any]] = []
     judge: Judge | None = None
@@ -102,6 +104,7 @@ class Judge:
         ]
         kept = [answer.tokens_kept for answer in answers]
         low, high = np.percentile(kept, [5, 95])
+        by_layer = [a.layer_tokens for a in answers if a.layer_tokens is not None]
         return {
             "questions": len(answers),
             "accuracy": bootstrap.mean(right).to_dict(),
@@ -110,6 +113,7 @@ class Judge:
             "agreement": float(np.mean(agreements)),
             "kl": float(np.mean([answer.kl for answer in answers])),
             "tokens_kept": {"mean": float(np.mean(kept)), "p5": float(low), "p95": float(high)},
+            "layer_tokens": float(np.mean(by_layer)) if len(by_layer) == len(kept) else None,
             "neurons_kept": float(np.mean([answer.neurons_kept for answer in answers])),
             "batches": sorted({answer.batch for answer in answers}),
             **{name: float(np.mean([getattr(a, name) for a in answers])) for name in MEANS},
@@ -158,16 +162,27 @@ NOTES = """Intervals are 95 % bootstrap intervals over pictures. "Same" is the s
 match the dense one after normalisation; KL is that of the answer's first token, dense from sparse,
 in nats, over the dense model's likeliest words with the rest as one; neurons are thinned out from
 the second token on, so a method that drops no image tokens has none. Tokens are the image tokens
-that reach the last layer, neurons those that a decode step computes (with per-token thresholds, the
-share of the FFN that they are calibrated for). FLOPs, bytes and seconds are means per question;
-seconds are those of a batch divided by its size."""
+that reach the last layer, "by layer" those that a layer computes, averaged over the layers; neurons
+are those that a decode step computes (with per-token thresholds, the share of the FFN that they are
+calibrated for). FLOPs, bytes and seconds are means per question; seconds are those of a batch
+divided by its size."""
 
 
 def _fidelity_table(entries: Sequence[dict[str, Any]]) -> str:
-    head = ("method", "accuracy", "of dense", "same", "KL", "tokens (5-95 %)", "neurons")
+    head = (
+        "method",
+        "accuracy",
+        "of dense",
+        "same",
+        "KL",
+        "tokens (5-95 %)",
+        "by layer",
+        "neurons",
+    )
     rows = []
     for entry in entries:
         tokens, of_dense = entry["tokens_kept"], entry["of_dense"]
+        by_layer = entry.get("layer_tokens")
         spread = f"{_percent(tokens['mean'])} ({_percent(tokens['p5'])}-{_percent(tokens['p95'])})"
         rows.append(
             (
@@ -177,6 +192,7 @@ def _fidelity_table(entries: Sequence[dict[str, Any]]) -> str:
                 _percent(entry["agreement"]),
                 f"{entry['kl']:.3f}",
                 spread,
+                "-" if by_layer is None else _percent(by_layer),
                 _percent(entry["neurons_kept"]),
             )
         )

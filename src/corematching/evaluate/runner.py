@@ -237,6 +237,7 @@ class Worker:
                 decode_seconds=report.decode_seconds / size,
                 new_tokens=sample.new_tokens,
                 batch=size,
+                layer_tokens=sample.layer_token_ratio,
             )
             for question, text, distance, sample in zip(
                 batch, said.texts, kl, report.samples, strict=True

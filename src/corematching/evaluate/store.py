@@ -49,6 +49,9 @@ class Answer:
     new_tokens : int
     batch : int
         Size of its batch.
+    layer_tokens : float or None
+        Share of the image tokens that a layer computes, averaged over the layers; None in answers
+        of versions that did not count it.
     """
 
     id: int
@@ -68,6 +71,7 @@ class Answer:
     decode_seconds: float
     new_tokens: int
     batch: int
+    layer_tokens: float | None = None
 
 
 class RunDirectory:

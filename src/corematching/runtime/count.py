@@ -236,6 +236,8 @@ class _SampleCounter:
             kept_after.append(int((alive & image).sum()))
             present[layer] = int(alive.sum())
         found = image.nonzero()[:, 0]
+        layers = [stage[0] for stage in self.stages]
+        left = dict(zip((-2, *layers), (len(found), *kept_after), strict=True))
         kept = [bool(x) for x in alive[found]]
         costs = self._costs(row, present)
         return SampleReport(
@@ -244,11 +246,14 @@ class _SampleCounter:
             keep_mask=kept,
             scores=[_finite(float(x)) for x in scores[found]],
             cut=cuts[-1] if cuts else None,
-            cut_layers=[stage[0] for stage in self.stages],
+            cut_layers=layers,
             cuts=cuts,
             kept_after=kept_after,
             prompt_tokens=int(self.own_valid[row].sum()),
             new_tokens=self.new[row],
+            layer_tokens=[
+                left[max(cut for cut in left if cut < layer)] for layer in range(self.depth)
+            ],
             **costs,
         )
 
