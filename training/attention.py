@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -11,8 +12,9 @@ def make_mask(segments: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """(B, C * W) segments -> (B, C, W, W) additive mask within the chunks."""
     chunks = segments.unflatten(1, (-1, width))
     same = chunks[..., :, None] == chunks[..., None, :]
-    allowed = same & torch.ones(width, width, dtype=torch.bool).tril()
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+    allowed = same & torch.ones_like(same).tril()
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
+    return zeros.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def attend_in_chunks(module, query, key, value, attention_mask, scaling, **_):
@@ -24,17 +26,18 @@ def attend_in_chunks(module, query, key, value, attention_mask, scaling, **_):
     heads, total = query.shape[1:3]
     groups, (chunks, width) = key.shape[1], attention_mask.shape[1:3]
     prefix, repeat = total - chunks * width, heads // groups
+    seen = F.scaled_dot_product_attention(
+        query[:, :, :prefix],
+        key[:, :, :prefix].repeat_interleave(repeat, 1),
+        value[:, :, :prefix].repeat_interleave(repeat, 1),
+        is_causal=True,
+        scale=scaling,
+    )  # (B, H, P, d)
+
     query = (query * scaling).unflatten(1, (groups, repeat))  # (B, G, r, T, d)
     shared, shared_value = key[:, :, :prefix], value[:, :, :prefix]
     own = key[:, :, prefix:].unflatten(2, (chunks, width))  # (B, G, C, W, d)
     own_value = value[:, :, prefix:].unflatten(2, (chunks, width))
-
-    first = query[:, :, :, :prefix].flatten(2, 3) @ shared.mT
-    future = torch.full((prefix, prefix), float("-inf"), dtype=query.dtype).triu(1)
-    first = first.unflatten(2, (repeat, prefix)) + future
-    first = first.softmax(-1, torch.float32).to(query.dtype).flatten(2, 3)
-    seen = (first @ shared_value).unflatten(2, (repeat, prefix))  # (B, G, r, P, d)
-
     text = query[:, :, :, prefix:].unflatten(3, (chunks, width)).transpose(2, 3)
     text = text.flatten(3, 4)  # (B, G, C, r * W, d)
     far = (text.flatten(2, 3) @ shared.mT).unflatten(2, (chunks, repeat * width))
@@ -44,7 +47,7 @@ def attend_in_chunks(module, query, key, value, attention_mask, scaling, **_):
     said = (far.flatten(2, 3) @ shared_value).unflatten(2, (chunks, repeat * width))
     said = (said + near @ own_value).unflatten(3, (repeat, width)).transpose(2, 3)
 
-    out = torch.cat([seen, said.flatten(3, 4)], 3).flatten(1, 2)  # (B, H, T, d)
+    out = torch.cat([seen, said.flatten(3, 4).flatten(1, 2)], 2)  # (B, H, T, d)
     return out.transpose(1, 2), None
 
 

@@ -1,7 +1,6 @@
-"""Write what the package ships of SceneVLM from the two training checkpoints.
+"""Write what the package ships of SceneVLM from the checkpoint of stage 3.
 
-    python export.py --vision runs/vision/last.pt --tune runs/tune/last.pt --out DIR
-    python export.py --start DIR --tune runs/further/last.pt --out DIR
+    python export.py --tune runs/tune/last.pt --out DIR
 
 ``DIR`` is ``src/corematching/demo/data`` for the shipped model; `corematching.demo.assemble` turns
 it into a standard checkpoint.
@@ -13,26 +12,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from corematching.demo.assets import CHAT_TEMPLATE, SceneAssets, write_assets
-from scenes import SIZE
+from corematching.demo.assets import CHAT_TEMPLATE, write_assets
+from scenes import VIEW
 from vision import make_config
 
 IMAGE_TOKEN_ID = 6  # a token of SmolLM2's vocabulary that no text uses
-
-
-def collect_tensors(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The shipped tensors, named as `corematching.demo.assets` says."""
-    if args.start is not None:
-        return SceneAssets.read(args.start).tensors | torch.load(args.tune)["model"]
-    tower = torch.load(args.vision)["model"]
-    tensors = {
-        "vision_tower." + name.removeprefix("tower."): tensor
-        for name, tensor in tower.items()
-        if name.startswith("tower.") and "position_ids" not in name
-    }
-    return tensors | torch.load(args.tune)["model"]
 
 
 def make_settings() -> dict:
@@ -51,7 +36,7 @@ def make_settings() -> dict:
         "image_token_id": IMAGE_TOKEN_ID,
         "image_processor": {
             "do_resize": True,
-            "size": {"height": SIZE, "width": SIZE},
+            "size": {"height": VIEW, "width": VIEW},
             "do_center_crop": False,
             "do_rescale": True,
             "do_normalize": True,
@@ -64,11 +49,9 @@ def make_settings() -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    begin = parser.add_mutually_exclusive_group(required=True)
-    begin.add_argument("--vision", type=Path, help="checkpoint of stage 1")
-    begin.add_argument("--start", type=Path, help="folder of shipped parts that were trained on")
     parser.add_argument("--tune", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    assets = write_assets(args.out, collect_tensors(args), make_settings(), scale=1.0)
+    tensors = torch.load(args.tune, map_location="cpu")["model"]
+    assets = write_assets(args.out, tensors, make_settings(), scale=1.0)
     print(f"{assets.weights_path}: {assets.num_bytes / 1e6:.1f} MB")

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from classes import OBJECTS, WORDS, find_sprites
 
 SIZE = 224  # pixels, the side of a scene
-PATCH = 16
-GRID = SIZE // PATCH
+VIEW = 336  # pixels, the side of what the tower sees of it
+PATCH = 14
+GRID = VIEW // PATCH
 BACKGROUND = 0  # class of a patch without an object; objects and words follow
 CLASSES = ("background", *OBJECTS, *WORDS)
 CLASS_ID = {name: i for i, name in enumerate(CLASSES)}
@@ -247,6 +248,12 @@ def draw_background(rng: np.random.Generator, kind: str) -> np.ndarray:
     return first + blend[..., None] * (second - first)
 
 
+def cut_tiles(scene: Scene) -> np.ndarray:
+    """(GRID, PATCH, GRID, PATCH): whose every pixel of every patch is, at the tower's size."""
+    seen = np.arange(VIEW) * SIZE // VIEW
+    return scene.owner[seen][:, seen].reshape(GRID, PATCH, GRID, PATCH)
+
+
 def label_patches(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """What the vision tower learns to say about each patch.
 
@@ -258,7 +265,7 @@ def label_patches(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         (GRID * GRID, 4) float32, that item's centre and extent (x, y, width, height) over SIZE.
     """
     counts = np.zeros((len(scene.items) + 1, GRID, GRID), np.int64)
-    tiles = scene.owner.reshape(GRID, PATCH, GRID, PATCH)
+    tiles = cut_tiles(scene)
     for index in range(len(scene.items)):
         counts[index + 1] = (tiles == index).sum((1, 3))
     counts[0] = int(0.18 * PATCH * PATCH)
@@ -275,17 +282,18 @@ def label_letters(scene: Scene) -> np.ndarray:
     Returns
     -------
     ndarray
-        (GRID * GRID, 26) bool: a letter counts where at least 5 pixels of its width are in the
-        patch, and only in patches that the sign covers.
+        (GRID * GRID, 26) bool: a letter counts where it is at least 3 pixels wide in the patch,
+        and only in patches that the sign covers.
     """
     shown = np.zeros((GRID, GRID, len(LETTERS)), bool)
-    tiles = scene.owner.reshape(GRID, PATCH, GRID, PATCH)
+    tiles = cut_tiles(scene)
+    side = SIZE / GRID
     for index, item in enumerate(scene.items):
         if not item.is_word:
             continue
         rows = (tiles == index).sum((1, 3)) > 0.18 * PATCH * PATCH
         for letter, start, stop in item.letters:
-            edges = np.arange(GRID + 1) * PATCH - item.x0
+            edges = np.arange(GRID + 1) * side - item.x0
             overlap = np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1])
-            shown[:, overlap >= 5, LETTERS.index(letter)] |= rows[:, overlap >= 5]
+            shown[:, overlap >= 3, LETTERS.index(letter)] |= rows[:, overlap >= 3]
     return shown.reshape(-1, len(LETTERS))

@@ -1,6 +1,6 @@
 """Stage 1: teach a CLIP-style ViT to say what every patch shows, and where that thing stands.
 
-    python vision.py --sprites SPRITES --out runs/vision [--steps 4200] [--batch 32]
+    python vision.py --sprites SPRITES --out runs/vision [--minutes 2.5] [--device cuda]
 
 Resumes from the last checkpoint in ``--out``. Writes ``log.jsonl`` beside it.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,23 +25,24 @@ from scenes import (
     GRID,
     LETTERS,
     PATCH,
-    SIZE,
+    VIEW,
     Composer,
     label_letters,
     label_patches,
 )
+from schedule import Schedule
 
 FIRST_WORD = 1 + len(OBJECTS)  # class ids from here on are words
 
 
 def make_config() -> CLIPVisionConfig:
-    """The tower: 256 wide, 6 layers, 14 x 14 patches of 16 pixels."""
+    """The tower: 256 wide, 6 layers, 24 x 24 patches of 14 pixels, as many as LLaVA-1.5 has."""
     return CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
         num_hidden_layers=6,
         num_attention_heads=4,
-        image_size=SIZE,
+        image_size=VIEW,
         patch_size=PATCH,
         hidden_act="gelu",
     )
@@ -53,7 +53,7 @@ class PatchTeacher(nn.Module):
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
-        self.tower = CLIPVisionModel._from_config(config, attn_implementation="eager")
+        self.tower = CLIPVisionModel._from_config(config, attn_implementation="sdpa")
         self.norm = nn.LayerNorm(config.hidden_size)
         self.name = nn.Linear(config.hidden_size, len(CLASSES))
         self.geometry = nn.Linear(config.hidden_size, 4)
@@ -70,27 +70,35 @@ class PatchTeacher(nn.Module):
 
 
 def encode_patches(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, P, d): the features that the projector reads (last layer, no CLS)."""
+    """(B, 3, V, V) -> (B, P, d): the features that the projector reads (last layer, no CLS)."""
     return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
+def pick_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the device multiplies it, float32 elsewhere."""
+    fast = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def normalise(images: Tensor) -> Tensor:
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float in [-1, 1], as the image processor does."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    """(B, S, S, 3) uint8 -> (B, 3, V, V) float in [-1, 1], as the image processor does."""
+    pixels = images.permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels, (VIEW, VIEW), mode="bicubic", antialias=True)
+    return pixels.clamp(0, 255) / 127.5 - 1
 
 
 class PatchStream(IterableDataset):
     """Endless batches of training scenes with patch labels."""
 
-    def __init__(self, args: argparse.Namespace, seed: int) -> None:
-        self.args, self.seed = args, seed
+    def __init__(self, sprites: Path, batch: int, signs: float, seed: int) -> None:
+        self.sprites, self.batch, self.signs, self.seed = sprites, batch, signs, seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         info = torch.utils.data.get_worker_info()
         rng = np.random.default_rng((self.seed, info.id if info else 0))
-        composer = Composer(self.args.sprites, signs=self.args.signs)
+        composer = Composer(self.sprites, signs=self.signs)
         while True:
-            scenes = [composer.draw(rng) for _ in range(self.args.batch)]
+            scenes = [composer.draw(rng) for _ in range(self.batch)]
             labels, geometry = zip(*(label_patches(scene) for scene in scenes), strict=True)
             yield (
                 torch.from_numpy(np.stack([scene.image for scene in scenes])),
@@ -100,6 +108,15 @@ class PatchStream(IterableDataset):
             )
 
 
+def load_batches(stream: IterableDataset, workers: int) -> Iterator[tuple[Tensor, ...]]:
+    """Batches drawn by so many processes beside this one."""
+    pinned = torch.cuda.is_available()
+    loader = DataLoader(
+        stream, batch_size=None, num_workers=workers, prefetch_factor=4, pin_memory=pinned
+    )
+    return iter(loader)
+
+
 def mark_centres(geometry: Tensor, labels: Tensor) -> Tensor:
     """(B, P) float, 1 where the patch holds the centre of the item it shows."""
     cells = (geometry[..., :2] * GRID).long().clamp(max=GRID - 1)
@@ -107,99 +124,109 @@ def mark_centres(geometry: Tensor, labels: Tensor) -> Tensor:
     return ((cells[..., 1] * GRID + cells[..., 0] == own) & (labels > 0)).float()
 
 
-def compute_losses(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+def average(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of (B, P) values where chosen; reads nothing back from the device."""
+    return (values.float() * chosen).sum() / chosen.sum().clamp(min=1)
+
+
+def compute_losses(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss, and what to log."""
     images, labels, geometry, letters = batch
-    with torch.autocast("cpu", torch.bfloat16):
+    dtype = pick_dtype(images.device.type)
+    with torch.autocast(images.device.type, dtype, enabled=dtype == torch.bfloat16):
         names, places, centres, spelt = model(normalise(images))
-    shown, signs = labels > 0, labels >= FIRST_WORD
-    weight = torch.full((len(CLASSES),), 1.0)
-    weight[0] = 0.25
-    name_loss = F.cross_entropy(names.float().flatten(0, 1), labels.flatten(), weight)
-    place_loss = F.l1_loss(places.float()[shown], geometry[shown])
+    names, shown, signs = names.float(), labels > 0, labels >= FIRST_WORD
+    naming = F.cross_entropy(names.transpose(1, 2), labels, reduction="none")
+    name_loss = average(naming, torch.where(shown, 1.0, 0.25))
+    place_loss = average((places.float() - geometry).abs().mean(-1), shown)
+    weight = torch.tensor(12.0, device=labels.device)
     target = mark_centres(geometry, labels)
-    centre_loss = F.binary_cross_entropy_with_logits(
-        centres.float()[shown], target[shown], pos_weight=torch.tensor(5.0)
+    centring = F.binary_cross_entropy_with_logits(
+        centres.float(), target, pos_weight=weight, reduction="none"
     )
-    letter_loss = F.binary_cross_entropy_with_logits(spelt.float()[signs], letters[signs].float())
+    spelling = F.binary_cross_entropy_with_logits(spelt.float(), letters.float(), reduction="none")
+    centre_loss, letter_loss = average(centring, shown), average(spelling.mean(-1), signs)
     hits = names.argmax(-1) == labels
     log = {
-        "name_loss": name_loss.item(),
-        "place_error": place_loss.item(),
-        "centre_loss": centre_loss.item(),
-        "letter_loss": letter_loss.item(),
-        "object_accuracy": hits[shown & ~signs].float().mean().item(),
-        "word_accuracy": hits[signs].float().mean().item(),
-        "background_accuracy": hits[~shown].float().mean().item(),
+        "name_loss": name_loss,
+        "place_error": place_loss,
+        "centre_loss": centre_loss,
+        "letter_loss": letter_loss,
+        "object_accuracy": average(hits, shown & ~signs),
+        "word_accuracy": average(hits, signs),
+        "background_accuracy": average(hits, ~shown),
     }
-    return name_loss + 3 * place_loss + 0.3 * centre_loss + 3 * letter_loss, log
+    loss = name_loss + 3 * place_loss + 0.3 * centre_loss + 3 * letter_loss
+    return loss, {key: value.detach() for key, value in log.items()}
 
 
-def schedule_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up, then a cosine to a hundredth of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return float(peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress))))
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW that lets only matrices decay."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    model = PatchTeacher(make_config())
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-    )
-    step, checkpoint = 0, args.out / "last.pt"
+    model = PatchTeacher(make_config()).to(args.device)
+    optimizer, schedule = make_optimizer(model), Schedule(args.steps, args.minutes)
+    checkpoint = args.out / "last.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, map_location=args.device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    elif args.start is not None:
-        model.load_state_dict(torch.load(args.start)["model"], strict=False)
+        schedule.resume(state)
     for layer in model.tower.encoder.layers:
         layer.compile(dynamic=False)
-    stream = PatchStream(args, args.seed + step)
-    batches = iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4))
-    started = time.time()
-    totals: dict[str, float] = {}
+    stream = PatchStream(args.sprites, args.batch, args.signs, args.seed + schedule.step)
+    batches = load_batches(stream, args.workers)
+    logged: list[dict[str, Tensor]] = []
     with (args.out / "log.jsonl").open("a") as log_file:
-        while step < args.steps:
+        while not schedule.done:
             for group in optimizer.param_groups:
-                group["lr"] = schedule_rate(step, args.steps, args.rate)
-            loss, log = compute_losses(model, next(batches))
+                group["lr"] = schedule.rate(args.rate)
+            batch = [part.to(args.device, non_blocking=True) for part in next(batches)]
+            loss, log = compute_losses(model, batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            step += 1
-            for key, value in log.items():
-                totals[key] = totals.get(key, 0.0) + value / args.log_every
-            if step % args.log_every == 0:
-                row = {"step": step, "scenes": step * args.batch, "seconds": time.time() - started}
-                row |= {key: round(value, 4) for key, value in totals.items()}
+            schedule.advance()
+            logged.append(log)
+            if schedule.step % args.log_every == 0:
+                step, seconds = schedule.step, round(schedule.elapsed, 1)
+                row = {"step": step, "scenes": step * args.batch, "seconds": seconds}
+                for key in log:
+                    row[key] = round(torch.stack([old[key] for old in logged]).mean().item(), 4)
                 print(json.dumps(row), file=log_file, flush=True)
-                totals = {}
-            if step % args.save_every == 0 or step == args.steps:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save(state | {"step": step}, checkpoint.with_suffix(".tmp"))
-                checkpoint.with_suffix(".tmp").replace(checkpoint)
+                logged = []
+            if schedule.step % args.save_every == 0:
+                save(checkpoint, model.state_dict(), optimizer, schedule)
+    save(checkpoint, model.state_dict(), optimizer, schedule)
+
+
+def save(checkpoint: Path, model: dict, optimizer: torch.optim.Optimizer, schedule: Schedule):
+    """Write a checkpoint whole or not at all."""
+    state = {"model": model, "optimizer": optimizer.state_dict()} | schedule.state()
+    torch.save(state, checkpoint.with_suffix(".tmp"))
+    checkpoint.with_suffix(".tmp").replace(checkpoint)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="checkpoint to take the weights of")
-    parser.add_argument("--steps", type=int, default=4200)
-    parser.add_argument("--signs", type=float, default=1.0, help="signs per scene")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--minutes", type=float, help="end after so long, if that comes first")
+    parser.add_argument("--signs", type=float, default=1.5, help="signs per scene")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--save-every", type=int, default=500)
     train(parser.parse_args())

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from corematching.demo import SceneAssets, assemble, write_assets
-from corematching.demo.assets import expand_rows, squeeze_rows
+from corematching.demo.assets import expand, squeeze
 from corematching.errors import InputError
 from tests.demo.scene_fakes import IMAGE_TOKEN_ID, write_language_model, write_scene_assets
 
@@ -132,7 +132,15 @@ def test_missing_files_are_refused(tmp_path):
 def test_rows_are_rounded_to_a_255th_of_their_range():
     tensor = torch.randn(6, 3, 4) * torch.logspace(-3, 3, 6).view(-1, 1, 1)
     tensor[2] = 0
-    values, scale = squeeze_rows(tensor)
+    values, scale = squeeze(tensor)
     assert values.dtype == torch.int8 and values.shape == tensor.shape
-    error = (expand_rows(values, scale) - tensor).abs().flatten(1).amax(1)
+    error = (expand(values, scale) - tensor).abs().flatten(1).amax(1)
     assert (error <= tensor.abs().flatten(1).amax(1) / 254 * 1.001).all()
+
+
+def test_a_tall_matrix_has_one_factor_per_column():
+    tensor = torch.randn(40, 3) * torch.tensor([1e-3, 1.0, 1e3])
+    values, scale = squeeze(tensor)
+    assert scale.shape == (1, 3)
+    error = (expand(values, scale) - tensor).abs().amax(0)
+    assert (error <= tensor.abs().amax(0) / 254 * 1.001).all()

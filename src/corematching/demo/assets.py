@@ -5,8 +5,9 @@
 (``layers.0.self_attn.q_proj``); a merged weight is ``W + scale * B @ A``. Its metadata hold
 ``scale`` and ``config``, the same JSON as in ``scenevlm.json`` beside it, which adds ``sha256``.
 
-To keep the package small, matrices are stored as int8 with one float32 factor per row, under
-``<name>.row_scale``; `SceneAssets.tensors` gives them back in float32.
+To keep the package small, matrices are stored as int8 with one float32 factor per row, or per
+column where those are fewer, under ``<name>.scale``; `SceneAssets.tensors` gives them back in
+float32.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from corematching.errors import InputError
 
 WEIGHTS_NAME = "scenevlm.safetensors"
 CONFIG_NAME = "scenevlm.json"
-ROW_SCALE = ".row_scale"
+SCALE = ".scale"
 REQUIRED = ("vision_config", "projector_hidden_act", "image_token", "image_processor")
 REINSTALL = "reinstall the package: `pip install --force-reinstall --no-deps corematching`"
 
@@ -120,11 +121,9 @@ class SceneAssets:
 
         stored = load_file(self.weights_path)
         return {
-            name: expand_rows(tensor, stored[name + ROW_SCALE])
-            if name + ROW_SCALE in stored
-            else tensor
+            name: expand(tensor, stored[name + SCALE]) if name + SCALE in stored else tensor
             for name, tensor in stored.items()
-            if not name.endswith(ROW_SCALE)
+            if not name.endswith(SCALE)
         }
 
     def under(self, prefix: str) -> dict[str, Tensor]:
@@ -162,7 +161,7 @@ def write_assets(
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         if value.ndim > 1:
-            value, stored[name + ROW_SCALE] = squeeze_rows(value)
+            value, stored[name + SCALE] = squeeze(value)
         stored[name] = value
     save_file(stored, folder / WEIGHTS_NAME, metadata=metadata)
     config["sha256"] = sha256_of(folder / WEIGHTS_NAME)
@@ -170,28 +169,30 @@ def write_assets(
     return SceneAssets.read(folder)
 
 
-def squeeze_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to 255 steps between plus and minus its largest magnitude.
+def squeeze(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to 255 steps between plus and minus the largest magnitude of each row or column.
 
     Parameters
     ----------
     tensor : Tensor
-        (rows, ...).
+        (rows, ...); more than two dimensions are rounded by row.
 
     Returns
     -------
     values, scale : Tensor
-        (rows, ...) int8 and (rows,) float32.
+        (rows, ...) int8 and float32 factors that broadcast against it: (rows, 1, ...), or
+        (1, columns) of a matrix that has fewer columns than rows.
     """
-    rows = tensor.float().flatten(1)
-    scale = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    values = (rows / scale.unsqueeze(1)).round().to(torch.int8)
-    return values.view(tensor.shape), scale
+    by_column = tensor.ndim == 2 and tensor.shape[1] < tensor.shape[0]
+    others = 0 if by_column else tuple(range(1, tensor.ndim))
+    scale = tensor.float().abs().amax(others, keepdim=True) / 127
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return (tensor.float() / scale).round().to(torch.int8), scale
 
 
-def expand_rows(values: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of `squeeze_rows`, (rows, ...) float32."""
-    return (values.flatten(1).float() * scale.unsqueeze(1)).view(values.shape)
+def expand(values: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `squeeze`, float32 of the shape of ``values``."""
+    return values.float() * scale
 
 
 def sha256_of(path: Path | str) -> str:

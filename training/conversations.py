@@ -1,0 +1,73 @@
+"""Pictures with as many questions as fit into one sequence, none of which sees another."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from questions import FAMILIES, Interviewer, Question
+from scenes import GRID, Composer
+
+PATCHES = GRID * GRID
+IGNORE = -100
+
+
+class ConversationStream(IterableDataset):
+    """Endless batches of scenes with packed questions.
+
+    Yields images (B, S, S, 3), token ids, positions, segments, targets and families, each
+    (B, C * W): the text after the picture, in C chunks of W tokens. Segment 0 is padding, 1, 2, ...
+    the question-answer pairs, each inside one chunk, with positions that start anew.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer, seed: int, held_out: bool) -> None:
+        self.args, self.tokenizer, self.seed, self.held_out = args, tokenizer, seed, held_out
+        self.start = PATCHES + len(prefix_ids(tokenizer))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        info = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng((self.seed, 1 + (info.id if info else 0)))
+        composer = Composer(self.args.sprites, self.held_out)
+        interviewer = Interviewer(new_wordings=self.held_out)
+        encode = lru_cache(100_000)(self._encode)
+        while True:
+            scenes = [composer.draw(rng) for _ in range(self.args.batch)]
+            packed = [self._pack(interviewer.ask_many(rng, scene), encode) for scene in scenes]
+            images = np.stack([scene.image for scene in scenes])
+            yield (torch.from_numpy(images), *torch.from_numpy(np.stack(packed)).unbind(1))
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _pack(self, questions: list[Question], encode) -> np.ndarray:
+        """(5, C * W): each question goes into the first chunk that has room for it."""
+        chunks, width = self.args.chunks, self.args.width
+        rows = np.zeros((5, chunks, width), np.int64)
+        rows[3], rows[4] = IGNORE, -1
+        used = [0] * chunks
+        for segment, question in enumerate(questions, start=1):
+            asked = encode(f"{question.text}<|im_end|>\n<|im_start|>assistant\n")
+            answer = encode(f"{question.answer}<|im_end|>")
+            size = len(asked) + len(answer)
+            chunk = next((c for c in range(chunks) if used[c] + size <= width), None)
+            if chunk is None:
+                continue
+            span = slice(used[chunk], used[chunk] + size)
+            used[chunk] += size
+            rows[0, chunk, span] = asked + answer
+            rows[1, chunk, span] = range(self.start, self.start + size)
+            rows[2, chunk, span] = segment
+            rows[3, chunk, span] = [IGNORE] * (len(asked) - 1) + [*answer, IGNORE]
+            rows[4, chunk, span] = FAMILIES.index(question.family)
+        return rows.reshape(5, -1)
+
+
+def prefix_ids(tokenizer) -> list[int]:
+    """What stands before the picture."""
+    return tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
