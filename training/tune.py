@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from attention import make_mask
 from conversations import IGNORE, ConversationStream, prefix_ids
 from corematching.demo.language import LanguageSource, find_language_model
+from corematching.devices import product_dtype
 from questions import FAMILIES
 from scenes import BACKGROUND, CLASSES
 from schedule import Schedule
@@ -34,7 +35,6 @@ from vision import (
     load_batches,
     make_config,
     normalise,
-    pick_dtype,
     save,
 )
 
@@ -88,7 +88,7 @@ class SceneTrainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
-        self.dtype = pick_dtype(self.device.type)
+        self.dtype = product_dtype(self.device, torch.bfloat16)
         teacher = PatchTeacher(make_config())
         teacher.load_state_dict(torch.load(args.vision, map_location="cpu")["model"])
         teacher.tower.post_layernorm.requires_grad_(False)  # behind what the projector reads

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from classes import OBJECTS
+from corematching.devices import product_dtype
 from scenes import (
     CLASSES,
     GRID,
@@ -74,12 +75,6 @@ def encode_patches(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
-def pick_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it, float32 elsewhere."""
-    fast = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def normalise(images: Tensor) -> Tensor:
     """(B, S, S, 3) uint8 -> (B, 3, V, V) float in [-1, 1], as the image processor does."""
     pixels = images.permute(0, 3, 1, 2).float()
@@ -132,7 +127,7 @@ def average(values: Tensor, chosen: Tensor) -> Tensor:
 def compute_losses(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss, and what to log."""
     images, labels, geometry, letters = batch
-    dtype = pick_dtype(images.device.type)
+    dtype = product_dtype(images.device, torch.bfloat16)
     with torch.autocast(images.device.type, dtype, enabled=dtype == torch.bfloat16):
         names, places, centres, spelt = model(normalise(images))
     names, shown, signs = names.float(), labels > 0, labels >= FIRST_WORD

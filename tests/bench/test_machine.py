@@ -12,7 +12,6 @@ from corematching.bench.machine import (
     best_seconds,
     grow_product,
     measure_ceilings,
-    product_dtype,
     require_quiet,
 )
 from corematching.errors import BusyMachineError
@@ -52,15 +51,6 @@ def test_products_grow_until_they_take_long_enough(monkeypatch):
     assert grow_product(cpu, torch.float32, 2048)[0] == 1024
     seconds = iter([0.01] * 9)
     assert grow_product(cpu, torch.float32, 512)[0] == 512
-
-
-@pytest.mark.parametrize("has", [True, False])
-def test_products_are_measured_in_what_the_processor_multiplies(monkeypatch, has):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
-    cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    assert product_dtype(cpu, bf16) == (bf16 if has else torch.float32)
-    assert product_dtype(cpu, torch.float32) == torch.float32
-    assert product_dtype(torch.device("cuda"), bf16) == bf16
 
 
 def test_best_of_at_least_five():

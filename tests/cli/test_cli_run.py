@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+import torch
 from PIL import Image
 
 from corematching.cli.entry import run_command
@@ -200,3 +201,12 @@ def test_models_lists_the_families(capsys):
 def test_unknown_command(capsys):
     assert run_command(["rum"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_slow_dtype_is_pointed_out(ask, monkeypatch, multiplies):
+    check = "_is_mkldnn_bf16_supported"
+    monkeypatch.setattr(torch.ops.mkldnn, check, lambda: multiplies)
+    code, _, err = ask("--json", "--dtype", "bfloat16", "--device", "cpu")
+    assert code == 0
+    assert ("--dtype float32" in err) is not multiplies

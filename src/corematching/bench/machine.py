@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from corematching.devices import product_dtype
 from corematching.errors import BusyMachineError
 
 BUSY_SHARE = 0.10
@@ -124,15 +125,6 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         matmul=2 * size**3 / matmul,
         matmul_dtype=str(dtype).removeprefix("torch."),
     )
-
-
-def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What a device multiplies in: float32 on a CPU that has no products of 16-bit floats."""
-    checks = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if device.type != "cpu" or dtype not in checks:
-        return dtype
-    has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{checks[dtype]}_supported", None)
-    return dtype if has is not None and has() else torch.float32
 
 
 def grow_product(

@@ -67,6 +67,7 @@ def load_model(
     UnsupportedModelError
         The model is no causal language model, with or without images.
     """
+    from corematching.devices import multiplies
     from corematching.runtime import load
 
     target = choose_device(device)
@@ -90,6 +91,11 @@ def load_model(
                 f"cannot load the weights of '{name}' ({first_line(error)}): check that the model "
                 "is complete, or delete it from the cache and download it again"
             ) from error
+    if not multiplies(target, model.dtype):
+        console.note(
+            f"this processor multiplies no {str(model.dtype).removeprefix('torch.')}: "
+            "--dtype float32 is several times faster if the memory holds it"
+        )
     return LoadedModel(name, model, processor, takes_images)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from corematching.demo.assemble import Progress, assemble
 from corematching.demo.assets import CONFIG_NAME, SceneAssets, sha256_of
 from corematching.demo.language import LanguageSource, find_language_model
+from corematching.devices import product_dtype
 from corematching.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def load_demo(
     Parameters
     ----------
     dtype : torch.dtype or str, optional
-        Default: bfloat16, as stored.
+        Default: bfloat16, as stored, or float32 on a CPU that multiplies no bfloat16.
     device : torch.device or str, optional
         Default: a CUDA device when there is one, else the CPU.
     cache_dir : path, optional
@@ -60,7 +61,8 @@ def load_demo(
 
     path = demo_directory(cache_dir, progress=progress)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or torch.bfloat16)
+    dtype = dtype or product_dtype(target, torch.bfloat16)
+    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     processor = AutoProcessor.from_pretrained(path, backend="pil")
     return model.to(target).eval(), processor
 
