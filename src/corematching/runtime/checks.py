@@ -16,6 +16,7 @@ from .view import find_attention
 
 DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 VISION_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_encoder")
+PROJECTOR_NAMES = ("multi_modal_projector", "connector", "aligner")
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -35,8 +36,8 @@ class Parts:
         The text model's configuration.
     image_ids : tuple of int
         Token ids that stand for image (or video) features; empty for text-only models.
-    vision : nn.Module or None
-        The vision tower.
+    vision, projector : nn.Module or None
+        The vision tower, and what turns its output into image tokens, where that is not in it.
     """
 
     decoder: nn.Module
@@ -47,6 +48,7 @@ class Parts:
     config: Any
     image_ids: tuple[int, ...]
     vision: nn.Module | None
+    projector: nn.Module | None = None
 
     @property
     def widths(self) -> list[int]:
@@ -99,7 +101,8 @@ def check_model(model: nn.Module, method: Method) -> Parts:
         down_projs=[],
         config=config,
         image_ids=tuple(i for i in ids if isinstance(i, int)),
-        vision=_vision(model),
+        vision=_named(model, VISION_NAMES),
+        projector=_named(model, PROJECTOR_NAMES),
     )
     parts.down_projs = [_down_proj(model, ffn) for ffn in parts.ffns]
     if method.tokens is not None:
@@ -206,9 +209,9 @@ def _down_proj(model: nn.Module, ffn: nn.Module) -> nn.Module:
     )
 
 
-def _vision(model: nn.Module) -> nn.Module | None:
+def _named(model: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     for owner in (model, getattr(model, "base_model", None), getattr(model, "model", None)):
-        for name in VISION_NAMES:
+        for name in names:
             module = getattr(owner, name, None)
             if isinstance(module, nn.Module):
                 return module

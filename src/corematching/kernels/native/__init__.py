@@ -3,21 +3,35 @@
 from .build import find_library
 from .kernel import KERNEL, NativeKernel, Plan, linear, refuse_matrix
 from .pages import leave_file, use_large_pages
+from .products import (
+    TILES,
+    VECTORS,
+    Products,
+    find_unit,
+    has_bf16_products,
+    has_tiles,
+    normalise,
+    refuse_product,
+    rotate,
+)
 from .prompt import mark_highest, pick_highest, sum_rows, weigh_marks
 from .step import DecodeStep, LayerWeights, Shape
 from .structs import MAX_BATCH
-from .tiles import TileProducts, has_tiles, normalise, refuse_tiles, rotate
 
 __all__ = [
     "KERNEL",
     "MAX_BATCH",
+    "TILES",
+    "VECTORS",
     "DecodeStep",
     "LayerWeights",
     "NativeKernel",
     "Plan",
+    "Products",
     "Shape",
-    "TileProducts",
     "find_library",
+    "find_unit",
+    "has_bf16_products",
     "has_tiles",
     "leave_file",
     "linear",
@@ -25,7 +39,7 @@ __all__ = [
     "normalise",
     "pick_highest",
     "refuse_matrix",
-    "refuse_tiles",
+    "refuse_product",
     "rotate",
     "sum_rows",
     "use_large_pages",

@@ -14,6 +14,7 @@
 static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
+#include "panels.h"
 
 #define AHEAD_BYTES 9216 /* between what is used and what is fetched */
 #define TINY 1e-24f /* a token without activations counts nothing */
@@ -166,3 +167,4 @@ const char *cm_target(void) {
 
 #include "prompt.h"
 #include "tiles.h"
+#include "products.h"

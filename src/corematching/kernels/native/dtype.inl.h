@@ -6,6 +6,7 @@
 #include "entry.inl.h"
 #include "sums.inl.h"
 #include "prompt.inl.h"
+#include "panels.inl.h"
 
 #undef W
 #undef F

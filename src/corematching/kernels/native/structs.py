@@ -64,14 +64,14 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "cm_use_large_pages": (c_int64, [c_uint64, c_uint64]),
         "cm_target": (c_char_p, []),
         "cm_has_tiles": (c_int, []),
-        "cm_multiply_scratch": (c_int64, [c_int64] * 3),
+        "cm_multiply_scratch": (c_int64, [*[c_int64] * 3, c_int, c_int]),
         "cm_multiply": (
             None,
-            [*[c_void_p] * 7, *[c_int64] * 4, c_int, c_int64, c_void_p],
+            [*[c_void_p] * 7, *[c_int64] * 4, c_int, c_int64, c_void_p, c_int, c_int],
         ),
         "cm_multiply_several": (
             None,
-            [*[c_void_p] * 3, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_void_p],
+            [*[c_void_p] * 3, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_int],
         ),
         "cm_weigh_marks": (None, [*[c_void_p] * 3, *[c_int64] * 4]),
         "cm_mark_largest": (None, [*[c_void_p] * 3, c_int64, c_int64, c_int, c_int64, c_int]),

@@ -43,33 +43,6 @@ static void load_tile_config(void) {
     _tile_loadconfig(&config);
 }
 
-/* Turn 16 vectors of 16 words in place */
-INLINE void turn_words(__m512i r[TILE]) {
-    __m512i t[TILE];
-    for (int i = 0; i < TILE; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < TILE; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
 /* Rows [16 * tile, ...) of x (rows, inputs), those beyond its end 0, as right operands: one tile of
    (input pairs, rows) for every 32 inputs */
 static void pack_rows(const bf16 *x, int64_t rows, int64_t inputs, int64_t tile, uint32_t *out) {
@@ -123,33 +96,25 @@ INLINE __m512i pair_outputs(__m512 even, __m512 odd) {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-/* What one call computes: act(gate) * up where there is a gate, else up, both of x */
-typedef struct {
-    const bf16 *up, *gate, *up_bias, *gate_bias; /* (outputs, inputs), (outputs) or NULL */
-    const bf16 *x;                               /* (rows, inputs) */
-    const bf16 *residual;                        /* (rows, outputs), added to out, or NULL */
-    bf16 *out;                                   /* (rows, stride), of which outputs are set */
-    int64_t rows, inputs, outputs, stride, activation; /* stride: between rows of out */
-    uint32_t *packed;
-} product_t;
+INLINE uint32_t *packed_of(const product_bf16 *p) { return p->scratch; }
 
 INLINE __m512 sum_of(const float *sums, const bf16 *bias, int64_t output) {
     __m512 sum = _mm512_loadu_ps(sums);
     return bias ? _mm512_add_ps(sum, _mm512_set1_ps(widen_bf16(bias[output]))) : sum;
 }
 
-INLINE __m512 gated_lanes(const product_t *p, const float *sums, int64_t output) {
+INLINE __m512 gated_lanes(const product_bf16 *p, const float *sums, int64_t output) {
     __m512 gate = round_bf16(sum_of(sums, p->gate_bias, output));
     __m512 up = round_bf16(sum_of(sums + 2 * TILE_WORDS, p->up_bias, output));
     return _mm512_mul_ps(activate_lanes(gate, p->activation), up);
 }
 
 /* Outputs [first, first + 16) of gate and up, rows [row, row + 32) */
-static void gated_block(const product_t *p, int64_t first, int64_t row, ahead_t ahead[2],
+static void gated_block(const product_bf16 *p, int64_t first, int64_t row, ahead_t ahead[2],
                         float *sums) {
     __m512i r[TILE];
     multiply_block(p->gate + first * p->inputs, p->up + first * p->inputs,
-                   p->packed + row * p->inputs / 2, p->inputs, ahead, sums);
+                   packed_of(p) + row * p->inputs / 2, p->inputs, ahead, sums);
     for (int64_t j = 0; j < 2; j++)
         for (int64_t i = 0; i < TILE; i += 2) {
             const float *pair = sums + j * TILE_WORDS + i * TILE;
@@ -176,11 +141,11 @@ INLINE __m512i add_rows(__m512i row, const bf16 *more) {
 }
 
 /* Outputs [first, first + 32), rows [row, row + 32) */
-static void plain_block(const product_t *p, int64_t first, int64_t row, ahead_t ahead[2],
+static void plain_block(const product_bf16 *p, int64_t first, int64_t row, ahead_t ahead[2],
                         float *sums) {
     const bf16 *weight = p->up + first * p->inputs;
-    multiply_block(weight, weight + TILE * p->inputs, p->packed + row * p->inputs / 2, p->inputs,
-                   ahead, sums);
+    multiply_block(weight, weight + TILE * p->inputs, packed_of(p) + row * p->inputs / 2,
+                   p->inputs, ahead, sums);
     for (int64_t j = 0; j < 2; j++) {
         __m512i r[TILE];
         for (int64_t i = 0; i < SPAN; i += 2) {
@@ -199,7 +164,7 @@ static void plain_block(const product_t *p, int64_t first, int64_t row, ahead_t 
 }
 
 /* All rows of one block of outputs, while the weights of the next one come */
-static void compute_outputs(const product_t *p, int64_t block, int is_last, float *sums) {
+static void compute_outputs(const product_bf16 *p, int64_t block, int is_last, float *sums) {
     int64_t spans = (p->rows + SPAN - 1) / SPAN, per_tile = p->inputs * TILE;
     int64_t lines = (TILE + spans - 1) / spans; /* per 32 inputs, of the 16 in a tile's row */
     int64_t next = is_last ? 0 : block + 1;
@@ -217,15 +182,15 @@ static void compute_outputs(const product_t *p, int64_t block, int is_last, floa
 }
 
 /* Several products of the same x, of which the first has the scratch memory */
-static void multiply_rows(const product_t *products, int count, int num_threads) {
-    const product_t *p = products;
+static void multiply_rows(const product_bf16 *products, int count, int num_threads) {
+    const product_bf16 *p = products;
     int64_t tiles = (p->rows + SPAN - 1) / SPAN * 2;
 #pragma omp parallel num_threads(num_threads)
     {
         int64_t first, last, thread = omp_get_thread_num(), threads = omp_get_num_threads();
         float sums[4 * TILE_WORDS] __attribute__((aligned(LINE)));
         for (int64_t tile = thread; tile < tiles; tile += threads)
-            pack_rows(p->x, p->rows, p->inputs, tile, p->packed + tile * TILE * p->inputs / 2);
+            pack_rows(p->x, p->rows, p->inputs, tile, packed_of(p) + tile * TILE * p->inputs / 2);
         load_tile_config();
 #pragma omp barrier
         for (int i = 0; i < count; i++) {
@@ -259,7 +224,7 @@ static void pack_outputs(const bf16 *weight, int64_t inputs, int64_t outputs, in
 
 /* Rows [row, row + 32) of 32 outputs; rows of x beyond its end are read from `tail`. What the next
    block reads comes meanwhile, `fetch` rows of the weight for every 32 inputs. */
-static void by_input_block(const product_t *p, const uint32_t *packed, const bf16 *tail,
+static void by_input_block(const product_bf16 *p, const uint32_t *packed, const bf16 *tail,
                            int64_t first, int64_t row, int64_t fetch, float *sums) {
     const bf16 *ahead = p->up + row / SPAN * fetch * p->inputs / DEPTH * p->outputs + first + SPAN;
     int64_t stride = p->inputs * (int64_t)sizeof(bf16), full = p->rows / TILE * TILE;
@@ -294,17 +259,17 @@ static void by_input_block(const product_t *p, const uint32_t *packed, const bf1
 }
 
 /* up is (inputs, outputs) */
-static void multiply_rows_by_input(const product_t *p, int threads) {
+static void multiply_rows_by_input(const product_bf16 *p, int threads) {
     int64_t full = p->rows / TILE * TILE, panel = p->inputs * TILE;
     int64_t spans = (p->rows + SPAN - 1) / SPAN, lines = (DEPTH + spans - 1) / spans;
-    bf16 *tail = (bf16 *)p->packed;
+    bf16 *tail = (bf16 *)packed_of(p);
     memset(tail, 0, sizeof(bf16) * (size_t)(TILE * p->inputs));
     memcpy(tail, p->x + full * p->inputs, sizeof(bf16) * (size_t)((p->rows - full) * p->inputs));
 #pragma omp parallel num_threads(threads)
     {
         int64_t first, last, thread = omp_get_thread_num(), count = omp_get_num_threads();
         float sums[4 * TILE_WORDS] __attribute__((aligned(LINE)));
-        uint32_t *packed = p->packed + TILE * p->inputs / 2 + thread * panel;
+        uint32_t *packed = packed_of(p) + TILE * p->inputs / 2 + thread * panel;
         load_tile_config();
         split_bf16(p->outputs / SPAN, (int)thread, (int)count, &first, &last);
         for (int64_t block = first; block < last; block++) {
@@ -325,49 +290,5 @@ int cm_has_tiles(void) {
     return syscall(SYS_arch_prctl, ask, tile_data) == 0;
 #else
     return 0;
-#endif
-}
-
-/* Words of scratch memory, on a cache line, that cm_multiply needs */
-int64_t cm_multiply_scratch(int64_t rows, int64_t inputs, int64_t threads) {
-    return ((rows + 31) / 32 + threads) * 16 * inputs;
-}
-
-/* out (rows, outputs) = x . up^T + bias (+ residual), or act(x . gate^T) * (x . up^T); inputs and
-   outputs are multiples of 32. by_input: up is stored (inputs, outputs), and there is no gate. */
-void cm_multiply(const void *up, const void *gate, const void *up_bias, const void *gate_bias,
-                 const void *x, const void *residual, void *out, int64_t rows, int64_t inputs,
-                 int64_t outputs, int64_t activation, int by_input, int64_t threads,
-                 void *scratch) {
-#if defined(CM_HAS_TILES)
-    product_t product = {up,   gate,   up_bias, gate_bias, x,          residual, out,
-                         rows, inputs, outputs, outputs,   activation, scratch};
-    if (by_input)
-        multiply_rows_by_input(&product, (int)threads);
-    else
-        multiply_rows(&product, 1, (int)threads);
-#else
-    (void)up, (void)gate, (void)up_bias, (void)gate_bias, (void)x, (void)residual, (void)out;
-    (void)rows, (void)inputs, (void)outputs, (void)activation, (void)by_input, (void)threads;
-    (void)scratch;
-#endif
-}
-
-/* out (rows, the sum of the outputs) = x times up to 4 matrices, one beside the other */
-void cm_multiply_several(const void *const *weights, const void *const *biases,
-                         const int64_t *outputs, int64_t count, const void *x, void *out,
-                         int64_t rows, int64_t inputs, int64_t threads, void *scratch) {
-#if defined(CM_HAS_TILES)
-    product_t products[4];
-    int64_t stride = 0, place = 0;
-    for (int64_t i = 0; i < count; i++) stride += outputs[i];
-    for (int64_t i = 0; i < count; place += outputs[i++])
-        products[i] = (product_t){.up = weights[i], .up_bias = biases[i], .x = x,
-                                  .out = (bf16 *)out + place, .rows = rows, .inputs = inputs,
-                                  .outputs = outputs[i], .stride = stride, .packed = scratch};
-    multiply_rows(products, (int)count, (int)threads);
-#else
-    (void)weights, (void)biases, (void)outputs, (void)count, (void)x, (void)out, (void)rows;
-    (void)inputs, (void)threads, (void)scratch;
 #endif
 }

@@ -12,7 +12,7 @@ from corematching.kernels.native import find_library, leave_file
 
 from ..checks import Parts
 from ..ffn import SparseFFN
-from ..tiles import TilePrompts
+from ..native_prompts import NativePrompts
 from .head import NativeHead
 from .steps import NativeSteps
 
@@ -80,7 +80,7 @@ class Backend:
         self._other_bytes += 0 if head is None else _bytes_of(head)
         self.steps: NativeSteps | None = None
         self.head: NativeHead | None = None
-        self.prompts: TilePrompts | None = None
+        self.prompts: NativePrompts | None = None
         device = next(parts.layers[0].parameters()).device
         library = find_library() if engine != "torch" and device.type == "cpu" else None
         self._target = "" if library is None else library.cm_target().decode()
@@ -91,7 +91,7 @@ class Backend:
             )
         if library is not None:
             self.steps, self.head = NativeSteps(parts, sparse), NativeHead(model)
-            self.prompts = TilePrompts(parts)
+            self.prompts = NativePrompts(parts)
 
     def install(self) -> None:
         """Put the patches on the model."""

@@ -1,4 +1,4 @@
-"""Runs the matrices, the norms and the FFNs of prompts in C, on CPUs with matrix tiles."""
+"""Runs the matrices, the norms and the FFNs of prompts in C, on a CPU's tiles or vectors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corematching.errors import UnsupportedModelError
-from corematching.kernels.native import TileProducts, has_tiles, normalise, refuse_tiles, rotate
+from corematching.kernels.native import (
+    VECTORS,
+    Products,
+    find_unit,
+    normalise,
+    refuse_product,
+    rotate,
+)
 
 from .checks import Parts
 from .ffn_parts import FFNParts
@@ -18,46 +25,55 @@ from .hooks import HookWatch
 from .patches import InstancePatches
 
 FEWEST_ROWS = 2
-"""A single row is a decode step, which reads each weight once and needs no tiles."""
+"""A single row is a decode step, which reads each weight once and needs none of this."""
 PROBE_ERROR = 2e-2
 ATTENTION = "sdpa"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-class TilePrompts:
+class NativePrompts:
     """Replaces the forwards of linear layers, RMSNorms, gated FFNs and Llama's attention.
 
-    On their instances, and only for prompts: a call that they cannot take (a single token,
-    gradients, autocast, another dtype, compiled code) goes to the module's own forward. Hooks on
-    modules see what they always see.
+    In the vision tower and the projector, those of linear layers and convolutions. On their
+    instances, and only for prompts: a call that they cannot take (a single token, gradients,
+    autocast, another dtype, compiled code) goes to the module's own forward. Hooks on modules see
+    what they always see.
 
     Parameters
     ----------
     parts : Parts
         The model's parts.
+    unit : str or None
+        What multiplies: ``tiles`` or ``vectors``; None replaces nothing. The default is what the
+        machine is best at.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, unit: str | None = "") -> None:
         self.parts = parts
+        self.unit = find_unit() if unit == "" else unit
         self._patches = InstancePatches()
-        self._products = TileProducts()
+        self._products = Products(self.unit or VECTORS)
 
     def install(self, ffns: list[FFNParts]) -> None:
-        """Replace the forwards, where the machine has tiles.
+        """Replace the forwards, where there is something to multiply with.
 
         Parameters
         ----------
         ffns : list of FFNParts
             Of all layers, or none.
         """
-        if not has_tiles():
+        if self.unit is None:
             return
         layers = [module for layer in self.parts.layers for module in layer.modules()]
-        tower = [] if self.parts.vision is None else list(self.parts.vision.modules())
+        seeing = [self.parts.vision, self.parts.projector]
+        tower = [module for part in seeing if part is not None for module in part.modules()]
         for module in [*layers, *tower]:
             if _is_plain_linear(module):
                 self._wrap(module, self._linear, module)
+            elif self.unit == VECTORS and type(module) in CONVOLUTIONS:
+                self._wrap(module, _run_convolution, module)
         final = getattr(self.parts.decoder, "norm", None)
         norms = list(filter(_is_norm, [*layers, final]))
         for norm in norms:
@@ -140,10 +156,10 @@ class TilePrompts:
         """Llama's layer, with the residual added where the products are rounded; None: C cannot."""
         attention, norm, down = layer.self_attn, layer.input_layernorm, ffn.down
         output, matrices = attention.o_proj, [attention.o_proj.weight, *_gate_and_up(ffn)]
-        if not _is_plain(x) or not all(_fits(x, w) and w.is_contiguous() for w in matrices):
+        if not _is_plain(x) or not all(self._fits(x, w) and w.is_contiguous() for w in matrices):
             return None
         normed = normalise(x, norm.weight, norm.variance_epsilon)
-        joint = self._project(attention, normed, angles) if _fits(x, down.weight) else None
+        joint = self._project(attention, normed, angles) if self._fits(x, down.weight) else None
         if joint is None:
             return None
         mixed = attend(attention, joint, mask, cache, **kwargs)[0]
@@ -161,15 +177,18 @@ class TilePrompts:
         assert ffn.activation_name is not None
         return self._products.gated(x, *_gate_and_up(ffn), *biases, ffn.activation_name)
 
+    def _fits(self, x: Tensor, weight: Tensor) -> bool:
+        return x.dtype == weight.dtype and refuse_product(weight, self._products.unit) is None
+
     def _linear(self, module: Any, original: Any, x: Tensor) -> Tensor:
-        if not _is_plain(x) or not _fits(x, module.weight):
+        if not _is_plain(x) or not self._fits(x, module.weight):
             return original(x)
         return self._products.linear(x, module.weight, module.bias)
 
     def _ffn(self, ffn: FFNParts, hooks: HookWatch, original: Any, x: Tensor, *args: Any) -> Any:
         """Gate, activation and up at once; the down projection is called as a module."""
         known = not args and _is_plain(x) and not hooks.sees_any()
-        if not known or not all(_fits(x, w) and w.is_contiguous() for w in _gate_and_up(ffn)):
+        if not known or not all(self._fits(x, w) and w.is_contiguous() for w in _gate_and_up(ffn)):
             return original(x, *args)
         return ffn.down(self._activate(ffn, x))
 
@@ -203,7 +222,7 @@ class TilePrompts:
             return None
         inputs = _inputs_of(module)
         weights = [linear.weight for linear in inputs]
-        if not all(_fits(x, weight) and weight.is_contiguous() for weight in weights):
+        if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
             return None
         joint = self._products.several(x, weights, [linear.bias for linear in inputs])
         joint = joint.view(*x.shape[:-1], -1, module.head_dim)
@@ -300,8 +319,12 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype and refuse_tiles(weight) is None
+def _run_convolution(module: Any, original: Any, x: Tensor) -> Tensor:
+    """In float32, rounded once, what a CPU without bf16 products takes forty times longer for."""
+    if not _is_plain(x) or x.dtype != torch.bfloat16 or module.weight.dtype != x.dtype:
+        return original(x)
+    bias = None if module.bias is None else module.bias.float()
+    return module._conv_forward(x.float(), module.weight.float(), bias).to(x.dtype)
 
 
 def _are_angles(angles: Any, x: Tensor, size: int) -> bool:

@@ -1,4 +1,4 @@
-"""Products of whole prompts on a CPU's matrix tiles."""
+"""Products of whole prompts on a CPU's matrix tiles or on its vectors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from .build import find_library
-from .kernel import address
+from .kernel import address, refuse_matrix
 from .structs import ACTIVATION_NUMBERS
 
 LINE = 64
 STEP = 32
-"""Inputs and outputs of a matrix come in multiples of this."""
+"""Inputs and outputs of a matrix on tiles come in multiples of this."""
+VECTORS, TILES = "vectors", "tiles"
+UNIT_NUMBERS = {VECTORS: 0, TILES: 1}
 
 
 @functools.lru_cache(maxsize=1)
@@ -25,28 +27,57 @@ def has_tiles() -> bool:
     return library is not None and bool(library.cm_has_tiles())
 
 
-def refuse_tiles(weight: Tensor) -> str | None:
-    """Why this matrix, (outputs, inputs), cannot be multiplied on tiles; None if it can."""
-    if weight.device.type != "cpu":
-        return f"it is on {weight.device}"
+def has_bf16_products() -> bool:
+    """Whether PyTorch multiplies bf16 matrices with instructions made for that on this CPU."""
+    found = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return found is not None and bool(found())
+
+
+def find_unit() -> str | None:
+    """What multiplies prompts here: tiles, else vectors where PyTorch's bf16 is slow, else None."""
+    if has_tiles():
+        return TILES
+    return None if find_library() is None or has_bf16_products() else VECTORS
+
+
+def refuse_product(weight: Tensor, unit: str) -> str | None:
+    """Why this matrix, (outputs, inputs), cannot be multiplied on a unit; None if it can.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Stored by output or by input.
+    unit : str
+        ``vectors`` or ``tiles``.
+    """
+    reason = refuse_matrix(weight if weight.is_contiguous() else weight.t())
+    if reason is not None:
+        return reason
+    if unit == VECTORS:
+        return "there is no compiled library" if find_library() is None else None
     if weight.dtype != torch.bfloat16:
         return f"it is {weight.dtype}".replace("torch.", "")
     if weight.shape[0] % STEP or weight.shape[1] % STEP:
         return f"its shape {tuple(weight.shape)} is no multiple of {STEP}"
-    if not weight.is_contiguous() and not weight.t().is_contiguous():
-        return "its rows are not contiguous"
     return None if has_tiles() else "there are no matrix tiles"
 
 
-class TileProducts:
-    """Multiplies the rows of prompts with matrices that `refuse_tiles` does not refuse.
+class Products:
+    """Multiplies the rows of prompts with matrices that `refuse_product` does not refuse.
 
     Sums are fp32 and are rounded once, so that a row's result does not depend on the other rows.
     Holds the scratch memory: one thread at a time.
+
+    Parameters
+    ----------
+    unit : str
+        ``vectors`` (float32 and bfloat16) or ``tiles`` (bfloat16).
     """
 
-    def __init__(self) -> None:
-        self._library = find_library() if has_tiles() else None
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self._number = UNIT_NUMBERS[unit]
+        self._library = find_library()
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def linear(
@@ -87,7 +118,7 @@ class TileProducts:
         self._library.cm_multiply_several(
             pointers(*map(address, weights)), pointers(*map(address, biases)),
             (ctypes.c_int64 * count)(*sizes), count, x.data_ptr(), out.data_ptr(), rows, inputs,
-            threads, self._scratch(rows, inputs, threads),
+            threads, *self._how(x, rows, threads),
         )  # fmt: skip
         return out
 
@@ -109,17 +140,18 @@ class TileProducts:
         self._library.cm_multiply(
             up.data_ptr(), address(gate), address(up_bias), address(gate_bias), x.data_ptr(),
             address(residual), out.data_ptr(), rows, inputs, outputs, activation,
-            not up.is_contiguous(), threads, self._scratch(rows, inputs, threads),
+            not up.is_contiguous(), threads, *self._how(x, rows, threads),
         )  # fmt: skip
         return out
 
-    def _scratch(self, rows: int, inputs: int, threads: int) -> int:
-        """The address of enough scratch memory, on a cache line."""
+    def _how(self, x: Tensor, rows: int, threads: int) -> tuple[int, int, bool]:
+        """The address of enough scratch memory, the unit's number, and whether it is bf16."""
         assert self._library is not None
-        size = 4 * self._library.cm_multiply_scratch(rows, inputs, threads) + LINE
+        is_bf16 = x.dtype == torch.bfloat16
+        size = self._library.cm_multiply_scratch(rows, x.shape[-1], threads, self._number, is_bf16)
         if self._memory.numel() < size:
             self._memory = torch.empty(size, dtype=torch.uint8)
-        return (self._memory.data_ptr() + LINE - 1) // LINE * LINE
+        return (self._memory.data_ptr() + LINE - 1) // LINE * LINE, self._number, is_bf16
 
 
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -10,13 +10,15 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from corematching.kernels.native import (
-    TileProducts,
+    TILES,
+    VECTORS,
+    Products,
     find_library,
     has_tiles,
     mark_highest,
     normalise,
     pick_highest,
-    refuse_tiles,
+    refuse_product,
     rotate,
     sum_rows,
     weigh_marks,
@@ -32,6 +34,14 @@ FUNCTIONS = {
 
 compiled = pytest.mark.skipif(find_library() is None, reason="no C compiler")
 tiled = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
+on_units = pytest.mark.parametrize(
+    ("unit", "dtype"),
+    [
+        pytest.param(VECTORS, BF16, marks=compiled, id="vectors-bf16"),
+        pytest.param(VECTORS, torch.float32, marks=compiled, id="vectors-fp32"),
+        pytest.param(TILES, BF16, marks=tiled, id="tiles"),
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,97 +59,150 @@ def differ(ours, theirs):
     return float(error), float((ours != theirs).float().mean())
 
 
-@tiled
+def largest_error(ours, exact, dtype):
+    """The largest error against float64, over the largest that one rounding explains."""
+    bound = exact.abs() * (2**-8 if dtype == BF16 else 2**-24) + 2e-6 * exact.abs().max()
+    return float(((ours.double() - exact).abs() / bound).max())
+
+
+@on_units
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 32), (96, 160), (576, 64)])
 @pytest.mark.parametrize("by_input", [False, True])
-def test_products(rows, inputs, outputs, by_input):
-    x, weight = draw(rows, inputs), draw(outputs, inputs, scale=inputs**-0.5)
-    stored = weight.t().contiguous().t() if by_input else weight
-    for bias in (None, draw(outputs)):
-        ours = TileProducts().linear(x, stored, bias)
-        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        error, unequal = differ(ours, exact.to(BF16))
-        assert error < 1e-3
-        assert unequal < 0.01
+def test_products(unit, dtype, rows, inputs, outputs, by_input):
+    check_product(unit, dtype, rows, inputs, outputs, by_input)
 
 
-@tiled
+@compiled
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 7, 400])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 17), (33, 15), (391, 100), (800, 9)])
 @pytest.mark.parametrize("by_input", [False, True])
-def test_residuals_are_added_to_the_rounded_product(by_input):
-    x, weight, residual = draw(37, 64), draw(96, 64, scale=0.2), draw(37, 96)
+def test_products_of_odd_sizes(dtype, rows, inputs, outputs, by_input):
+    check_product(VECTORS, dtype, rows, inputs, outputs, by_input)
+
+
+def check_product(unit, dtype, rows, inputs, outputs, by_input):
+    x = draw(rows, inputs, dtype=dtype)
+    weight = draw(outputs, inputs, scale=inputs**-0.5, dtype=dtype)
     stored = weight.t().contiguous().t() if by_input else weight
-    products = TileProducts()
+    assert refuse_product(stored, unit) is None
+    for bias in (None, draw(outputs, dtype=dtype)):
+        ours = Products(unit).linear(x, stored, bias)
+        assert ours.shape == (rows, outputs) and ours.dtype == dtype
+        wide = None if bias is None else bias.double()
+        assert largest_error(ours, F.linear(x.double(), weight.double(), wide), dtype) <= 1
+
+
+@on_units
+@pytest.mark.parametrize("by_input", [False, True])
+def test_residuals_are_added_to_the_rounded_product(unit, dtype, by_input):
+    x, weight = draw(37, 64, dtype=dtype), draw(96, 64, scale=0.2, dtype=dtype)
+    residual = draw(37, 96, dtype=dtype)
+    stored = weight.t().contiguous().t() if by_input else weight
+    products = Products(unit)
     alone = products.linear(x, stored, None)
     assert torch.equal(products.linear(x, stored, None, residual), alone + residual)
 
 
-@tiled
+@on_units
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("rows", [2, 16, 40])
 @pytest.mark.parametrize("bias", [False, True])
-def test_gated(name, rows, bias):
-    x = draw(2, rows, 64)
-    gate, up = draw(96, 64, scale=0.3), draw(96, 64, scale=0.3)
-    gate_bias, up_bias = (draw(96), draw(96)) if bias else (None, None)
-    ours = TileProducts().gated(x, gate, up, gate_bias, up_bias, name)
-    theirs = FUNCTIONS[name](F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+def test_gated(unit, dtype, name, rows, bias):
+    check_gated(unit, dtype, name, (2, rows, 64), 96, bias)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1, 7), (1, 1, 576), (5, 391), (400, 33)])
+@pytest.mark.parametrize("width", [3, 75])
+def test_gated_of_odd_sizes(dtype, shape, width):
+    check_gated(VECTORS, dtype, "silu", shape, width, bias=True)
+
+
+def check_gated(unit, dtype, name, shape, width, bias):
+    x = draw(*shape, dtype=dtype)
+    scale = 2.4 * shape[-1] ** -0.5
+    gate, up = (draw(width, shape[-1], scale=scale, dtype=dtype) for _ in range(2))
+    biases = (draw(width, dtype=dtype), draw(width, dtype=dtype)) if bias else (None, None)
+    ours = Products(unit).gated(x, gate, up, *biases, name)
+    assert ours.shape == (*shape[:-1], width)
+    sums = (F.linear(x.float(), w.float()) for w in (gate, up))
+    sums = [s if b is None else s + b.float() for s, b in zip(sums, biases, strict=True)]
+    theirs = FUNCTIONS[name](sums[0].to(dtype)) * sums[1].to(dtype)
     error, unequal = differ(ours, theirs)
-    assert ours.shape == (2, rows, 96)
-    assert error < 2e-3
-    assert unequal < (0.1 if "gelu" in name else 0.02)
+    if dtype == torch.float32:
+        assert error < 5e-6
+    else:
+        assert error < 2e-3
+        assert unequal < (0.1 if "gelu" in name else 0.02)
 
 
-@tiled
-def test_large_gates_neither_overflow_nor_vanish():
-    x, up = torch.ones(3, 32, dtype=BF16), torch.ones(32, 32, dtype=BF16)
-    gate = torch.linspace(-400, 400, 32, dtype=torch.float32).to(BF16)[:, None].expand(32, 32)
+@on_units
+def test_large_gates_neither_overflow_nor_vanish(unit, dtype):
+    x, up = torch.ones(3, 32, dtype=dtype), torch.ones(32, 32, dtype=dtype)
+    gate = torch.linspace(-400, 400, 32, dtype=torch.float32).to(dtype)[:, None].expand(32, 32)
     gate = (gate / 32).contiguous()
-    ours = TileProducts().gated(x, gate, up, None, None, "silu")
+    ours = Products(unit).gated(x, gate, up, None, None, "silu")
     torch.testing.assert_close(ours, F.silu(F.linear(x, gate)) * F.linear(x, up))
 
 
-@tiled
+@on_units
 @pytest.mark.parametrize("rows", [2, 33])
-def test_several_at_once_are_each_alone(rows):
-    x, products = draw(1, rows, 96), TileProducts()
-    weights = [draw(64, 96), draw(32, 96), draw(32, 96)]
-    biases = [draw(64), None, draw(32)]
+def test_several_at_once_are_each_alone(unit, dtype, rows):
+    x, products = draw(1, rows, 96, dtype=dtype), Products(unit)
+    weights = [draw(n, 96, dtype=dtype) for n in (64, 32, 32)]
+    biases = [draw(64, dtype=dtype), None, draw(32, dtype=dtype)]
     ours = products.several(x, weights, biases)
     alone = [products.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     assert torch.equal(ours, torch.cat(alone, -1))
 
 
-@tiled
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_does_not_depend_on_the_others(threads):
-    x, weight, products = draw(50, 64), draw(96, 64), TileProducts()
-    before = torch.get_num_threads()
+@on_units
+@pytest.mark.parametrize("threads", [1, 2, 3, 9])
+def test_a_row_does_not_depend_on_the_others(unit, dtype, threads):
+    x, weight = draw(50, 64, dtype=dtype), draw(96, 64, dtype=dtype)
+    products, before = Products(unit), torch.get_num_threads()
+    alone = products.linear(x[7:20], weight, None)
     try:
         torch.set_num_threads(threads)
         whole = products.linear(x, weight, None)
-        some = products.linear(x[7:20], weight, None)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(whole[7:20], some)
+    assert torch.equal(whole[7:20], alone)
 
 
-@tiled
-def test_scratch_memory_grows_and_is_kept():
-    products = TileProducts()
-    first = products.linear(draw(2, 32), draw(32, 32), None)
+@on_units
+def test_what_is_not_finite_stays_in_its_row(unit, dtype):
+    x, weight = draw(9, 64, dtype=dtype), draw(96, 64, dtype=dtype)
+    clean = Products(unit).linear(x, weight, None)
+    x[3, 5], x[7, 0] = float("nan"), float("inf")
+    ours = Products(unit).linear(x, weight, None)
+    assert ours[3].isnan().all() and not ours[7].isfinite().any()
+    keep = [0, 1, 2, 4, 5, 6, 8]
+    assert torch.equal(ours[keep], clean[keep])
+
+
+@on_units
+def test_scratch_memory_grows_and_is_kept(unit, dtype):
+    products = Products(unit)
+    first = products.linear(draw(2, 32, dtype=dtype), draw(32, 32, dtype=dtype), None)
     kept = first.clone()
-    x, weight = draw(300, 320), draw(64, 320, scale=0.05)
-    assert differ(products.linear(x, weight, None), F.linear(x, weight))[0] < 1e-3
+    x, weight = draw(300, 320, dtype=dtype), draw(64, 320, scale=0.05, dtype=dtype)
+    exact = F.linear(x.double(), weight.double())
+    assert largest_error(products.linear(x, weight, None), exact, dtype) <= 1
     assert torch.equal(first, kept)
 
 
 def test_other_matrices_are_refused():
-    assert "float32" in refuse_tiles(torch.zeros(32, 32))
-    assert "multiple of 32" in refuse_tiles(torch.zeros(32, 40, dtype=BF16))
-    assert "contiguous" in refuse_tiles(torch.zeros(64, 128, dtype=BF16)[:, ::2])
-    assert "meta" in refuse_tiles(torch.zeros(32, 32, dtype=BF16, device="meta"))
-    assert (refuse_tiles(torch.zeros(32, 32, dtype=BF16)) is None) == has_tiles()
+    assert "float32" in refuse_product(torch.zeros(32, 32), TILES)
+    assert "multiple of 32" in refuse_product(torch.zeros(32, 40, dtype=BF16), TILES)
+    assert (refuse_product(torch.zeros(32, 32, dtype=BF16), TILES) is None) == has_tiles()
+    for unit in (VECTORS, TILES):
+        assert "float64" in refuse_product(torch.zeros(32, 32, dtype=torch.float64), unit)
+        assert "contiguous" in refuse_product(torch.zeros(64, 128, dtype=BF16)[:, ::2], unit)
+        assert "meta" in refuse_product(torch.zeros(32, 32, dtype=BF16, device="meta"), unit)
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Prompts on matrix tiles give what the model's own forward gives, and leave nothing behind."""
+"""Prompts on tiles or vectors give what the model's own forward gives, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corematching import CoreMatching, Sparsifier
-from corematching.kernels.native import has_tiles, tiles
-from corematching.runtime import tiles as tiles_module
+from corematching.kernels.native import TILES, VECTORS, Products, find_library, find_unit, has_tiles
 from corematching.runtime.checks import Parts
+from corematching.runtime.ffn_parts import FFNParts
+from corematching.runtime.native_prompts import NativePrompts
 
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="no matrix tiles (AMX) on this processor")
+by_default = pytest.mark.skipif(find_unit() is None, reason="prompts stay PyTorch's here")
+on_units = pytest.mark.parametrize(
+    "unit",
+    [
+        pytest.param(VECTORS, marks=pytest.mark.skipif(find_library() is None, reason="no cc")),
+        pytest.param(TILES, marks=pytest.mark.skipif(not has_tiles(), reason="no AMX")),
+    ],
+)
 
 SIZES = {
     "vocab_size": 97,
@@ -45,16 +53,16 @@ def build(kind="llama", dtype=torch.bfloat16):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts what runs on tiles."""
+    """Counts what runs in C."""
     counted = []
     for name in ("linear", "gated", "several"):
-        own = getattr(tiles.TileProducts, name)
+        own = getattr(Products, name)
 
         def count(self, *args, own=own, name=name):
             counted.append(name)
             return own(self, *args)
 
-        monkeypatch.setattr(tiles.TileProducts, name, count)
+        monkeypatch.setattr(Products, name, count)
     return counted
 
 
@@ -67,18 +75,23 @@ def logits(model, **inputs):
     return model(**inputs).logits.float()
 
 
+@on_units
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_same_logits_on_tiles(kind, calls):
-    model, ids = build(kind), prompt(2)
+@pytest.mark.parametrize("length", [2, 11])
+def test_same_logits(unit, kind, length, calls):
+    model, ids = build(kind), prompt(2, length)
     dense = logits(model, input_ids=ids)
-    with Sparsifier()(model):
-        calls.clear()
-        ours = logits(model, input_ids=ids)
+    prompts = NativePrompts(find_parts(model), unit)
+    prompts.install([FFNParts(layer.mlp) for layer in model.model.layers])
+    calls.clear()
+    ours = logits(model, input_ids=ids)
+    prompts.remove()
     assert calls.count("gated") == calls.count("several") == 4
     assert calls.count("linear") == 8
     assert (ours - dense).norm() < 2e-2 * dense.norm()
 
 
+@by_default
 def test_layers_that_look_like_llamas_are_tried_first():
     model, ids = build("granite"), prompt(2)
     dense = logits(model, input_ids=ids)
@@ -87,16 +100,17 @@ def test_layers_that_look_like_llamas_are_tried_first():
     assert (ours - dense).norm() < 2e-2 * dense.norm()
 
 
-def test_unknown_ffns_keep_their_forward(calls):
+@on_units
+def test_unknown_ffns_keep_their_forward(unit, calls):
     model, ids = build(), prompt()
     dense = logits(model, input_ids=ids)
     for layer in model.model.layers:
         layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj)
-    tiles_only = tiles_module.TilePrompts(find_parts(model))
-    tiles_only.install([])
+    prompts = NativePrompts(find_parts(model), unit)
+    prompts.install([])
     calls.clear()
     ours = logits(model, input_ids=ids)
-    tiles_only.remove()
+    prompts.remove()
     assert "several" in calls
     assert "gated" not in calls
     assert (ours - dense).norm() < 2e-2 * dense.norm()
@@ -113,6 +127,7 @@ class DoublingMLP(LlamaMLP):
         return 2 * super().forward(x)
 
 
+@by_default
 def test_ffns_that_compute_more_keep_their_forward(calls):
     model, ids = build(), prompt()
     for layer in model.model.layers:
@@ -131,6 +146,7 @@ class DoublingLinear(torch.nn.Linear):
         return 2 * super().forward(x)
 
 
+@by_default
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "o_proj"])
 def test_a_projection_that_becomes_another_is_run_as_it_is(name):
     model, ids = build(), prompt()
@@ -146,6 +162,7 @@ def test_a_projection_that_becomes_another_is_run_as_it_is(name):
     assert (ours - dense).norm() < 2e-2 * dense.norm()
 
 
+@by_default
 def test_hooks_on_all_modules_see_every_module():
     model, ids, seen = build(), prompt(), []
     with Sparsifier()(model):
@@ -160,6 +177,7 @@ def test_hooks_on_all_modules_see_every_module():
         assert {layer.mlp.gate_proj, layer.mlp.act_fn, layer.self_attn.q_proj} <= set(seen)
 
 
+@by_default
 def test_padded_batches_are_as_singles():
     model, ids = build(), prompt(2)
     mask = torch.ones_like(ids)
@@ -170,6 +188,7 @@ def test_padded_batches_are_as_singles():
     assert (both[:1, 4:] - alone).norm() < 2e-2 * alone.norm()
 
 
+@by_default
 def test_hooks_see_what_they_always_see(calls):
     model, ids, seen = build(), prompt(), []
     layer = model.model.layers[1]
@@ -184,7 +203,8 @@ def test_hooks_see_what_they_always_see(calls):
         assert (out - expected).float().norm() < 1e-2 * expected.float().norm()
 
 
-def test_neurons_are_chosen_from_activations_on_tiles(calls):
+@by_default
+def test_neurons_are_chosen_from_activations_in_c(calls):
     model, ids = build(), prompt()
     method = CoreMatching(beta=0.5, **NEURONS)
     chosen = []
@@ -197,6 +217,7 @@ def test_neurons_are_chosen_from_activations_on_tiles(calls):
         assert torch.equal(choice.indices, chosen[1][index].indices)
 
 
+@by_default
 @pytest.mark.parametrize("engine", ["torch", "auto"])
 def test_gradients_and_other_types_take_the_own_forward(engine, calls):
     model, ids = build(), prompt()
@@ -205,12 +226,13 @@ def test_gradients_and_other_types_take_the_own_forward(engine, calls):
         model(input_ids=ids).logits.sum().backward()
         assert model.model.layers[0].mlp.up_proj.weight.grad is not None
         assert not calls
-    model = build(dtype=torch.float32)
+    model = build(dtype=torch.float64)
     with Sparsifier()(model, engine=engine):
         logits(model, input_ids=ids)
     assert not calls
 
 
+@by_default
 def test_eager_attention_stays_eager(calls):
     model, ids = build(), prompt()
     model.set_attn_implementation("eager")
@@ -221,6 +243,7 @@ def test_eager_attention_stays_eager(calls):
     assert "several" not in calls
 
 
+@by_default
 def test_nothing_stays_on_the_model():
     model = build()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}

@@ -1,0 +1,66 @@
+/* The entries of panels.inl.h and tiles.h. Included last. */
+
+enum { VECTORS, TILES };
+
+/* Bytes of scratch memory, on a cache line, that cm_multiply needs */
+int64_t cm_multiply_scratch(int64_t rows, int64_t inputs, int64_t threads, int unit, int is_bf16) {
+    int64_t line = LINE / sizeof(float), floats;
+    if (unit == TILES)
+        floats = ((rows + 31) / 32 + threads) * 16 * inputs;
+    else
+        floats = (is_bf16 ? rows * wide_stride(inputs) : 0) + threads * THREAD_FLOATS;
+    return (floats + line) * (int64_t)sizeof(float);
+}
+
+static void multiply_bf16s(const product_bf16 *products, int count, int threads, int unit) {
+#if defined(CM_HAS_TILES)
+    if (unit == TILES && products->by_input)
+        multiply_rows_by_input(products, threads);
+    else if (unit == TILES)
+        multiply_rows(products, count, threads);
+    else
+#endif
+        multiply_bf16(products, count, threads);
+    (void)unit;
+}
+
+/* out (rows, outputs) = x . up^T + bias (+ residual), or act(x . gate^T) * (x . up^T). On tiles,
+   all is bf16, and inputs and outputs are multiples of 32. by_input: up is stored (inputs,
+   outputs), and there is no gate. */
+void cm_multiply(const void *up, const void *gate, const void *up_bias, const void *gate_bias,
+                 const void *x, const void *residual, void *out, int64_t rows, int64_t inputs,
+                 int64_t outputs, int64_t activation, int by_input, int64_t threads, void *scratch,
+                 int unit, int is_bf16) {
+    if (is_bf16) {
+        product_bf16 p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
+                          inputs, outputs, outputs, activation, by_input, scratch};
+        multiply_bf16s(&p, 1, (int)threads, unit);
+    } else {
+        product_float p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
+                           inputs, outputs, outputs, activation, by_input, scratch};
+        multiply_float(&p, 1, (int)threads);
+    }
+}
+
+/* out (rows, the sum of the outputs) = x times up to 4 matrices, one beside the other */
+void cm_multiply_several(const void *const *weights, const void *const *biases,
+                         const int64_t *outputs, int64_t count, const void *x, void *out,
+                         int64_t rows, int64_t inputs, int64_t threads, void *scratch, int unit,
+                         int is_bf16) {
+    product_bf16 halves[4];
+    product_float floats[4];
+    int64_t stride = 0, place = 0;
+    for (int64_t i = 0; i < count; i++) stride += outputs[i];
+    for (int64_t i = 0; i < count; place += outputs[i++]) {
+        halves[i] = (product_bf16){.up = weights[i], .up_bias = biases[i], .x = x,
+                                   .out = (bf16 *)out + place, .rows = rows, .inputs = inputs,
+                                   .outputs = outputs[i], .stride = stride, .scratch = scratch};
+        floats[i] = (product_float){.up = weights[i], .up_bias = biases[i], .x = x,
+                                    .out = (float *)out + place, .rows = rows, .inputs = inputs,
+                                    .outputs = outputs[i], .stride = stride, .scratch = scratch};
+    }
+    if (is_bf16)
+        multiply_bf16s(halves, (int)count, (int)threads, unit);
+    else
+        multiply_float(floats, (int)count, (int)threads);
+}
