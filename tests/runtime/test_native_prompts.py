@@ -15,10 +15,19 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corematching import CoreMatching, Sparsifier
-from corematching.kernels.native import TILES, VECTORS, Products, find_library, find_unit, has_tiles
+from corematching.kernels.native import (
+    TILES,
+    VECTORS,
+    Products,
+    find_library,
+    find_unit,
+    has_tiles,
+    list_dtypes,
+)
 from corematching.runtime.checks import Parts
 from corematching.runtime.ffn_parts import FFNParts
 from corematching.runtime.native_prompts import NativePrompts
+from tests import models
 
 by_default = pytest.mark.skipif(find_unit() is None, reason="prompts stay PyTorch's here")
 on_units = pytest.mark.parametrize(
@@ -89,6 +98,36 @@ def test_same_logits(unit, kind, length, calls):
     assert calls.count("gated") == calls.count("several") == 4
     assert calls.count("linear") == 8
     assert (ours - dense).norm() < 2e-2 * dense.norm()
+
+
+@by_default
+def test_float32_has_the_same_logits(calls):
+    model, ids = build(dtype=torch.float32), prompt(2)
+    dense = logits(model, input_ids=ids)
+    with Sparsifier()(model):
+        calls.clear()
+        ours = logits(model, input_ids=ids)
+    assert ("several" in calls) == (torch.float32 in list_dtypes(find_unit()))
+    torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-5)
+
+
+@by_default
+def test_towers_and_projectors_run_in_c_too(calls):
+    model = models.build("llava").to(torch.bfloat16)
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    pixels = models.make_inputs("llava", model)["pixel_values"].to(torch.bfloat16)
+
+    @torch.no_grad()
+    def see():
+        return model.get_image_features(pixel_values=pixels).pooler_output[0]
+
+    dense = see()
+    with Sparsifier()(model):
+        calls.clear()
+        ours = see()
+    every = [*tower.modules(), *projector.modules()]
+    assert find_unit() == TILES or len(calls) == sum(type(m) is torch.nn.Linear for m in every)
+    assert (ours - dense).float().norm() < 2e-2 * dense.float().norm()
 
 
 @by_default

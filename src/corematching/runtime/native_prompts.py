@@ -14,6 +14,7 @@ from corematching.kernels.native import (
     VECTORS,
     Products,
     find_unit,
+    list_dtypes,
     normalise,
     refuse_product,
     rotate,
@@ -55,6 +56,7 @@ class NativePrompts:
         self.unit = find_unit() if unit == "" else unit
         self._patches = InstancePatches()
         self._products = Products(self.unit or VECTORS)
+        self._dtypes = list_dtypes(self.unit)
 
     def install(self, ffns: list[FFNParts]) -> None:
         """Replace the forwards, where there is something to multiply with.
@@ -178,7 +180,8 @@ class NativePrompts:
         return self._products.gated(x, *_gate_and_up(ffn), *biases, ffn.activation_name)
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:
-        return x.dtype == weight.dtype and refuse_product(weight, self._products.unit) is None
+        known = x.dtype == weight.dtype and x.dtype in self._dtypes
+        return known and refuse_product(weight, self._products.unit) is None
 
     def _linear(self, module: Any, original: Any, x: Tensor) -> Tensor:
         if not _is_plain(x) or not self._fits(x, module.weight):

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from corematching.devices import multiplies
+
 from .build import find_library
 from .kernel import address, refuse_matrix
 from .structs import ACTIVATION_NUMBERS
@@ -27,17 +29,23 @@ def has_tiles() -> bool:
     return library is not None and bool(library.cm_has_tiles())
 
 
-def has_bf16_products() -> bool:
-    """Whether PyTorch multiplies bf16 matrices with instructions made for that on this CPU."""
-    found = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return found is not None and bool(found())
-
-
 def find_unit() -> str | None:
     """What multiplies prompts here: tiles, else vectors where PyTorch's bf16 is slow, else None."""
     if has_tiles():
         return TILES
-    return None if find_library() is None or has_bf16_products() else VECTORS
+    return None if find_library() is None or multiplies("cpu", torch.bfloat16) else VECTORS
+
+
+def list_dtypes(unit: str | None) -> tuple[torch.dtype, ...]:
+    """What a unit multiplies faster than PyTorch does: bfloat16, with AVX2 float32 as well.
+
+    Elsewhere float32 products were not measured, and some machines have far faster ones.
+    """
+    library = find_library()
+    if library is None or unit is None:
+        return ()
+    floats = unit == VECTORS and library.cm_target() == b"avx2"
+    return (torch.bfloat16, torch.float32) if floats else (torch.bfloat16,)
 
 
 def refuse_product(weight: Tensor, unit: str) -> str | None:

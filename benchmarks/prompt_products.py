@@ -1,0 +1,68 @@
+"""Products of prompts: PyTorch's linear layer against ours, in turn, as a Markdown table.
+
+python benchmarks/prompt_products.py [--threads 1] [--rounds 60] [--hidden 576 --width 1536]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from corematching.kernels.native import Products, find_unit, refuse_product
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def time_once(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(rows: int, outputs: int, inputs: int, dtype: torch.dtype, rounds: int) -> list[str]:
+    """GFLOP/s of PyTorch and of our product, the best of so many in turn; "-" where it has none."""
+    unit = find_unit()
+    x = torch.randn(rows, inputs).to(dtype)
+    weight = torch.randn(outputs, inputs).to(dtype)
+    ways: list[Callable[[], object]] = [lambda: F.linear(x, weight)]
+    if unit is not None and refuse_product(weight, unit) is None:
+        products = Products(unit)
+        ways.append(lambda: products.linear(x, weight, None))
+    best = [
+        min(times)
+        for times in zip(*([time_once(way) for way in ways] for _ in range(rounds)), strict=True)
+    ]
+    rates = [f"{2e-9 * rows * outputs * inputs / seconds:.0f}" for seconds in best]
+    return rates + ["-"] * (2 - len(rates))
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    unit = find_unit() or "none"
+    print(
+        f"| rows | outputs x inputs | bf16, PyTorch | bf16, {unit} | fp32, PyTorch | fp32, {unit} |"
+    )
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    hidden, width = args.hidden, args.width
+    for rows in args.rows:
+        for outputs, inputs in ((hidden, hidden), (width, hidden), (hidden, width)):
+            cells = [
+                cell
+                for dtype in DTYPES
+                for cell in compare(rows, outputs, inputs, dtype, args.rounds)
+            ]
+            print(f"| {rows} | {outputs} x {inputs} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rows", type=int, nargs="+", default=[60, 300, 640])
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--width", type=int, default=1536)
+    run(parser.parse_args())
