@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from corematching.demo import assemble
 from tests.demo.scene_fakes import write_language_model, write_scene_assets
@@ -27,8 +27,10 @@ def tiny_vlm(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory) -> Path:
-    """A random text-only Llama."""
-    return write_language_model(tmp_path_factory.mktemp("tiny_lm"))
+    """A random text-only Llama, in float32."""
+    path = write_language_model(tmp_path_factory.mktemp("tiny_lm"))
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,7 @@ def test_text_model_runs_without_a_picture(ask, tiny_lm):
 
 
 def test_text_model_with_a_picture(ask, tiny_lm):
-    assert "text-only model: leave --image out" in refused(ask("--dtype", "float32", model=tiny_lm))
+    assert "text-only model: leave --image out" in refused(ask(model=tiny_lm))
 
 
 def test_missing_picture(ask, tmp_path):
