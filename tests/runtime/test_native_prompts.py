@@ -11,6 +11,7 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    StaticCache,
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -102,12 +103,16 @@ def test_same_logits(unit, kind, length, calls):
 
 @by_default
 def test_float32_has_the_same_logits(calls):
-    model, ids = build(dtype=torch.float32), prompt(2)
+    model, ids = build(dtype=torch.float32), prompt(2, 40)
     dense = logits(model, input_ids=ids)
     with Sparsifier()(model):
         calls.clear()
         ours = logits(model, input_ids=ids)
-    assert ("several" in calls) == (torch.float32 in list_dtypes(find_unit()))
+        takes_floats = torch.float32 in list_dtypes(find_unit())
+        assert calls.count("several") == calls.count("gated") == 4 * takes_floats
+        calls.clear()
+        logits(model, input_ids=prompt())
+        assert not calls  # too few rows
     torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-5)
 
 
@@ -254,6 +259,21 @@ def test_neurons_are_chosen_from_activations_in_c(calls):
     assert "gated" in calls
     for index, choice in chosen[0].items():
         assert torch.equal(choice.indices, chosen[1][index].indices)
+
+
+@by_default
+def test_batches_of_single_tokens_run_on_chosen_neurons(calls):
+    model, ids = build(), prompt(2)
+    method = CoreMatching(beta=0.5, **NEURONS)
+    answers = []
+    for engine in ("torch", "auto"):
+        with method(model, engine=engine), torch.no_grad():
+            cache = StaticCache(model.config, max_cache_len=16)
+            model(input_ids=ids, past_key_values=cache)
+            calls.clear()
+            answers.append(model(input_ids=ids[:, :1], past_key_values=cache).logits.float())
+    assert "gated" not in calls
+    assert (answers[1] - answers[0]).norm() < 2e-2 * answers[0].norm()
 
 
 @by_default

@@ -27,6 +27,8 @@ from .patches import InstancePatches
 
 FEWEST_ROWS = 2
 """A single row is a decode step, which reads each weight once and needs none of this."""
+FEWEST_FLOAT_ROWS = 64
+"""PyTorch multiplies fewer rows of float32 in less time."""
 PROBE_ERROR = 2e-2
 ATTENTION = "sdpa"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -115,12 +117,15 @@ class NativePrompts:
         return ours is not None and _is_close(ours, theirs)
 
     def _make_probe(self, attention: Any) -> tuple[Tensor, Any]:
-        """Three tokens and their angles."""
+        """As few tokens as run here, and their angles; a gap is between their places."""
         decoder: Any = self.parts.decoder
+        dtype = attention.q_proj.weight.dtype
+        count = FEWEST_FLOAT_ROWS if dtype == torch.float32 else 3
         with torch.inference_mode(False), torch.no_grad():
-            wave = torch.sin(torch.arange(3.0 * attention.q_proj.in_features))
-            x = wave.to(attention.q_proj.weight.dtype).view(1, 3, -1)
-            return x, decoder.rotary_emb(x, torch.tensor([[1, 2, 9]]))
+            x = torch.sin(torch.arange(1.0 * count * attention.q_proj.in_features))
+            x, places = x.to(dtype).view(1, count, -1), torch.arange(1, count + 1)[None]
+            places[:, 2:] += 6
+            return x, decoder.rotary_emb(x, places)
 
     def _layer(
         self,
@@ -158,7 +163,7 @@ class NativePrompts:
         """Llama's layer, with the residual added where the products are rounded; None: C cannot."""
         attention, norm, down = layer.self_attn, layer.input_layernorm, ffn.down
         output, matrices = attention.o_proj, [attention.o_proj.weight, *_gate_and_up(ffn)]
-        if not _is_plain(x) or not all(self._fits(x, w) and w.is_contiguous() for w in matrices):
+        if not _is_prompt(x) or not all(self._fits(x, w) and w.is_contiguous() for w in matrices):
             return None
         normed = normalise(x, norm.weight, norm.variance_epsilon)
         joint = self._project(attention, normed, angles) if self._fits(x, down.weight) else None
@@ -181,6 +186,8 @@ class NativePrompts:
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:
         known = x.dtype == weight.dtype and x.dtype in self._dtypes
+        if x.dtype == torch.float32 and x.numel() < FEWEST_FLOAT_ROWS * x.shape[-1]:
+            return False
         return known and refuse_product(weight, self._products.unit) is None
 
     def _linear(self, module: Any, original: Any, x: Tensor) -> Tensor:
@@ -190,7 +197,7 @@ class NativePrompts:
 
     def _ffn(self, ffn: FFNParts, hooks: HookWatch, original: Any, x: Tensor, *args: Any) -> Any:
         """Gate, activation and up at once; the down projection is called as a module."""
-        known = not args and _is_plain(x) and not hooks.sees_any()
+        known = not args and _is_prompt(x) and not hooks.sees_any()
         if not known or not all(self._fits(x, w) and w.is_contiguous() for w in _gate_and_up(ffn)):
             return original(x, *args)
         return ffn.down(self._activate(ffn, x))
@@ -328,6 +335,11 @@ def _run_convolution(module: Any, original: Any, x: Tensor) -> Tensor:
         return original(x)
     bias = None if module.bias is None else module.bias.float()
     return module._conv_forward(x.float(), module.weight.float(), bias).to(x.dtype)
+
+
+def _is_prompt(x: Tensor) -> bool:
+    """The same, for several tokens of each sample: single ones may run on chosen neurons."""
+    return _is_plain(x) and x.dim() == 3 and x.shape[1] >= FEWEST_ROWS
 
 
 def _are_angles(angles: Any, x: Tensor, size: int) -> bool:
