@@ -31,5 +31,7 @@ class HookWatch:
             return True
         if not any(self._hooks):
             return False
+        if not self._ignored:
+            return True
         every = (hook for hooks in self._hooks for hook in hooks.values())
         return any(getattr(hook, "__name__", "") != self._ignored for hook in every)
