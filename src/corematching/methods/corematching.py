@@ -80,7 +80,7 @@ class CoreMatching(Installable, name="corematching"):
         default=0.7, metadata={"help": "share of the neurons that are core, in (0, 1]"}
     )
     layer: int | float | tuple[int | float, ...] = field(
-        default=0.5,
+        default=0.6,
         metadata={
             "help": "drop image tokens after this decoder layer (int, from 0), or once this share "
             "of the layers (float) has seen them all; several, from the first to the last: a tuple"
