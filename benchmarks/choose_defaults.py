@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from corematching import CoreMatching, CoreOverlap, TextOverlap, load_demo
 from corematching.evaluate import Plan, SceneQA, Subject, evaluate
 from corematching.methods import Installable
@@ -61,7 +59,7 @@ STUDIES = {"tokens": list_token_methods, "neurons": list_neuron_methods}
 
 
 def run_study(args: argparse.Namespace) -> None:
-    model, processor = load_demo(dtype=torch.bfloat16)
+    model, processor = load_demo()
     subject = Subject("SceneVLM", model, processor)
     task = SceneQA.load(args.split)
     plan = Plan(limit=args.limit, batch=args.batch)
