@@ -21,9 +21,9 @@ IGNORE = -100
 class ConversationStream(IterableDataset):
     """Endless batches of scenes with packed questions.
 
-    Yields images (B, S, S, 3), token ids, positions, segments, targets and families, each
-    (B, C * W): the text after the picture, in C chunks of W tokens. Segment 0 is padding, 1, 2, ...
-    the question-answer pairs, each inside one chunk, with positions that start anew.
+    Yields images (B, S, S, 3), token ids, positions, segments, targets and families, each (B, T):
+    the text after the picture. Segment 0 is padding, 1, 2, ... the question-answer pairs, with
+    positions that start anew.
     """
 
     def __init__(self, args: argparse.Namespace, tokenizer, seed: int, held_out: bool) -> None:
@@ -33,7 +33,8 @@ class ConversationStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         info = torch.utils.data.get_worker_info()
         rng = np.random.default_rng((self.seed, 1 + (info.id if info else 0)))
-        composer = Composer(self.args.sprites, self.held_out)
+        signs = {} if self.held_out else {"signs": self.args.signs}
+        composer = Composer(self.args.sprites, self.held_out, **signs)
         interviewer = Interviewer(new_wordings=self.held_out)
         encode = lru_cache(100_000)(self._encode)
         while True:
@@ -46,26 +47,24 @@ class ConversationStream(IterableDataset):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _pack(self, questions: list[Question], encode) -> np.ndarray:
-        """(5, C * W): each question goes into the first chunk that has room for it."""
-        chunks, width = self.args.chunks, self.args.width
-        rows = np.zeros((5, chunks, width), np.int64)
+        """(5, T): the questions that fit, in turn."""
+        rows = np.zeros((5, self.args.text), np.int64)
         rows[3], rows[4] = IGNORE, -1
-        used = [0] * chunks
+        used = 0
         for segment, question in enumerate(questions, start=1):
             asked = encode(f"{question.text}<|im_end|>\n<|im_start|>assistant\n")
             answer = encode(f"{question.answer}<|im_end|>")
             size = len(asked) + len(answer)
-            chunk = next((c for c in range(chunks) if used[c] + size <= width), None)
-            if chunk is None:
+            if used + size > self.args.text:
                 continue
-            span = slice(used[chunk], used[chunk] + size)
-            used[chunk] += size
-            rows[0, chunk, span] = asked + answer
-            rows[1, chunk, span] = range(self.start, self.start + size)
-            rows[2, chunk, span] = segment
-            rows[3, chunk, span] = [IGNORE] * (len(asked) - 1) + [*answer, IGNORE]
-            rows[4, chunk, span] = FAMILIES.index(question.family)
-        return rows.reshape(5, -1)
+            span = slice(used, used + size)
+            used += size
+            rows[0, span] = asked + answer
+            rows[1, span] = range(self.start, self.start + size)
+            rows[2, span] = segment
+            rows[3, span] = [IGNORE] * (len(asked) - 1) + [*answer, IGNORE]
+            rows[4, span] = FAMILIES.index(question.family)
+        return rows
 
 
 def prefix_ids(tokenizer) -> list[int]:

@@ -1,6 +1,6 @@
-"""Draw the learning curves from the two training logs.
+"""Draw the learning curves from the training logs, round after round.
 
-python curves.py --vision logs/vision.jsonl --tune logs/tune.jsonl --out curves.png
+python curves.py --vision logs/vision-*.jsonl --tune logs/tune-*.jsonl --out curves.png
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ import matplotlib.pyplot as plt
 from questions import FAMILIES
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a log, in order."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_rounds(paths: list[Path]) -> tuple[list[dict[str, float]], list[float]]:
+    """The rows of all logs, scenes counted on, and after how many scenes each later one starts."""
+    rows, starts, seen = [], [], 0
+    for path in paths:
+        starts.append(seen)
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if "scenes" in row:
+                row["scenes"] += starts[-1]
+                seen = row["scenes"]
+            rows.append(row)
+    return rows, starts[1:]
 
 
 def read_curve(rows: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
@@ -28,7 +37,9 @@ def read_curve(rows: list[dict[str, float]], key: str) -> tuple[list[float], lis
     return [row["scenes"] / 1000 for row in rows], [row[key] for row in rows]
 
 
-def draw(vision: list[dict], tune: list[dict], out: Path) -> None:
+def draw(vision_logs: list[Path], tune_logs: list[Path], out: Path) -> None:
+    vision, vision_starts = read_rounds(vision_logs)
+    tune, tune_starts = read_rounds(tune_logs)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     for key, label in (
         ("object_accuracy", "object patches"),
@@ -40,7 +51,9 @@ def draw(vision: list[dict], tune: list[dict], out: Path) -> None:
     axes[1].plot(*read_curve(tune, "loss"), color="tab:gray", label="loss, nats per token")
     axes[1].plot(*read_curve(tune, "token_accuracy"), label="answer tokens right")
     axes[1].set(title="Stage 3: answering (training scenes)")
-    for axis in axes[:2]:
+    for axis, starts in zip(axes, (vision_starts, tune_starts), strict=False):
+        for start in starts:
+            axis.axvline(start / 1000, color="black", linewidth=0.8, linestyle=":")
         axis.set_xlabel("thousand scenes")
         axis.set_ylim(0, None)
         axis.grid(alpha=0.3)
@@ -56,8 +69,8 @@ def draw(vision: list[dict], tune: list[dict], out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vision", type=Path, required=True)
-    parser.add_argument("--tune", type=Path, required=True)
+    parser.add_argument("--vision", type=Path, nargs="+", required=True)
+    parser.add_argument("--tune", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    draw(read_log(args.vision), read_log(args.tune), args.out)
+    draw(args.vision, args.tune, args.out)

@@ -1,7 +1,7 @@
 """Ask about a scene: ten families of questions, each with several wordings.
 
-Training uses the first wordings of a family, the test split all of them, so that a share of its
-questions is phrased as no training question was.
+The splits use all of a family's `WORDINGS`, training the first ones and `TRAINING_WORDINGS`, so
+that a share of the splits' questions is phrased as no training question was.
 """
 
 from __future__ import annotations
@@ -113,9 +113,78 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Tell me what is in this image.",
     ),
 }
+# Only training asks with these: the more wordings it has seen, the surer it tells families apart.
+TRAINING_WORDINGS: dict[str, tuple[str, ...]] = {
+    "exists": (
+        "Does this picture contain {a}?",
+        "Is it true that there {is} {a} in the picture?",
+        "Can {a} be seen?",
+        "Do you find {a} anywhere?",
+    ),
+    "count": (
+        "How many {s}?",
+        "Give the number of {s} in the picture.",
+        "Please count the {s} in this image.",
+        "How many {s} do you see here?",
+    ),
+    "side": (
+        "What stands furthest to the {side}?",
+        "What is the {most} thing in the picture?",
+        "Tell me the {most} object.",
+        "Which of the objects is on the far {side}?",
+    ),
+    "relation": (
+        "On which side of {c} {is} {b}?",
+        "{Is} {b} left of, right of, above or below {c}?",
+        "How {is} {b} placed with respect to {c}?",
+        "Looking from {c}, in which direction {is} {b}?",
+    ),
+    "bigger": (
+        "Which of them is bigger, {b} or {c}?",
+        "What is larger, {b} or {c}?",
+        "Compare {b} and {c}: which is bigger?",
+        "Which has the larger size, {b} or {c}?",
+    ),
+    "where": (
+        "Where is the place of {b} in the picture?",
+        "In which quarter of the picture {is} {b}?",
+        "Tell me where {b} {is}.",
+        "Which corner {is} {b} in?",
+    ),
+    "list": (
+        "Which objects can you see?",
+        "Make a list of the objects.",
+        "Give the names of all objects in this image.",
+        "What things are in the picture? Name them.",
+        "Enumerate the objects in the scene.",
+        "Name every thing that the picture shows.",
+    ),
+    "read": (
+        "What does it say on the sign?",
+        "Which word is on the sign?",
+        "Tell me the word on the sign.",
+        "What is the written word?",
+    ),
+    "choice": (
+        "Which of these do you see?",
+        "Which of these objects is shown?",
+        "One of these is in the picture. Which one?",
+        "Select the object that the image contains.",
+    ),
+    "describe": (
+        "Write one sentence about the picture.",
+        "Give a caption for this image.",
+        "What can be seen here?",
+        "Say what the image shows.",
+        "Summarize the picture.",
+        "What is in this scene?",
+        "Tell me about the picture.",
+        "Explain what you see here.",
+    ),
+}
 # After one round of all families, training asks these again, in these shares; the easy ones only
 # about every second picture.
-ASKED = {"count": 4, "side": 3, "relation": 6, "bigger": 1, "where": 2, "list": 2, "describe": 2}
+ASKED = {"count": 4, "side": 3, "relation": 6, "bigger": 1, "where": 2, "list": 2, "describe": 3}
 EASY = ("exists", "choice")
 HELD_OUT_WORDINGS = 2
 SIDES = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}
@@ -138,7 +207,7 @@ class Interviewer:
     Parameters
     ----------
     new_wordings : bool
-        Whether the held-out wordings are asked too.
+        True asks as the splits do, in wordings that training never sees too; False as training.
     """
 
     def __init__(self, new_wordings: bool = False) -> None:
@@ -152,12 +221,14 @@ class Interviewer:
         slots, answer = made
         wordings = WORDINGS[family]
         trained = len(wordings) - HELD_OUT_WORDINGS
-        index = int(rng.integers(len(wordings) if self.new_wordings else trained))
+        if not self.new_wordings:
+            wordings = wordings[:trained] + TRAINING_WORDINGS[family]
+        index = int(rng.integers(len(wordings)))
         wording = wordings[index]
         verb = "are" if is_plural(slots.get("subject", "")) else "is"
         text = wording.format(**slots, **{"is": verb, "Is": verb.capitalize()})
         text += slots.get("options", "")
-        return Question(family, text, answer, index >= trained)
+        return Question(family, text, answer, self.new_wordings and index >= trained)
 
     def ask_many(self, rng: np.random.Generator, scene: Scene, tries: int = 40) -> list[Question]:
         """Different questions about one scene: each family once, then the harder ones again."""

@@ -25,6 +25,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
 _FONT_SIZES = range(24, 41, 2)
 _MIN_VISIBLE = 0.6
+_COVERED = 0.18 * PATCH * PATCH  # pixels of a patch that an item covers at least
+_SEEN = np.arange(VIEW) * SIZE // VIEW
+_PATCH_OF_PIXEL = (np.arange(VIEW) // PATCH)[:, None] * GRID + np.arange(VIEW) // PATCH
+_GRID = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
 _HELD_OUT = 8  # one pair of contents in so many is kept for the test and development splits
 
 
@@ -225,7 +229,7 @@ def draw_background(rng: np.random.Generator, kind: str) -> np.ndarray:
     """A (SIZE, SIZE, 3) float32 background of the given kind, values 0 to 255."""
     first, second = rng.integers(20, 240, (2, 3)).astype(np.float32)
     second = first + (second - first) * rng.uniform(0.15, 0.6)
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
+    y, x = _GRID
     angle = rng.uniform(0, 2 * math.pi)
     along = x * math.cos(angle) + y * math.sin(angle)
     period = rng.uniform(0.06, 0.25)
@@ -248,10 +252,15 @@ def draw_background(rng: np.random.Generator, kind: str) -> np.ndarray:
     return first + blend[..., None] * (second - first)
 
 
-def cut_tiles(scene: Scene) -> np.ndarray:
-    """(GRID, PATCH, GRID, PATCH): whose every pixel of every patch is, at the tower's size."""
-    seen = np.arange(VIEW) * SIZE // VIEW
-    return scene.owner[seen][:, seen].reshape(GRID, PATCH, GRID, PATCH)
+def count_pixels(scene: Scene) -> np.ndarray:
+    """(1 + items, GRID, GRID): how many pixels of each patch, at the tower's size, are whose.
+
+    Row 0 is the background's.
+    """
+    kinds = len(scene.items) + 1
+    owner = scene.owner[_SEEN][:, _SEEN] + 1 + kinds * _PATCH_OF_PIXEL
+    counts = np.bincount(owner.ravel(), minlength=kinds * GRID * GRID)
+    return counts.reshape(GRID, GRID, kinds).transpose(2, 0, 1)
 
 
 def label_patches(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -264,11 +273,8 @@ def label_patches(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     geometry : ndarray
         (GRID * GRID, 4) float32, that item's centre and extent (x, y, width, height) over SIZE.
     """
-    counts = np.zeros((len(scene.items) + 1, GRID, GRID), np.int64)
-    tiles = cut_tiles(scene)
-    for index in range(len(scene.items)):
-        counts[index + 1] = (tiles == index).sum((1, 3))
-    counts[0] = int(0.18 * PATCH * PATCH)
+    counts = count_pixels(scene)
+    counts[0] = int(_COVERED)
     winner = counts.argmax(0).reshape(-1)
     ids = [BACKGROUND] + [CLASS_ID[item.name] for item in scene.items]
     boxes = [(0.0, 0.0, 0.0, 0.0)]
@@ -286,12 +292,12 @@ def label_letters(scene: Scene) -> np.ndarray:
         and only in patches that the sign covers.
     """
     shown = np.zeros((GRID, GRID, len(LETTERS)), bool)
-    tiles = cut_tiles(scene)
+    counts = count_pixels(scene)
     side = SIZE / GRID
     for index, item in enumerate(scene.items):
         if not item.is_word:
             continue
-        rows = (tiles == index).sum((1, 3)) > 0.18 * PATCH * PATCH
+        rows = counts[index + 1] > _COVERED
         for letter, start, stop in item.letters:
             edges = np.arange(GRID + 1) * side - item.x0
             overlap = np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1])

@@ -5,8 +5,8 @@
 Projector and LoRA learn at the full rate, the tower along with them at a tenth of it. Every picture
 comes with as many questions as fit into one sequence: each question-answer pair sees the picture
 and itself alone (positions start anew), so a sequence teaches exactly what single questions would.
-The text stands in chunks that never look at each other, which makes attention half as expensive as
-one mask over everything. Resumes from the last checkpoint.
+Resumes from the last checkpoint in ``--out``; ``--start`` begins with the projector and the LoRA
+factors of an exported model, and skips stage 2.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from attention import make_mask
 from conversations import IGNORE, ConversationStream, prefix_ids
+from corematching.demo.assets import SceneAssets
 from corematching.demo.language import LanguageSource, find_language_model
 from corematching.devices import product_dtype
 from questions import FAMILIES
@@ -95,7 +96,7 @@ class SceneTrainer:
         self.tower = teacher.tower.to(self.device)
         source = LanguageSource.at(args.language_model) if args.language_model else None
         lm, self.tokenizer = (source or find_language_model()).load()
-        lm.requires_grad_(False).set_attn_implementation("chunks")
+        lm.requires_grad_(False).set_attn_implementation("picture")
         self.projector = Projector(256, lm.config.hidden_size).to(self.device)
         self.lora = add_lora(lm.model, RANK)
         self.lm = lm.to(self.device, self.dtype)
@@ -121,7 +122,7 @@ class SceneTrainer:
         prefix = start.shape[1] + seen.shape[1]
         places = torch.arange(prefix, device=self.device).expand(len(images), -1)
         positions = torch.cat([places, positions], dim=1)
-        mask = make_mask(segments, self.args.width, hidden.dtype)
+        mask = make_mask(segments, prefix, hidden.dtype)
         rope = self.lm.model.rotary_emb(hidden, positions)
         for layer in self.lm.model.layers:
             hidden = layer(
@@ -148,12 +149,20 @@ class SceneTrainer:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for prefix, module in (("vision_tower.", self.tower), ("projector.", self.projector)):
-            parts = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            module.load_state_dict(parts)
+        self.tower.load_state_dict(take(state, "vision_tower."))
+        self.load_language(state)
+
+    def load_language(self, state: dict[str, Tensor]) -> None:
+        """The projector and the LoRA factors alone."""
+        self.projector.load_state_dict(take(state, "projector."))
         for name, module in self.lora.items():
             module.A.data.copy_(state[f"lora.{name}.A"])
             module.B.data.copy_(state[f"lora.{name}.B"])
+
+
+def take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, named without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def align_projector(trainer: SceneTrainer, args: argparse.Namespace) -> None:
@@ -244,10 +253,12 @@ def train(args: argparse.Namespace) -> None:
         trainer.load_state(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.resume(state)
+    elif args.start:
+        trainer.load_language(SceneAssets.read(args.start).tensors)
     stream = ConversationStream(args, trainer.tokenizer, args.seed + schedule.step, held_out=False)
     drawn = load_batches(stream, args.workers)
     batches = ([part.to(trainer.device, non_blocking=True) for part in batch] for batch in drawn)
-    if not schedule.step:
+    if not schedule.step and not args.start:
         align_projector(trainer, args)
     for layer in (*trainer.lm.model.layers, *trainer.tower.encoder.layers):
         layer.compile(dynamic=False)
@@ -293,8 +304,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, help="end after so long, if that comes first")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--chunks", type=int, default=5, help="chunks of text per picture")
-    parser.add_argument("--width", type=int, default=64, help="tokens per chunk")
+    parser.add_argument("--start", type=Path, help="folder of an exported model to go on from")
+    parser.add_argument("--text", type=int, default=325, help="tokens of text per picture")
+    parser.add_argument("--signs", type=float, default=0.5, help="signs per scene, at most one")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--align-steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

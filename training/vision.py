@@ -2,7 +2,8 @@
 
     python vision.py --sprites SPRITES --out runs/vision [--minutes 2.5] [--device cuda]
 
-Resumes from the last checkpoint in ``--out``. Writes ``log.jsonl`` beside it.
+Resumes from the last checkpoint in ``--out``. ``--start`` begins with the tower of an exported
+model; the new heads then learn alone at first. Writes ``log.jsonl`` beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from classes import OBJECTS
+from corematching.demo.assets import SceneAssets
 from corematching.devices import product_dtype
 from scenes import (
     CLASSES,
@@ -33,6 +35,7 @@ from scenes import (
 )
 from schedule import Schedule
 
+HEADS_ALONE = 0.05  # of the run
 FIRST_WORD = 1 + len(OBJECTS)  # class ids from here on are words
 
 
@@ -155,11 +158,18 @@ def compute_losses(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[
     return loss, {key: value.detach() for key, value in log.items()}
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW that lets only matrices decay."""
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+def make_optimizer(model: PatchTeacher) -> torch.optim.Optimizer:
+    """AdamW that lets only matrices decay, the tower's and the heads' apart."""
+    tower = set(model.tower.parameters())
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (p.ndim > 1, p in tower) == (matrix, of)],
+            "weight_decay": 0.05 if matrix else 0.0,
+            "of_tower": of,
+        }
+        for matrix in (True, False)
+        for of in (True, False)
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
@@ -174,6 +184,8 @@ def train(args: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.resume(state)
+    elif args.start:
+        model.tower.load_state_dict(SceneAssets.read(args.start).under("vision_tower."))
     for layer in model.tower.encoder.layers:
         layer.compile(dynamic=False)
     stream = PatchStream(args.sprites, args.batch, args.signs, args.seed + schedule.step)
@@ -181,8 +193,10 @@ def train(args: argparse.Namespace) -> None:
     logged: list[dict[str, Tensor]] = []
     with (args.out / "log.jsonl").open("a") as log_file:
         while not schedule.done:
+            tower_waits = args.start and schedule.progress < HEADS_ALONE
             for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(args.rate)
+                waits = tower_waits and group["of_tower"]
+                group["lr"] = 0.0 if waits else schedule.rate(args.rate)
             batch = [part.to(args.device, non_blocking=True) for part in next(batches)]
             loss, log = compute_losses(model, batch)
             optimizer.zero_grad(set_to_none=True)
@@ -214,6 +228,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="folder of an exported model to go on from")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, help="end after so long, if that comes first")
     parser.add_argument("--signs", type=float, default=1.5, help="signs per scene")

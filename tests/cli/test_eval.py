@@ -45,6 +45,25 @@ def test_table_and_resumed_run(measure, tmp_path):
     assert (tmp_path / "run" / "board.json").read_text() == before
 
 
+def test_jobs_give_the_same_board(measure, tmp_path):
+    arguments = ("--json", "-M", "oracle:layer=1,keep=0.25", "-M", "griffin")
+    alone = json.loads(measure(*arguments)[1])
+    code, out, err = measure(*arguments, "--jobs", "2", out="shared")
+    assert code == 0, err
+    shared = json.loads(out)
+    assert "--jobs=2" in shared["command"]
+    for one, other in zip(alone["methods"], shared["methods"], strict=True):
+        for name in ("method", "accuracy", "agreement", "tokens_kept", "prefill_flops"):
+            assert one[name] == other[name]
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-6)
+
+
+def test_engine_is_a_setting(measure):
+    assert json.loads(measure("--json", "-M", "griffin")[1])["settings"].get("engine") is None
+    message = refused(measure("--engine", "torch", "-M", "griffin"))
+    assert "engine=None" in message and "engine=torch" in message
+
+
 def test_budgets_go_to_each_method_s_own_parameter(measure, tmp_path):
     arguments = ("--limit", "2", "-M", "stride:layer=1", "-M", "griffin", "--json")
     code, out, err = measure(*arguments, "--budget", "0.25", "--budget", "0.5")
@@ -87,6 +106,8 @@ def test_a_text_model_is_refused(measure, tiny_lm):
         (("--budget", "1.5"), "keep=1.5: give a share"),
         (("--limit", "0"), "limit"),
         (("--batch", "0"), "batch"),
+        (("--jobs", "0"), "jobs"),
+        (("--engine", "torhc"), "choose auto"),
         (("--dtype", "float31"), "did you mean 'float32'"),
     ],
 )

@@ -3,12 +3,23 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+)
 
 from corematching.demo import SceneAssets, assemble, write_assets
+from corematching.demo.assemble import name_ends
 from corematching.demo.assets import expand, squeeze
 from corematching.errors import InputError
-from tests.demo.scene_fakes import IMAGE_TOKEN_ID, write_language_model, write_scene_assets
+from tests.demo.scene_fakes import (
+    IMAGE_TOKEN_ID,
+    byte_tokenizer,
+    write_language_model,
+    write_scene_assets,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +61,21 @@ def test_lora_is_merged_and_the_rest_is_untouched(parts, loaded):
             expected = (weight.float() + 0.5 * update).to(weight.dtype)
             assert not torch.equal(expected, weight)
         assert torch.equal(merged[name], expected), name
+
+
+@pytest.mark.parametrize("named", ["<|im_end|>", None])
+def test_the_tokenizer_ends_and_pads_as_the_config_says(named):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = named, named or "<|im_start|>"
+    name_ends(tokenizer, LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2))
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
+
+
+def test_a_config_without_ends_changes_nothing():
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    name_ends(tokenizer, LlamaConfig(eos_token_id=[2, 3], pad_token_id=None))
+    assert (tokenizer.eos_token_id, tokenizer.pad_token) == (2, None)
 
 
 def test_tower_and_projector_arrive_unchanged(parts, loaded):

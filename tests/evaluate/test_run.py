@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import pickle
 
 import pytest
 import torch
 
 from corematching.errors import ConfigError, InputError
 from corematching.evaluate import (
+    Crew,
     Plan,
     SceneQA,
     Subject,
     evaluate,
     make_methods,
     pick_questions,
-    runner,
+    respond,
 )
 from corematching.evaluate import answer as answer_module
 from corematching.evaluate.answer import answer_batch, split_batches
 from corematching.evaluate.store import AnswerFile
+from corematching.methods import method_by_name, method_names
+from corematching.runtime import is_attached
 from tests.evaluate.conftest import PLAN, write_split
 
 SPARSE = "corematching:keep=0.25,layer=1,beta=0.5,dense_first=1,dense_last=1"
@@ -115,7 +120,7 @@ def test_same_again_asks_nothing(board, subject, task, monkeypatch):
     def refuse(*args):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(runner, "answer_batch", refuse)
+    monkeypatch.setattr(respond, "answer_batch", refuse)
     assert evaluate(subject, task, make_methods(TEXTS), out, PLAN, None, "x") == made
 
 
@@ -128,7 +133,7 @@ def test_interrupted_run_gives_the_same(board, subject, task, tmp_path, monkeypa
             raise KeyboardInterrupt
         return answer_batch(*args)
 
-    monkeypatch.setattr(runner, "answer_batch", stop)
+    monkeypatch.setattr(respond, "answer_batch", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(subject, task, make_methods(TEXTS), tmp_path, PLAN, None, "x")
     for path in (tmp_path / "answers").iterdir():
@@ -214,6 +219,55 @@ def test_batches_are_padded_on_the_left(subject):
     inputs = subject.encode(["Why?", "How many of them?"], [image, image])
     mask = inputs["attention_mask"]
     assert mask[1].all() and not mask[0, 0] and mask[0, -1]
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end(subject):
+    image = answer_module.Image.new("RGB", (64, 64))
+    prompts = ["Why?", "How many of them?"]
+    usual = subject.encode(prompts, [image, image])
+    tokenizer = subject.tokenizer
+    before = tokenizer.pad_token
+    tokenizer.pad_token = None
+    try:
+        inputs = subject.encode(prompts, [image, image])
+        assert tokenizer.pad_token == tokenizer.eos_token
+    finally:
+        tokenizer.pad_token = before
+    assert torch.equal(inputs["attention_mask"], usual["attention_mask"])
+
+
+def test_inputs_are_prepared_once_for_all_methods(subject, task, monkeypatch):
+    calls = []
+
+    def encode(*args):
+        calls.append(args)
+        return answer_module.encode_batch(*args)
+
+    monkeypatch.setattr(respond, "encode_batch", encode)
+    methods = make_methods([SPARSE])
+    with respond.Respondent(subject, task, methods, PLAN) as respondent:
+        respondent._room = 1 << 20
+        replies = respondent.answer_all(
+            [respond.Assignment(text, 0, task.questions[:3], None) for text in methods]
+        )
+        assert [reply.text for reply in replies] == list(methods) and len(calls) == 1
+    assert not is_attached(subject.model)
+
+
+def test_every_method_reaches_a_worker():
+    for name in method_names():
+        method = method_by_name(name)
+        copy = pickle.loads(pickle.dumps(method))
+        assert copy.to_dict() == method.to_dict()
+
+
+def test_a_worker_that_cannot_load_is_reported(task, tmp_path, subject):
+    methods = make_methods([])
+    with (
+        Crew(1, os.abort, task, methods, PLAN) as crew,
+        pytest.raises(InputError, match="fewer --jobs"),
+    ):
+        evaluate(subject, task, methods, tmp_path, PLAN, crew=crew)
 
 
 def test_bad_plans():

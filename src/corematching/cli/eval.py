@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from corematching.cli import console, options
 from corematching.cli.repeat import write_command
+
+if TYPE_CHECKING:
+    from corematching.evaluate import Subject
 
 DEFAULT_OUT = Path("corematching-eval")
 EXAMPLES = """
@@ -63,6 +67,16 @@ AnswerLength = Annotated[
 ]
 
 
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Processes that share the questions, each with its own copy of the model: for a GPU "
+        "that one alone cannot fill. Seconds on the board are then those of a shared device.",
+    ),
+]
+
+
 def evaluate(
     model: options.Model = None,
     split: Split = None,
@@ -74,20 +88,19 @@ def evaluate(
     device: options.Device = None,
     seed: Seed = 0,
     max_new_tokens: AnswerLength = 40,
+    engine: options.Engine = "auto",
+    jobs: Jobs = 1,
     out: Out = DEFAULT_OUT,
     as_json: options.Json = False,
 ) -> None:
     """Measure what methods lose on SceneQA, beside the dense model."""
     console.keep_bars_away(own_bars=model is None)
-    from corematching.cli.loading import load_model
-    from corematching.evaluate import Plan, SceneQA, Subject, make_methods
+    from corematching.evaluate import Crew, Plan, SceneQA, make_methods
     from corematching.evaluate import evaluate as run_methods
 
     methods = make_methods(method or ["corematching"], budget)
-    plan = Plan(limit=limit, seed=seed, batch=batch, max_new_tokens=max_new_tokens)
+    plan = Plan(limit, seed, batch, max_new_tokens, engine)
     task = SceneQA.load(split)
-    loaded = load_model(model, device, dtype)
-    subject = Subject(loaded.name, loaded.model, loaded.processor)
     given = {
         "model": model,
         "split": split,
@@ -97,16 +110,29 @@ def evaluate(
         "device": device,
         "seed": seed,
         "max-new-tokens": max_new_tokens,
+        "engine": None if engine == "auto" else engine,
+        "jobs": None if jobs == 1 else jobs,
         "out": out,
     }
-    with counting() as progress:
+    load = partial(load_subject, model, device, dtype)
+    crew = nullcontext() if jobs == 1 else Crew(jobs, load, task, methods, plan)
+    with crew as workers, counting() as progress:
         command = write_command("eval", given)
-        board = run_methods(subject, task, methods, out, plan, progress, command)
+        board = run_methods(load(), task, methods, out, plan, progress, command, workers)
     if as_json:
         print(json.dumps(board))
         return
     console.out.print(tabulate(board))
     console.note(f"board, answers and pictures: {out}")
+
+
+def load_subject(model: str | None, device: str | None, dtype: str) -> Subject:
+    """The model under test."""
+    from corematching.cli.loading import load_model
+    from corematching.evaluate import Subject
+
+    loaded = load_model(model, device, dtype)
+    return Subject(loaded.name, loaded.model, loaded.processor)
 
 
 def register_eval(app: typer.Typer) -> None:

@@ -52,6 +52,7 @@ def assemble(
     tell("merging LoRA", 0.4)
     merge_lora(text_model.model, parts)
     tokenizer, image_token_id = name_image_token(tokenizer, parts, out)
+    name_ends(tokenizer, text_model.config)
     tell("adding the vision tower", 0.6)
     model = join(text_model, parts, image_token_id)
     tell("writing the checkpoint", 0.7)
@@ -113,6 +114,18 @@ def name_image_token(tokenizer: Any, assets: SceneAssets, scratch: Path) -> tupl
     if renamed.convert_tokens_to_ids(name) != token_id:
         raise InputError(f"cannot give token {token_id} the name '{name}': {REINSTALL}")
     return renamed, int(token_id)
+
+
+def name_ends(tokenizer: Any, config: Any) -> None:
+    """Let the tokenizer end and pad with the tokens that the language model's config has.
+
+    Some versions of transformers read a GGUF file's tokenizer without a padding token, and with
+    another end token than the file names.
+    """
+    for name in ("eos_token", "pad_token"):
+        token_id = getattr(config, f"{name}_id", None)
+        if isinstance(token_id, int) and getattr(tokenizer, f"{name}_id") != token_id:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
 
 
 def join(text_model: Any, assets: SceneAssets, image_token_id: int) -> Any:

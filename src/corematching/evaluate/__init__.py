@@ -5,11 +5,14 @@
 
 from corematching.evaluate.answer import Subject
 from corematching.evaluate.board import make_board
-from corematching.evaluate.runner import Plan, evaluate, make_methods
+from corematching.evaluate.jobs import Crew
+from corematching.evaluate.plan import Plan
+from corematching.evaluate.runner import evaluate, make_methods
 from corematching.evaluate.store import RunDirectory
 from corematching.evaluate.task import SceneQA, Task, pick_questions
 
 __all__ = [
+    "Crew",
     "Plan",
     "RunDirectory",
     "SceneQA",

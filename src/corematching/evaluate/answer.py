@@ -17,8 +17,8 @@ from torch import Tensor
 from corematching.errors import InputError
 from corematching.evaluate.oracle import BoxCoverage
 from corematching.evaluate.task import Question, Task
-from corematching.methods import Installable
 from corematching.report import Report
+from corematching.runtime import Run
 
 SAMPLED_VALUES = 64
 
@@ -81,8 +81,11 @@ class Subject:
 def encode_texts(model: Any, processor: Any, texts: list[str], images: list | None) -> Any:
     """Rendered prompts and each one's pictures (None: no pictures) as a model's input.
 
-    Padded on the left; a prompt that starts with the tokenizer's first token gets no second one.
+    Padded on the left, with the end token where the tokenizer names none to pad with; a prompt that
+    starts with the tokenizer's first token gets no second one.
     """
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     inputs = processor(
         text=texts,
         images=images,
@@ -144,38 +147,39 @@ def watching(model: Any) -> Iterator[FirstLogits]:
         handle.remove()
 
 
-def answer_batch(
-    subject: Subject,
-    method: Installable,
-    task: Task[Any],
-    questions: Sequence[Question],
-    max_new_tokens: int,
-) -> Batch:
+def encode_batch(subject: Subject, task: Task[Any], questions: Sequence[Question]) -> Any:
+    """A model's input for a batch of questions, best of like length."""
+    images = [read_picture(question.image) for question in questions]
+    return subject.encode([task.prompt(question) for question in questions], images)
+
+
+def show_scenes(method: Any, task: Task[Any], questions: Sequence[Question]) -> None:
+    """Tell an oracle where the objects of the next batch are; other methods are told nothing."""
+    score = getattr(method.tokens, "score", None)
+    if isinstance(score, BoxCoverage):
+        sizes = [read_picture(question.image).size for question in questions]
+        pairs = zip(questions, sizes, strict=True)
+        score.show([task.areas(question, size) for question, size in pairs])
+
+
+def answer_batch(subject: Subject, run: Run, inputs: Any, max_new_tokens: int) -> Batch:
     """Answer questions greedily.
 
     Parameters
     ----------
     subject : Subject
-    method : Installable
-        Put on the model for this batch.
-    task : Task
-        What the questions are of.
-    questions : sequence of Question
-        Best of like length.
+    run : Run
+        Of a method that is on the model.
+    inputs : mapping
+        From `encode_batch`.
     max_new_tokens : int
         An answer stops here if the model does not stop before.
     """
-    images = [read_picture(question.image) for question in questions]
-    score = getattr(method.tokens, "score", None)  # type: ignore[attr-defined]
-    if isinstance(score, BoxCoverage):
-        pairs = zip(questions, images, strict=True)
-        score.show([task.areas(question, image.size) for question, image in pairs])
-    inputs = subject.encode([task.prompt(question) for question in questions], images)
     settings = subject.model.generation_config
     pad = settings.pad_token_id
     if pad is None:
         pad = subject.tokenizer.pad_token_id
-    with method(subject.model) as run, watching(subject.model) as first, torch.inference_mode():
+    with watching(subject.model) as first, torch.inference_mode():
         output = subject.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from corematching.errors import ConfigError
-from corematching.evaluate.answer import Batch, Subject, answer_batch, split_batches
+from corematching.evaluate.answer import Subject, split_batches
 from corematching.evaluate.board import make_board
+from corematching.evaluate.jobs import Crew
 from corematching.evaluate.machine import describe_machine
-from corematching.evaluate.measure import condense, kl_from
-from corematching.evaluate.store import Answer, FirstTokens, RunDirectory
+from corematching.evaluate.plan import Plan
+from corematching.evaluate.respond import Assignment, Distribution, Reply, Respondent
+from corematching.evaluate.store import Answer, AnswerFile, RunDirectory
 from corematching.evaluate.task import Question, Task, pick_questions
 from corematching.methods import Installable, method_from_text, text_at_budget
 
@@ -24,36 +26,6 @@ logger = logging.getLogger(__name__)
 DENSE = "dense"
 Progress = Callable[[str, int, int, float], None]
 """Called with a method's text, its answers so far, all its questions, the accuracy so far."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to run.
-
-    Attributes
-    ----------
-    limit : int or None
-        Ask this many questions, a random sample; None: all.
-    seed : int
-        Of the sample and of the intervals.
-    batch : int
-        Questions at a time.
-    max_new_tokens : int
-        The longest answer.
-    """
-
-    limit: int | None = None
-    seed: int = 0
-    batch: int = 16
-    max_new_tokens: int = 40
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: give a whole number of at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed}: give a whole number of at least 0")
 
 
 def make_methods(
@@ -87,6 +59,7 @@ def evaluate(
     plan: Plan | None = None,
     progress: Progress | None = None,
     command: str = "",
+    crew: Crew | None = None,
 ) -> dict[str, Any]:
     """Run methods over a task and make the board.
 
@@ -108,6 +81,8 @@ def evaluate(
         Called after each batch.
     command : str
         What the user ran, but for the methods; for the board.
+    crew : Crew, optional
+        Processes that answer, with the same model, task, methods and plan; default: this one.
 
     Returns
     -------
@@ -126,11 +101,18 @@ def evaluate(
     settings = list_settings(subject, task, plan, len(questions))
     run = RunDirectory(directory, settings)
     batches = split_batches(subject, task, questions, plan.batch)
-    with run.hold():
-        for text, method in {DENSE: method_from_text(DENSE), **methods}.items():
-            run.enter(text, method.to_dict())
-            worker = Worker(subject, task, run, plan, text, method)
-            worker.answer(batches, progress or _ignore)
+    methods = {**methods, DENSE: method_from_text(DENSE)}
+    with run.hold(), ExitStack() as stack:
+        answer = (
+            stack.enter_context(Respondent(subject, task, methods, plan)).answer_all
+            if crew is None
+            else crew.answer_all
+        )
+        survey = Survey(run, batches, answer, progress or _ignore)
+        for texts in ([DENSE], [text for text in methods if text != DENSE]):
+            for text in texts:
+                run.enter(text, methods[text].to_dict())
+            survey.answer(texts)
         return make_board(run, task, questions, command)
 
 
@@ -139,6 +121,7 @@ def list_settings(subject: Subject, task: Task[Any], plan: Plan, questions: int)
     from corematching import __version__
 
     model = subject.model
+    engine = {} if plan.engine == "auto" else {"engine": plan.engine}
     return {
         "model": subject.name,
         "weights": subject.digest,
@@ -153,6 +136,7 @@ def list_settings(subject: Subject, task: Task[Any], plan: Plan, questions: int)
         "corematching": __version__,
         "torch": torch.__version__,
         "machine": describe_machine(model.device),
+        **engine,
     }
 
 
@@ -160,86 +144,87 @@ def _ignore(text: str, done: int, total: int, accuracy: float) -> None:
     """No one watches."""
 
 
-class Worker:
-    """One method's way through the questions."""
+class Survey:
+    """All batches, put to one method or to several.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        Where the answers go.
+    batches : sequence
+        The questions.
+    answer : callable
+        Gives the replies to assignments, in any order.
+    progress : callable
+        Called after each batch.
+    """
 
     def __init__(
         self,
-        subject: Subject,
-        task: Task[Any],
         run: RunDirectory,
-        plan: Plan,
-        text: str,
-        method: Installable,
+        batches: Sequence[Sequence[Question]],
+        answer: Callable[[Sequence[Assignment]], Iterator[Reply]],
+        progress: Progress,
     ) -> None:
-        self.subject, self.task, self.plan = subject, task, plan
-        self.text, self.method = text, method
-        self.file = run.answers(text)
-        self.first: FirstTokens = run.first_tokens()
-        self.is_dense = method.tokens is None and method.neurons is None  # type: ignore[attr-defined]
+        self.run, self.batches, self.progress = run, batches, progress
+        self._answer = answer
+        self._total = sum(map(len, batches))
+        self._done: dict[str, dict[int, Answer]] = {}
+        self._files: dict[str, AnswerFile] = {}
 
-    def answer(self, batches: Sequence[Sequence[Question]], progress: Progress) -> None:
+    def answer(self, texts: Sequence[str]) -> None:
         """Answer what has no answer yet.
 
         A batch that was written in part runs again as a whole, so that a run that was interrupted
         gives the same as one that was not.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Dense alone, or methods that are compared with it.
         """
-        done = self.file.read()
-        dense = self.first.read()
-        total = sum(map(len, batches))
-        for batch in batches:
-            missing = [
-                q for q in batch if q.id not in done or (self.is_dense and q.id not in dense)
-            ]
-            if missing:
-                said = answer_batch(
-                    self.subject, self.method, self.task, batch, self.plan.max_new_tokens
-                )
-                kl = self._compare(batch, said, dense)
-                answers = self._grade(batch, said, kl)
-                self.file.append(a for a in answers if a.id not in done)
-                done |= {a.id: a for a in answers if a.id not in done}
-            right = sum(answer.correct for answer in done.values())
-            progress(self.text, len(done), total, right / len(done))
-        logger.info("%s: %d answers in %s", self.text, len(done), self.file.path)
-
-    def _compare(
-        self, batch: Sequence[Question], said: Batch, dense: dict[int, Any]
-    ) -> Sequence[float]:
-        """KL of the dense model's first token from this one; the dense one's are kept."""
-        ids = [question.id for question in batch]
-        if self.is_dense:
-            self.first.append(ids, *condense(said.logits))
-            return [0.0] * len(ids)
-        words, log_probs = (
-            torch.stack([dense[i][part] for i in ids]).to(said.logits.device) for part in (0, 1)
-        )
-        return [float(x) for x in kl_from(words, log_probs, said.logits)]
-
-    def _grade(self, batch: Sequence[Question], said: Batch, kl: Sequence[float]) -> list[Answer]:
-        report, size = said.report, len(batch)
-        return [
-            Answer(
-                id=question.id,
-                text=text,
-                correct=self.task.is_correct(question, text),
-                kl=distance,
-                tokens_kept=sample.token_retention_ratio,
-                neurons_kept=report.neuron_retention_ratio,
-                prefill_flops=sample.prefill_flops,
-                dense_prefill_flops=sample.dense_prefill_flops,
-                decode_flops=sample.decode_flops,
-                dense_decode_flops=sample.dense_decode_flops,
-                kv_bytes=sample.kv_bytes,
-                dense_kv_bytes=sample.dense_kv_bytes,
-                vision_seconds=report.vision_seconds / size,
-                prefill_seconds=report.prefill_seconds / size,
-                decode_seconds=report.decode_seconds / size,
-                new_tokens=sample.new_tokens,
-                batch=size,
-                layer_tokens=sample.layer_token_ratio,
-            )
-            for question, text, distance, sample in zip(
-                batch, said.texts, kl, report.samples, strict=True
-            )
+        first = self.run.first_tokens().read()
+        references: list[Distribution | None] = [
+            None if DENSE in texts else _stack([first[question.id] for question in batch])
+            for batch in self.batches
         ]
+        assignments = []
+        for text in texts:
+            file = self.run.answers(text)
+            if file.path in {other.path for other in self._files.values()}:
+                continue  # the same method by another name
+            self._files[text], self._done[text] = file, file.read()
+            known = self._done[text].keys() & first.keys()
+            if self._done[text]:
+                self._tell(text)
+            assignments += [
+                Assignment(text, place, batch, references[place])
+                for place, batch in enumerate(self.batches)
+                if not all(question.id in known for question in batch)
+            ]
+        for reply in self._answer(assignments):
+            self._keep(reply)
+        for text in self._files.keys() & set(texts):
+            logger.info("%s: %d answers", text, len(self._done[text]))
+
+    def _keep(self, reply: Reply) -> None:
+        done = self._done[reply.text]
+        if reply.first is not None:
+            words, log_probs = map(torch.from_numpy, reply.first)
+            self.run.first_tokens().append(
+                [answer.id for answer in reply.answers], words, log_probs
+            )
+        fresh = [answer for answer in reply.answers if answer.id not in done]
+        self._files[reply.text].append(fresh)
+        done |= {answer.id: answer for answer in fresh}
+        self._tell(reply.text)
+
+    def _tell(self, text: str) -> None:
+        done = self._done[text].values()
+        self.progress(text, len(done), self._total, sum(a.correct for a in done) / len(done))
+
+
+def _stack(parts: Sequence[tuple[Tensor, Tensor]]) -> Distribution:
+    """The distributions of a batch, (B, K) each, from those of its questions."""
+    words, log_probs = (torch.stack(part).numpy() for part in zip(*parts, strict=True))
+    return words, log_probs

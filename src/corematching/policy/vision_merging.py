@@ -62,7 +62,7 @@ def zip_tokens(
     rest = keep.long().argsort(dim=1, stable=True)[:, : total - dominant]  # (I, n), ascending
     stride = max(1, rest.shape[1] // contextual)
     is_target = torch.zeros(rest.shape[1], dtype=torch.bool, device=rest.device)
-    is_target[torch.arange(contextual) * stride] = True
+    is_target[: contextual * stride : stride] = True
     targets, others = rest[:, is_target], rest[:, ~is_target]
     metric = torch.nn.functional.normalize(keys.float().mean(1), dim=-1)  # (I, N, D)
     similarity = _take(metric, others) @ _take(metric, targets).transpose(1, 2)

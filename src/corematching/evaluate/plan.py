@@ -1,0 +1,42 @@
+"""How a task is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from corematching.errors import ConfigError
+from corematching.runtime.decode import check_engine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run.
+
+    Attributes
+    ----------
+    limit : int or None
+        Ask this many questions, a random sample; None: all.
+    seed : int
+        Of the sample and of the intervals.
+    batch : int
+        Questions at a time.
+    max_new_tokens : int
+        The longest answer.
+    engine : str
+        What may run decode steps and prompts; see `corematching.runtime.attach`.
+    """
+
+    limit: int | None = None
+    seed: int = 0
+    batch: int = 16
+    max_new_tokens: int = 40
+    engine: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: give a whole number of at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: give a whole number of at least 0")
+        check_engine(self.engine)

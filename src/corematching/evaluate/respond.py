@@ -1,0 +1,174 @@
+"""Puts batches of questions to methods, one after the other, on one copy of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from corematching.evaluate.answer import Batch, Subject, answer_batch, encode_batch, show_scenes
+from corematching.evaluate.measure import condense, kl_from
+from corematching.evaluate.plan import Plan
+from corematching.evaluate.store import Answer
+from corematching.evaluate.task import Question, Task
+from corematching.methods import Installable
+from corematching.runtime import Run
+
+Distribution = tuple[NDArray[Any], NDArray[Any]]
+"""(B, K) words and (B, K) log-probabilities, as `condense` gives them."""
+
+KEPT_BYTES = 1 << 30
+"""Inputs of batches that stay on an accelerator for the next method."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A batch that a method is to answer.
+
+    Attributes
+    ----------
+    text : str
+        The method.
+    place : int
+        The batch's number.
+    batch : sequence of Question
+    dense : Distribution or None
+        The dense model's first tokens to compare with; None asks for them.
+    """
+
+    text: str
+    place: int
+    batch: Sequence[Question]
+    dense: Distribution | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a method answered.
+
+    Attributes
+    ----------
+    text : str
+        The method.
+    answers : list of Answer
+    first : Distribution or None
+        The first tokens, where the assignment had none.
+    """
+
+    text: str
+    answers: list[Answer]
+    first: Distribution | None
+
+
+class Respondent:
+    """Answers assignments; a method stays on the model until another one is asked for.
+
+    Parameters
+    ----------
+    subject : Subject
+    task : Task
+    methods : mapping
+        By the text that names them.
+    plan : Plan
+    """
+
+    def __init__(
+        self, subject: Subject, task: Task[Any], methods: Mapping[str, Installable], plan: Plan
+    ) -> None:
+        self.subject, self.task, self.methods, self.plan = subject, task, methods, plan
+        self._at_work: AbstractContextManager[Run] | None = None
+        self._run: Run | None = None
+        self._text = ""
+        self._inputs: dict[int, Any] = {}
+        self._room = 0 if subject.model.device.type == "cpu" else KEPT_BYTES
+
+    def __enter__(self) -> Respondent:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._take_off()
+
+    def answer_all(self, assignments: Sequence[Assignment]) -> Iterator[Reply]:
+        """The replies, in the assignments' order."""
+        return map(self.answer, assignments)
+
+    def answer(self, assignment: Assignment) -> Reply:
+        """Put a batch to a method."""
+        run = self._put_on(assignment.text)
+        batch = assignment.batch
+        show_scenes(run.method, self.task, batch)
+        said = answer_batch(self.subject, run, self._encode(assignment), self.plan.max_new_tokens)
+        first, distances = None, [0.0] * len(batch)
+        if assignment.dense is None:
+            words, log_probs = condense(said.logits)
+            first = words.cpu().numpy(), log_probs.cpu().numpy()
+        else:
+            device = said.logits.device
+            words, log_probs = (torch.from_numpy(part).to(device) for part in assignment.dense)
+            distances = kl_from(words, log_probs, said.logits).tolist()
+        return Reply(assignment.text, grade(self.task, batch, said, distances), first)
+
+    def _put_on(self, text: str) -> Run:
+        if self._run is None or text != self._text:
+            self._take_off()
+            self._at_work = self.methods[text](self.subject.model, self.plan.engine)
+            self._run, self._text = self._at_work.__enter__(), text
+        return self._run
+
+    def _take_off(self) -> None:
+        at_work, self._at_work, self._run = self._at_work, None, None
+        if at_work is not None:
+            at_work.__exit__(None, None, None)
+
+    def _encode(self, assignment: Assignment) -> Any:
+        """The batch's inputs, which are the same for every method."""
+        if assignment.place in self._inputs:
+            return self._inputs[assignment.place]
+        inputs = encode_batch(self.subject, self.task, assignment.batch)
+        size = sum(value.nbytes for value in inputs.values() if hasattr(value, "nbytes"))
+        if size <= self._room:
+            self._room -= size
+            self._inputs[assignment.place] = inputs
+        return inputs
+
+
+def grade(
+    task: Task[Any], batch: Sequence[Question], said: Batch, distances: Sequence[float]
+) -> list[Answer]:
+    """What was said, whether it is right, and what it cost."""
+    report, size = said.report, len(batch)
+    return [
+        Answer(
+            id=question.id,
+            text=text,
+            correct=task.is_correct(question, text),
+            kl=distance,
+            tokens_kept=sample.token_retention_ratio,
+            neurons_kept=report.neuron_retention_ratio,
+            prefill_flops=sample.prefill_flops,
+            dense_prefill_flops=sample.dense_prefill_flops,
+            decode_flops=sample.decode_flops,
+            dense_decode_flops=sample.dense_decode_flops,
+            kv_bytes=sample.kv_bytes,
+            dense_kv_bytes=sample.dense_kv_bytes,
+            vision_seconds=report.vision_seconds / size,
+            prefill_seconds=report.prefill_seconds / size,
+            decode_seconds=report.decode_seconds / size,
+            new_tokens=sample.new_tokens,
+            batch=size,
+            layer_tokens=sample.layer_token_ratio,
+        )
+        for question, text, distance, sample in zip(
+            batch, said.texts, distances, report.samples, strict=True
+        )
+    ]
