@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+from contextlib import closing
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_inputs_are_prepared_once_for_all_methods(subject, task, monkeypatch):
 
     monkeypatch.setattr(respond, "encode_batch", encode)
     methods = make_methods([SPARSE])
-    with respond.Respondent(subject, task, methods, PLAN) as respondent:
+    with closing(respond.Respondent(subject, task, methods, PLAN)) as respondent:
         respondent._room = 1 << 20
         replies = respondent.answer_all(
             [respond.Assignment(text, 0, task.questions[:3], None) for text in methods]

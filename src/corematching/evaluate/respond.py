@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -81,22 +80,16 @@ class Respondent:
         self, subject: Subject, task: Task[Any], methods: Mapping[str, Installable], plan: Plan
     ) -> None:
         self.subject, self.task, self.methods, self.plan = subject, task, methods, plan
-        self._at_work: AbstractContextManager[Run] | None = None
+        self._at_work = ExitStack()
         self._run: Run | None = None
         self._text = ""
         self._inputs: dict[int, Any] = {}
         self._room = 0 if subject.model.device.type == "cpu" else KEPT_BYTES
 
-    def __enter__(self) -> Respondent:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._take_off()
+    def close(self) -> None:
+        """Take the method off the model."""
+        self._run = None
+        self._at_work.close()
 
     def answer_all(self, assignments: Sequence[Assignment]) -> Iterator[Reply]:
         """The replies, in the assignments' order."""
@@ -120,15 +113,10 @@ class Respondent:
 
     def _put_on(self, text: str) -> Run:
         if self._run is None or text != self._text:
-            self._take_off()
-            self._at_work = self.methods[text](self.subject.model, self.plan.engine)
-            self._run, self._text = self._at_work.__enter__(), text
+            self.close()
+            method = self.methods[text](self.subject.model, self.plan.engine)
+            self._run, self._text = self._at_work.enter_context(method), text
         return self._run
-
-    def _take_off(self) -> None:
-        at_work, self._at_work, self._run = self._at_work, None, None
-        if at_work is not None:
-            at_work.__exit__(None, None, None)
 
     def _encode(self, assignment: Assignment) -> Any:
         """The batch's inputs, which are the same for every method."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def evaluate(
     methods = {**methods, DENSE: method_from_text(DENSE)}
     with run.hold(), ExitStack() as stack:
         answer = (
-            stack.enter_context(Respondent(subject, task, methods, plan)).answer_all
+            stack.enter_context(closing(Respondent(subject, task, methods, plan))).answer_all
             if crew is None
             else crew.answer_all
         )
