@@ -39,8 +39,8 @@ def tabulate_methods(board: dict[str, Any]) -> str:
         cells.append(percent(entry["neurons_kept"]))
         cells.append(percent(entry["prefill_flops"] / entry["dense_prefill_flops"]))
         cells.append(percent(entry["kv_bytes"] / entry["dense_kv_bytes"]))
-        cells.append(f"{1000 * entry['prefill_seconds']:.1f}")
-        cells.append(f"{1000 * entry['decode_seconds']:.1f}")
+        for seconds in (entry["prefill_seconds"], entry["decode_seconds"]):
+            cells.append(f"{1000 * seconds:.1f}" if seconds else "-")
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

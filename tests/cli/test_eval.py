@@ -58,6 +58,14 @@ def test_jobs_give_the_same_board(measure, tmp_path):
         assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-6)
 
 
+def test_shared_prompts_are_named_on_the_board(measure):
+    code, out, err = measure("--json", "-M", "griffin", "--share")
+    assert code == 0, err
+    board = json.loads(out)
+    assert " --share " in board["command"] and board["settings"]["shared"] is True
+    assert all(entry["prefill_seconds"] == 0 for entry in board["methods"])
+
+
 def test_engine_is_a_setting(measure):
     assert json.loads(measure("--json", "-M", "griffin")[1])["settings"].get("engine") is None
     message = refused(measure("--engine", "torch", "-M", "griffin"))

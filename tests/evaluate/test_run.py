@@ -157,6 +157,24 @@ def test_batch_size_changes_no_answer(board, subject, task, tmp_path):
         }
 
 
+def test_shared_prompts_change_no_answer(board, subject, task, tmp_path):
+    plan = dataclasses.replace(PLAN, share=True)
+    texts = [*TEXTS, "griffin", "fastv:keep=0.25,layer=1", "cats"]
+    asked = []
+    shared = evaluate(
+        subject, task, make_methods(texts), tmp_path / "shared", plan, lambda *a: asked.append(a[0])
+    )
+    single = evaluate(subject, task, make_methods(texts), tmp_path / "single", PLAN)
+    for one, other in zip(shared["methods"], single["methods"], strict=True):
+        assert one["vision_seconds"] == one["prefill_seconds"] == 0 < one["decode_seconds"]
+        for name in ("accuracy", "agreement", "tokens_kept", "prefill_flops", "kv_bytes"):
+            assert one[name] == other[name], one["method"]
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-6)
+    first = asked.index(TEXTS[0])
+    assert asked[first : first + 6] == texts, "a batch goes to all methods before the next one"
+    assert "| - | - |" in (tmp_path / "shared" / "board.md").read_text()
+
+
 def test_more_methods_join_the_board(subject, task, tmp_path):
     evaluate(subject, task, make_methods(["oracle:layer=1"]), tmp_path, PLAN)
     made = evaluate(subject, task, make_methods(["random:keep=0.5,layer=1,beta=1"]), tmp_path, PLAN)

@@ -77,6 +77,16 @@ Jobs = Annotated[
 ]
 
 
+Share = Annotated[
+    bool,
+    typer.Option(
+        "--share",
+        help="Compute once for all methods what they have in common of a prompt: the layers before "
+        "their first cut. The same answers in a fraction of the time; the board has no prefill ms.",
+    ),
+]
+
+
 def evaluate(
     model: options.Model = None,
     split: Split = None,
@@ -89,6 +99,7 @@ def evaluate(
     seed: Seed = 0,
     max_new_tokens: AnswerLength = 40,
     engine: options.Engine = "auto",
+    share: Share = False,
     jobs: Jobs = 1,
     out: Out = DEFAULT_OUT,
     as_json: options.Json = False,
@@ -99,7 +110,7 @@ def evaluate(
     from corematching.evaluate import evaluate as run_methods
 
     methods = make_methods(method or ["corematching"], budget)
-    plan = Plan(limit, seed, batch, max_new_tokens, engine)
+    plan = Plan(limit, seed, batch, max_new_tokens, engine, share)
     task = SceneQA.load(split)
     given = {
         "model": model,
@@ -111,6 +122,7 @@ def evaluate(
         "seed": seed,
         "max-new-tokens": max_new_tokens,
         "engine": None if engine == "auto" else engine,
+        "share": share,
         "jobs": None if jobs == 1 else jobs,
         "out": out,
     }

@@ -165,7 +165,7 @@ the second token on, so a method that drops no image tokens has none. Tokens are
 that reach the last layer, "by layer" those that a layer computes, averaged over the layers; neurons
 are those that a decode step computes (with per-token thresholds, the share of the FFN that they are
 calibrated for). FLOPs, bytes and seconds are means per question; seconds are those of a batch
-divided by its size."""
+divided by its size, and missing ("-") where methods shared their prompts."""
 
 
 def _fidelity_table(entries: Sequence[dict[str, Any]]) -> str:
@@ -216,7 +216,7 @@ def _cost_table(entries: Sequence[dict[str, Any]]) -> str:
             _against(entry, "prefill_flops", 1e9),
             _against(entry, "decode_flops", 1e6),
             _against(entry, "kv_bytes", 1024),
-            *(f"{1e3 * entry[f'{part}_seconds']:.1f}" for part in ("vision", "prefill", "decode")),
+            *(_milliseconds(entry[f"{part}_seconds"]) for part in ("vision", "prefill", "decode")),
             f"{entry['new_tokens']:.1f}",
         )
         for entry in entries
@@ -240,6 +240,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}" if seconds else "-"
 
 
 def _interval(figure: dict[str, Any]) -> str:

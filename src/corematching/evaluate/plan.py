@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from corematching.errors import ConfigError
 from corematching.runtime.decode import check_engine
 
+DENSE = "dense"
+"""The text of the method that keeps all."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -24,6 +27,9 @@ class Plan:
         The longest answer.
     engine : str
         What may run decode steps and prompts; see `corematching.runtime.attach`.
+    share : bool
+        Compute once, for all methods, what they have in common of a batch's prompts: the layers up
+        to a method's first cut. Answers are the same, but for rounding; prompts have no seconds.
     """
 
     limit: int | None = None
@@ -31,6 +37,7 @@ class Plan:
     batch: int = 16
     max_new_tokens: int = 40
     engine: str = "auto"
+    share: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch", "max_new_tokens"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from corematching.evaluate.answer import Batch, Subject, answer_batch, encode_batch, show_scenes
 from corematching.evaluate.measure import condense, kl_from
-from corematching.evaluate.plan import Plan
+from corematching.evaluate.plan import DENSE, Plan
 from corematching.evaluate.store import Answer
 from corematching.evaluate.task import Question, Task
 from corematching.methods import Installable
-from corematching.runtime import Run
+from corematching.protocol import GATE, INPUTS
+from corematching.runtime import Recording, Run, record_prompt, replay_prompt
 
 Distribution = tuple[NDArray[Any], NDArray[Any]]
 """(B, K) words and (B, K) log-probabilities, as `condense` gives them."""
@@ -83,11 +84,17 @@ class Respondent:
         self._at_work = ExitStack()
         self._run: Run | None = None
         self._text = ""
+        self._recording: Recording | None = None
+        self._recorded = -1
         self._inputs: dict[int, Any] = {}
         self._room = 0 if subject.model.device.type == "cpu" else KEPT_BYTES
 
     def close(self) -> None:
-        """Take the method off the model."""
+        """Take the method off the model, forget the prompts."""
+        self._take_off()
+        self._recording, self._recorded = None, -1
+
+    def _take_off(self) -> None:
         self._run = None
         self._at_work.close()
 
@@ -97,10 +104,15 @@ class Respondent:
 
     def answer(self, assignment: Assignment) -> Reply:
         """Put a batch to a method."""
+        batch, inputs = assignment.batch, self._encode(assignment)
+        shared = self.plan.share and assignment.text != DENSE
+        if shared and assignment.place != self._recorded:
+            self._record(inputs)
+            self._recorded = assignment.place
         run = self._put_on(assignment.text)
-        batch = assignment.batch
         show_scenes(run.method, self.task, batch)
-        said = answer_batch(self.subject, run, self._encode(assignment), self.plan.max_new_tokens)
+        with self._replaying(run) if shared else nullcontext():
+            said = answer_batch(self.subject, run, inputs, self.plan.max_new_tokens)
         first, distances = None, [0.0] * len(batch)
         if assignment.dense is None:
             words, log_probs = condense(said.logits)
@@ -109,11 +121,27 @@ class Respondent:
             device = said.logits.device
             words, log_probs = (torch.from_numpy(part).to(device) for part in assignment.dense)
             distances = kl_from(words, log_probs, said.logits).tolist()
-        return Reply(assignment.text, grade(self.task, batch, said, distances), first)
+        answers = grade(self.task, batch, said, distances, timed=not self.plan.share)
+        return Reply(assignment.text, answers, first)
+
+    def _record(self, inputs: Any) -> None:
+        """See what all methods have in common of a batch's prompts."""
+        choices = [getattr(method, "neurons", None) for method in self.methods.values()]
+        policies = [policy for policy in choices if policy is not None]
+        needs = {need for policy in policies for need in getattr(policy, "needs", ())}
+        self._recording = None
+        run = self._put_on(DENSE)
+        with record_prompt(run, bool(policies), bool(needs & {GATE, INPUTS})) as recording:
+            answer_batch(self.subject, run, inputs, 1)
+        self._recording = recording
+
+    def _replaying(self, run: Run) -> AbstractContextManager[None]:
+        assert self._recording is not None
+        return replay_prompt(run, self._recording)
 
     def _put_on(self, text: str) -> Run:
         if self._run is None or text != self._text:
-            self.close()
+            self._take_off()
             method = self.methods[text](self.subject.model, self.plan.engine)
             self._run, self._text = self._at_work.enter_context(method), text
         return self._run
@@ -131,10 +159,15 @@ class Respondent:
 
 
 def grade(
-    task: Task[Any], batch: Sequence[Question], said: Batch, distances: Sequence[float]
+    task: Task[Any],
+    batch: Sequence[Question],
+    said: Batch,
+    distances: Sequence[float],
+    timed: bool = True,
 ) -> list[Answer]:
-    """What was said, whether it is right, and what it cost."""
+    """What was said, whether it is right, and what it cost; prompts that were shared took 0 s."""
     report, size = said.report, len(batch)
+    vision, prefill = (report.vision_seconds, report.prefill_seconds) if timed else (0.0, 0.0)
     return [
         Answer(
             id=question.id,
@@ -149,8 +182,8 @@ def grade(
             dense_decode_flops=sample.dense_decode_flops,
             kv_bytes=sample.kv_bytes,
             dense_kv_bytes=sample.dense_kv_bytes,
-            vision_seconds=report.vision_seconds / size,
-            prefill_seconds=report.prefill_seconds / size,
+            vision_seconds=vision / size,
+            prefill_seconds=prefill / size,
             decode_seconds=report.decode_seconds / size,
             new_tokens=sample.new_tokens,
             batch=size,

@@ -15,7 +15,7 @@ from corematching.evaluate.answer import Subject, split_batches
 from corematching.evaluate.board import make_board
 from corematching.evaluate.jobs import Crew
 from corematching.evaluate.machine import describe_machine
-from corematching.evaluate.plan import Plan
+from corematching.evaluate.plan import DENSE, Plan
 from corematching.evaluate.respond import Assignment, Distribution, Reply, Respondent
 from corematching.evaluate.store import Answer, AnswerFile, RunDirectory
 from corematching.evaluate.task import Question, Task, pick_questions
@@ -23,7 +23,6 @@ from corematching.methods import Installable, method_from_text, text_at_budget
 
 logger = logging.getLogger(__name__)
 
-DENSE = "dense"
 Progress = Callable[[str, int, int, float], None]
 """Called with a method's text, its answers so far, all its questions, the accuracy so far."""
 
@@ -108,7 +107,7 @@ def evaluate(
             if crew is None
             else crew.answer_all
         )
-        survey = Survey(run, batches, answer, progress or _ignore)
+        survey = Survey(run, batches, answer, progress or _ignore, plan.share)
         for texts in ([DENSE], [text for text in methods if text != DENSE]):
             for text in texts:
                 run.enter(text, methods[text].to_dict())
@@ -122,6 +121,7 @@ def list_settings(subject: Subject, task: Task[Any], plan: Plan, questions: int)
 
     model = subject.model
     engine = {} if plan.engine == "auto" else {"engine": plan.engine}
+    shared = {"shared": True} if plan.share else {}
     return {
         "model": subject.name,
         "weights": subject.digest,
@@ -137,6 +137,7 @@ def list_settings(subject: Subject, task: Task[Any], plan: Plan, questions: int)
         "torch": torch.__version__,
         "machine": describe_machine(model.device),
         **engine,
+        **shared,
     }
 
 
@@ -157,6 +158,8 @@ class Survey:
         Gives the replies to assignments, in any order.
     progress : callable
         Called after each batch.
+    by_batch : bool
+        Put a batch to all methods before the next one; else all batches to a method.
     """
 
     def __init__(
@@ -165,8 +168,10 @@ class Survey:
         batches: Sequence[Sequence[Question]],
         answer: Callable[[Sequence[Assignment]], Iterator[Reply]],
         progress: Progress,
+        by_batch: bool = False,
     ) -> None:
         self.run, self.batches, self.progress = run, batches, progress
+        self.by_batch = by_batch
         self._answer = answer
         self._total = sum(map(len, batches))
         self._done: dict[str, dict[int, Answer]] = {}
@@ -202,6 +207,8 @@ class Survey:
                 for place, batch in enumerate(self.batches)
                 if not all(question.id in known for question in batch)
             ]
+        if self.by_batch:
+            assignments.sort(key=lambda assignment: assignment.place)
         for reply in self._answer(assignments):
             self._keep(reply)
         for text in self._files.keys() & set(texts):

@@ -45,7 +45,7 @@ class Answer:
     kv_bytes, dense_kv_bytes : int
         As the report has them.
     vision_seconds, prefill_seconds, decode_seconds : float
-        Of the batch, divided by its size.
+        Of the batch, divided by its size; 0 of what was shared with other methods.
     new_tokens : int
     batch : int
         Size of its batch.
