@@ -245,6 +245,25 @@ def test_compiles_without_a_graph_break(batch):
     torch.testing.assert_close(compiled(x), step(x))
 
 
+def test_compiled_code_takes_all_but_the_token_as_lying_where_it_lies():
+    """What a CUDA graph does not take so, it copies at each replay."""
+    weights = random_ffn(30, 24, biased=True)
+    plan = prepare(weights, choose(2, 12, 30), random_tokens(2, 24))
+    moving = []
+
+    def backend(graph, example_inputs):
+        for node in graph.graph.find_nodes(op="placeholder"):
+            if node.meta["tensor_dict"].get("_dynamo_static_input_type") is None:
+                moving.append(node.name)
+        return graph
+
+    torch._dynamo.reset()
+    x = random_tokens(2, 24)
+    compiled = torch.compile(lambda x: KERNEL.run(x, weights, plan), fullgraph=True, backend=backend)
+    compiled(x)
+    assert len(moving) == 1
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
 def test_a_cuda_graph_replays_with_the_new_token_and_the_new_choice():
     x, weights = random_tokens(4, 64), random_ffn(300, 64)
@@ -283,7 +302,9 @@ def test_the_runtime_runs_it_in_place(batch, monkeypatch):
         with torch.inference_mode():
             sparse.set(choice)
             ours = mlp(x)
+        sparse.gather(copies=True)
         assert sparse.kernel_name == "triton" and sparse.plan is not None
+        assert sparse._weights is None, "compiled code runs the kernel too and needs no copies"
         neurons = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
         kept = torch.zeros(batch, 40, device=DEVICE).scatter(1, choice.indices, 1)[:, None]
         theirs = mlp.down_proj(neurons * kept) + (mean[:, None] @ mlp.down_proj.weight.t())

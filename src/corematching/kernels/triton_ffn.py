@@ -115,7 +115,8 @@ class TritonKernel:
 
         The tensors of ``previous`` are written in place where their shapes match. The list's length
         is ``min(F, S * K)`` however many neurons the sets share. So a captured graph stays valid
-        from one choice to the next.
+        from one choice to the next. The weights are marked as lying where they lie: a graph would
+        otherwise copy them at each replay.
 
         Raises
         ------
@@ -126,6 +127,9 @@ class TritonKernel:
             raise ConfigError(
                 "a gate threshold needs an FFN with a gate: threshold the output instead"
             )
+        for tensor in vars(weights).values():
+            if isinstance(tensor, Tensor):
+                torch._dynamo.mark_static_address(tensor)
         with torch.inference_mode(False), torch.no_grad():
             rows, members = _list_neurons(sets.indices.to(weights.up.device), len(weights.up))
             fresh = Plan(rows, members, sets.bias, **vars(sets.thresholds))

@@ -201,13 +201,15 @@ class SparseFFN:
         Parameters
         ----------
         copies : bool
-            Make compact copies also where a kernel reads the weights in place, for compiled code.
+            Make compact copies also where a kernel reads the weights in place, for compiled code; not
+            where that kernel runs in compiled code as well.
         """
         if self._taken is not None:
             choice, self._taken = self._taken, None
             with torch.inference_mode(False), torch.no_grad():
                 self._settle(choice)
             self.active = True
+        copies = copies and not (self._kernel is not None and self._kernel.traceable)
         if self.active and not self._copied and (copies or self.plan is None):
             self._copy_neurons()
 
