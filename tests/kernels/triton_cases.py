@@ -259,7 +259,9 @@ def test_compiled_code_takes_all_but_the_token_as_lying_where_it_lies():
 
     torch._dynamo.reset()
     x = random_tokens(2, 24)
-    compiled = torch.compile(lambda x: KERNEL.run(x, weights, plan), fullgraph=True, backend=backend)
+    compiled = torch.compile(
+        lambda x: KERNEL.run(x, weights, plan), fullgraph=True, backend=backend
+    )
     compiled(x)
     assert len(moving) == 1
 
