@@ -180,6 +180,7 @@ class Engine:
         """generate() has settled its configuration."""
         self._expand_from = max(config.num_beams or 1, config.num_return_sequences or 1)
         self._total = config.max_length or 0
+        self.backend.expect(self._total - self._prompt_width)
         self._ends = () if ends is None else tuple(int(x) for x in ends.flatten())
 
     def note_step(self) -> None:

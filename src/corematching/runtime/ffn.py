@@ -100,6 +100,21 @@ class SparseFFN:
         return self.active and self.plan is not None and not hasattr(self.plan, "bytes_read")
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether single tokens run on tensors that stay in place until the next choice."""
+        if self.active and self.plan is not None:
+            return self._kernel is not None and self._kernel.traceable
+        return not self.active or self._copied
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where what single tokens run on lies, so that captured code can tell whether it moved."""
+        holders: list[Any] = [self.plan, self._rows] if self.plan else [self._weights, self._limits]
+        tensors = [x for holder in holders if holder for x in vars(holder).values()]
+        places = [x.data_ptr() for x in [*tensors, self._bias] if isinstance(x, Tensor)]
+        return (int(self.active), *places)
+
+    @property
     def down_proj(self) -> nn.Linear:
         """The module whose input is the activations."""
         return self.parts.down
@@ -201,8 +216,8 @@ class SparseFFN:
         Parameters
         ----------
         copies : bool
-            Make compact copies also where a kernel reads the weights in place, for compiled code; not
-            where that kernel runs in compiled code as well.
+            Make compact copies also where a kernel reads the weights in place, for compiled code;
+            not where that kernel runs in compiled code as well.
         """
         if self._taken is not None:
             choice, self._taken = self._taken, None
@@ -218,13 +233,19 @@ class SparseFFN:
         self.active, self._taken = False, None
 
     def bytes_read(self, batch: int) -> int:
-        """Bytes of weights that one decode step of ``batch`` samples reads from compact copies.
+        """Bytes of weights that one decode step of ``batch`` samples reads; waits for the device.
 
-        A set of neurons that several samples share is read once.
+        A kernel that reads the weights in place reads each row that any sample has chosen once (at
+        most: not those that a threshold leaves out). Of compact copies, a set of neurons that
+        several samples share is read once.
         """
         if not self.active or self._sets is None:
             return sum(p.numel() * p.element_size() for p in self.mlp.parameters())
         sets, count = self._sets.indices.shape
+        if self.runs_uncounted and sets > 1:
+            width = self.width
+            chosen = torch.zeros(width, dtype=torch.bool, device=self._sets.indices.device)
+            sets, count = 1, int(chosen.index_fill(0, self._sets.indices.flatten(), True).sum())
         row = self.parts.down.out_features
         size = self.parts.down.weight.element_size()
         each = sum(

@@ -13,6 +13,7 @@ from corematching.kernels.native import find_library, leave_file
 from ..checks import Parts
 from ..ffn import SparseFFN
 from ..native_prompts import NativePrompts
+from .graph import GraphSteps
 from .head import NativeHead
 from .steps import NativeSteps
 
@@ -28,7 +29,7 @@ class Tally:
     read : list of int
         Bytes of FFN weights that kernels read, by layer.
     steps : int
-        Native steps.
+        Native steps, or replayed ones.
     """
 
     read: list[int]
@@ -81,6 +82,7 @@ class Backend:
         self.steps: NativeSteps | None = None
         self.head: NativeHead | None = None
         self.prompts: NativePrompts | None = None
+        self.graph = find_graph(parts, sparse) if engine == "auto" else None
         device = next(parts.layers[0].parameters()).device
         library = find_library() if engine != "torch" and device.type == "cpu" else None
         self._target = "" if library is None else library.cm_target().decode()
@@ -95,6 +97,8 @@ class Backend:
 
     def install(self) -> None:
         """Put the patches on the model."""
+        if self.graph is not None:
+            self.graph.install()
         if self.steps is not None and self.head is not None and self.prompts is not None:
             weights = [p for layer in self.parts.layers for p in layer.parameters()]
             leave_file([*weights, *self._head.parameters()] if self._head else weights)
@@ -104,6 +108,8 @@ class Backend:
 
     def remove(self) -> None:
         """Take the patches off again."""
+        if self.graph is not None:
+            self.graph.remove()
         if self.steps is not None and self.head is not None and self.prompts is not None:
             self.prompts.remove()
             self.head.remove()
@@ -111,25 +117,33 @@ class Backend:
 
     def refresh(self) -> None:
         """Look at the weights again; a prompt or a turn begins."""
-        if self.steps is not None:
-            self.steps.refresh()
+        for steps in (self.steps, self.graph):
+            if steps is not None:
+                steps.refresh()
+
+    def expect(self, tokens: int) -> None:
+        """An answer has at most so many tokens."""
+        if self.graph is not None:
+            self.graph.room = max(tokens, 0)
 
     def count(self) -> Tally:
         """What has been read and run so far."""
         return Tally(
             [self._layer_bytes(index) for index in range(len(self.parts.layers))],
-            0 if self.steps is None else self.steps.count,
+            sum(steps.count for steps in (self.steps, self.graph) if steps is not None),
         )
 
     def name(self, before: Tally, after: Tally) -> str:
         """What ran the decode steps between two tallies."""
-        if after.steps > before.steps:
+        replayed = after.steps > before.steps
+        if replayed and self.steps is not None:
             return f"native steps ({self._target})"
         if after.read != before.read:
             kernel = next((f.kernel_name for f in self.sparse.values() if f.kernel_name), "")
             return f"{kernel} FFNs" + (f" ({self._target})" if self._target else "")
         plans = {f.kernel_name for f in self.sparse.values() if f.runs_uncounted}
-        return f"{plans.pop()} FFNs" if plans else "torch"
+        name = f"{plans.pop()} FFNs" if plans else "torch"
+        return f"{name}, CUDA graph" if replayed else name
 
     def bytes_per_step(self, before: Tally, after: Tally, steps: int, batch: int) -> int:
         """Bytes of weights that a step read between two tallies: attentions, FFNs, vocabulary.
@@ -154,6 +168,13 @@ class Backend:
     def _layer_bytes(self, index: int) -> int:
         dense = 0 if self.steps is None else self.steps.bytes_read(index)
         return dense + (self.sparse[index].bytes_counted() if index in self.sparse else 0)
+
+
+def find_graph(parts: Parts, sparse: dict[int, SparseFFN]) -> GraphSteps | None:
+    """What replays decode steps, where all layers are on one CUDA device."""
+    devices = {p.device for layer in parts.layers for p in layer.parameters()}
+    on_one = len(devices) == 1 and next(iter(devices)).type == "cuda"
+    return GraphSteps(parts, sparse) if on_one else None
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 LEAST_ROOM = 64
+CPU = torch.device("cpu")
 
 
 class CacheBuffers:
@@ -25,10 +26,20 @@ class CacheBuffers:
         Of the decoder.
     dtype : torch.dtype
         Of keys and values.
+    device : torch.device
+        Where they are.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> None:
         self.layers, self.kv_heads, self.head_dim, self.dtype = layers, kv_heads, head_dim, dtype
+        self.device = device
         self._own: weakref.WeakKeyDictionary[Any, tuple[Tensor, tuple[Tensor, ...]]]
         self._own = weakref.WeakKeyDictionary()
 
@@ -48,7 +59,7 @@ class CacheBuffers:
                 return None
             tensor: Any
             for tensor in (layer.keys, layer.values):
-                if tensor.dtype != self.dtype or tensor.device.type != "cpu" or tensor.ndim != 4:
+                if tensor.dtype != self.dtype or tensor.device != self.device or tensor.ndim != 4:
                     return None
                 shapes.add(tuple(tensor.shape))
         if len(shapes) != 1:
@@ -62,15 +73,33 @@ class CacheBuffers:
         own = self._own.get(cache)
         if own is not None and _are_shown(cache, own[1]) and stored < own[0].shape[3]:
             return own[0]
-        capacity = stored + max(LEAST_ROOM, stored // 4)
         with torch.inference_mode(False), torch.no_grad():
-            buffer = torch.empty(
-                2 * self.layers, batch, self.kv_heads, capacity, self.head_dim, dtype=self.dtype
-            )
-            for index, layer in enumerate(cache.layers):
-                buffer[2 * index, :, :, :stored].copy_(layer.keys.detach())
-                buffer[2 * index + 1, :, :, :stored].copy_(layer.values.detach())
+            buffer = self.make(batch, stored + max(LEAST_ROOM, stored // 4))
+            self.fill(buffer, cache, stored)
         return buffer
+
+    def make(self, batch: int, capacity: int) -> Tensor:
+        """(2 * layers, B, kv_heads, capacity, head_dim) of any values."""
+        return torch.empty(
+            (2 * self.layers, batch, self.kv_heads, capacity, self.head_dim),
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def fill(self, buffer: Tensor, cache: Any, stored: int) -> None:
+        """Copy what a cache stores into a buffer."""
+        for index, layer in enumerate(cache.layers):
+            buffer[2 * index, :, :, :stored].copy_(layer.keys.detach())
+            buffer[2 * index + 1, :, :, :stored].copy_(layer.values.detach())
+
+    def forget(self, cache: Any) -> None:
+        """Keep no slices for a cache that shows others by now."""
+        self._own.pop(cache, None)
+
+    def is_shown(self, cache: Any, buffer: Tensor) -> bool:
+        """Whether a cache's layers are slices of this buffer, as `show` left them."""
+        own = self._own.get(cache)
+        return own is not None and own[0] is buffer and _are_shown(cache, own[1])
 
     def show(self, cache: Any, buffer: Tensor, length: int) -> None:
         """Let the cache's layers have ``length`` tokens of the buffer."""

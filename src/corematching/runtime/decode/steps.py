@@ -18,17 +18,13 @@ from ..hooks import HookWatch
 from ..patches import InstancePatches
 from .buffers import CacheBuffers
 from .layout import Layout, OddDecoderError, read_layout
+from .plain import embed_step, is_plain_step
 from .probe import agrees
 from .watch import Watch
 
 log = logging.getLogger(__name__)
 
-KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"} | {
-    "use_cache",
-    "logits_to_keep",
-}
 CAPTURING = "output_capturing_hook"
-OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
 class NativeSteps:
@@ -155,10 +151,7 @@ class NativeSteps:
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not self._is_plain_step(args, kwargs):
             return original(*args, **kwargs)
-        x = kwargs.get("inputs_embeds")
-        if x is None:
-            x = self._decoder.embed_tokens(kwargs["input_ids"])
-        out = self.run(x, kwargs)
+        out = self.run(embed_step(self._decoder, kwargs), kwargs)
         if out is None:
             return original(*args, **kwargs)
         self.count += 1
@@ -167,23 +160,13 @@ class NativeSteps:
         )
 
     def _is_plain_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call asks for nothing but the next token's hidden state."""
+        """Whether C can take this call."""
+        if self._step is None or not is_plain_step(self._decoder, args, kwargs):
+            return False
         ids, x = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        token = ids if x is None else x
-        if self._step is None or args or token is None or (ids is None) == (x is None):
-            return False
-        if token.shape[1] != 1 or not 0 < token.shape[0] <= MAX_BATCH:
-            return False
-        if kwargs.get("past_key_values") is None or token.device.type != "cpu":
-            return False
-        if torch.is_grad_enabled() or self._decoder.training:
-            return False
-        config = self._decoder.config
-        if any(kwargs.get(name) or getattr(config, name, False) for name in OUTPUTS):
-            return False
-        extra = (value for name, value in kwargs.items() if name not in KNOWN)
-        plain = all(value is None or isinstance(value, bool) for value in extra)
-        return plain and kwargs.get("return_dict") is not False and not self._hooks.sees_any()
+        token: Any = ids if x is None else x
+        fits = 0 < token.shape[0] <= MAX_BATCH and token.device.type == "cpu"
+        return fits and not self._hooks.sees_any()
 
     def _plans(self, batch: int) -> list[Plan] | None:
         """What each layer's FFN computes, or None where one has no plan for such a batch."""
