@@ -88,8 +88,9 @@ class PrefillView:
         (d, F), the weight behind the activations.
     inputs : Tensor or None
         (B, T, d), what enters the FFN.
-    gate : Tensor or None
-        (B, T, F), ``act(gate(x))``; in an FFN without a gate ``act(up(x))``, the activations.
+    gate : callable or None
+        The FFN's gate, computed anew for some tokens: ``gate(rows)`` with ``rows`` (B, R) long
+        gives (B, R, F), ``act(gate(x))``; in an FFN without a gate ``act(up(x))``.
     kept : Tensor or None
         (B, T) bool, the tokens that go on behind the last layer after which tokens are dropped;
         a neuron policy that reads it chooses the neurons of the layers before when this is known.
@@ -112,7 +113,7 @@ class PrefillView:
     contributions: Callable[[], Tensor] | None = None
     down_proj: Tensor | None = None
     inputs: Tensor | None = None
-    gate: Tensor | None = None
+    gate: Callable[[Tensor], Tensor] | None = None
     kept: Tensor | None = None
     vision: VisionView | None = None
     origin: Tensor | None = None

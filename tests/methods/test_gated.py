@@ -11,7 +11,7 @@ from corematching.methods import Sparsifier, method_from_dict, method_from_text,
 from corematching.methods.gated_rule import GatedRule
 from corematching.protocol import ACTIVATIONS, GATE, KEPT, NeuronPolicy
 from tests.models import build, make_inputs
-from tests.policy.views import make_view
+from tests.policy.views import make_view, show_rows
 
 
 def test_off_by_default():
@@ -37,7 +37,7 @@ def test_by_hand():
     # neurons 1 and 3 are core; their gates on the text tokens are -2, -4, 7, 5
     activations = torch.tensor([[[0.0, 9, 0, -9], [0, 9, 1, 9], [1, 0, 0, 0]]])
     gate = torch.tensor([[[99.0, -2, 99, -4], [99, 7, 99, 5], [99, 99, 99, 99]]])
-    view = make_view(["tti"], activations, gate=gate)
+    view = make_view(["tti"], activations, gate=show_rows(gate))
     rule = GatedRule(Magnitude(share=0.5), Uniform(0.5, multiple=1), firing=0.5)
     choice = rule.choose(view, 2)
     assert choice.indices.tolist() == [[1, 3]] and choice.mean is None
@@ -57,7 +57,7 @@ def test_a_layer_that_keeps_all_is_gated_without_a_score():
             raise AssertionError("no choice to make")
 
     gate = torch.tensor([[[1.0, -2, 3, -4]], [[-8.0, 7, 6, 5]]])
-    view = make_view(["t", "t"], torch.zeros(2, 1, 4), gate=gate)
+    view = make_view(["t", "t"], torch.zeros(2, 1, 4), gate=show_rows(gate))
     choice = GatedRule(Unused(), Uniform(1.0), compensate=True, firing=0.5).choose(view, 4)
     assert choice.indices.tolist() == [[0, 1, 2, 3]] * 2 and choice.mean is None
     assert (gate[:, 0].abs() >= choice.gate_threshold[:, None]).tolist() == [

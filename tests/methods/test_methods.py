@@ -121,7 +121,7 @@ def test_every_named_method_chooses(name):  # the oracle needs the scenes that a
         attention=lambda rows: torch.rand(2, 4, rows.shape[1], 10),
         contributions=lambda: torch.randn(2, 10, 8),
         inputs=torch.randn(2, 10, 8),
-        gate=torch.randn(2, 10, 32),
+        gate=lambda rows: torch.randn(2, rows.shape[1], 32),
         vision=VisionView(
             queries=torch.randn(2, 2, 7, 4),
             keys=torch.randn(2, 2, 7, 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ def make_view(kinds: list[str], activations: Any = None, **parts: Any) -> Prefil
         activations = torch.as_tensor(activations)
     parts.setdefault("layer", 4)
     return PrefillView(num_layers=30, valid=valid, image=image, activations=activations, **parts)
+
+
+def show_rows(values: Tensor) -> Callable[[Tensor], Tensor]:
+    """A view's part that is shown for some tokens: rows (B, R) of ``values`` (B, T, F)."""
+    return lambda rows: values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def pad_left(view: PrefillView, pad: int, filler: float) -> PrefillView:

@@ -116,9 +116,10 @@ def test_a_model_loaded_without_its_ffns_answers_as_in_memory(name, stored):
 
 @pytest.mark.parametrize("over", ["kept", "question"])
 @pytest.mark.parametrize("score", ["griffin", "output-weighted"])
-def test_every_choice_sees_its_weights(over, score):
+@pytest.mark.parametrize("firing", [None, 0.5])
+def test_every_choice_sees_its_weights(over, score, firing):
     model = build("llava")
-    chosen = method(over=over, neuron_score=score, layer=2)
+    chosen = method(over=over, neuron_score=score, layer=2, firing=firing)
     inputs = make_inputs("llava", model)
     expected = in_memory(model, inputs, chosen)
     with chosen(model, memory=CAP):

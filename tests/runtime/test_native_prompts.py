@@ -248,6 +248,41 @@ def test_hooks_see_what_they_always_see(calls):
 
 
 @by_default
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_hooks_in_front_of_an_ffn_change_what_it_gets(calls, with_kwargs):
+    model, ids = build(), prompt()
+    layer, last = model.model.layers[1], model.model.layers[2]
+
+    def halve(module, args, *kwargs):
+        return ((args[0] / 2,), *kwargs) if with_kwargs else args[0] / 2
+
+    layer.mlp.register_forward_pre_hook(halve, with_kwargs=with_kwargs)
+    last.mlp.down_proj.register_forward_pre_hook(halve, with_kwargs=with_kwargs)
+    expected = logits(model, input_ids=ids)
+    with Sparsifier()(model):
+        calls.clear()
+        got = logits(model, input_ids=ids)
+    assert calls.count("gated") == len(model.model.layers)  # all layers ran in C
+    assert (got - expected).norm() < 2e-2 * expected.norm()
+
+
+@by_default
+def test_a_gate_is_seen_without_leaving_c(calls):
+    model, ids = build(), prompt()
+    method = CoreMatching(beta=0.5, firing=0.5, **NEURONS)
+    found = []
+    for engine in ("torch", "auto"):
+        with method(model, engine=engine) as run:
+            calls.clear()
+            logits(model, input_ids=ids)
+            found.append(run._engine.records[-1].selection.neurons)
+    assert calls.count("gated") == len(model.model.layers)
+    for index, choice in found[0].items():
+        close = choice.gate_threshold / found[1][index].gate_threshold
+        assert close.sub(1).abs().max() < 0.05
+
+
+@by_default
 def test_neurons_are_chosen_from_activations_in_c(calls):
     model, ids = build(), prompt()
     method = CoreMatching(beta=0.5, **NEURONS)

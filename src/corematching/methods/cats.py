@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from corematching.methods.firing_rule import FiringRule
+from corematching.methods.firing_rule import FiringRule, find_gate_cut
 from corematching.methods.registry import register_method
 from corematching.methods.sparsifier import Sparsifier
 from corematching.protocol import ACTIVATIONS, GATE, PrefillView
@@ -28,7 +28,7 @@ class CatsRule(FiringRule, name="cats-rule"):
 
     def thresholds(self, view: PrefillView) -> dict[str, Tensor]:
         """One for the gate."""
-        return {"gate_threshold": self.calibrate(view, view.gate, GATE)}
+        return {"gate_threshold": find_gate_cut(view, self.over, self.beta)}
 
 
 @register_method("cats", budgets=("beta",))

@@ -12,8 +12,8 @@ from corematching.errors import ConfigError
 from corematching.methods.sparsifier import NeuronDropper
 from corematching.policy.check import check_share
 from corematching.policy.thresholds import find_cut
-from corematching.policy.tokens import check_over, select_tokens
-from corematching.protocol import NeuronChoice, PrefillView
+from corematching.policy.tokens import check_over, list_rows, select_tokens
+from corematching.protocol import GATE, NeuronChoice, PrefillView
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,20 @@ class FiringRule(NeuronDropper):
         return NeuronChoice(indices=indices, **self.thresholds(view))
 
     def calibrate(self, view: PrefillView, values: Tensor | None, what: str) -> Tensor:
-        """(B,), the smallest magnitude of (B, T, F) values that stays; see `find_threshold`."""
-        return find_threshold(view, values, what, self.over, self.beta)
+        """(B,), the smallest magnitude of a view's part, (B, T, F), that stays; see `find_cut`."""
+        if values is None:
+            raise _missing(view, what)
+        return find_cut(values, select_tokens(view, self.over), self.beta)
 
 
-def find_threshold(
-    view: PrefillView,
-    values: Tensor | None,
-    what: str,
-    over: str,
-    share: float,
-    neurons: Tensor | None = None,
+def find_gate_cut(
+    view: PrefillView, over: str, share: float, neurons: Tensor | None = None
 ) -> Tensor:
-    """The smallest magnitude that stays when about ``share`` of a view's values do.
+    """The smallest magnitude of a gate that stays when about ``share`` of them do.
 
     Parameters
     ----------
     view : PrefillView
-    values : Tensor or None
-        (B, T, F), a part of the view.
-    what : str
-        The part's name.
     over : str
         The tokens to calibrate over, one of `TOKEN_SETS`.
     share : float
@@ -91,10 +84,13 @@ def find_threshold(
     Raises
     ------
     ConfigError
-        When the view has no such values.
+        When the view shows no gate.
     """
-    if values is None:
-        raise ConfigError(
-            f"layer {view.layer} shows no {what}: name '{what}' in the policy's needs"
-        )
-    return find_cut(values, select_tokens(view, over), share, neurons)
+    if view.gate is None:
+        raise _missing(view, GATE)
+    rows, present = list_rows(select_tokens(view, over))
+    return find_cut(view.gate(rows), present, share, neurons)
+
+
+def _missing(view: PrefillView, what: str) -> ConfigError:
+    return ConfigError(f"layer {view.layer} shows no {what}: name '{what}' in the policy's needs")

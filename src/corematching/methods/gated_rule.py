@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from corematching.methods.firing_rule import find_threshold
+from corematching.methods.firing_rule import find_gate_cut
 from corematching.methods.sparsifier import NeuronRule
+from corematching.policy.base import read_activations
 from corematching.policy.check import check_share
 from corematching.policy.tokens import check_over
 from corematching.protocol import ACTIVATIONS, GATE, NeuronChoice, PrefillView
@@ -58,12 +59,12 @@ class GatedRule(NeuronRule, name="gated-rule"):
         ConfigError
             When the view shows no gate.
         """
-        if view.gate is not None and count == view.gate.shape[-1]:
+        if count == read_activations(view).shape[-1]:
             every = torch.arange(count, device=view.valid.device).expand(len(view.valid), -1)
             choice = NeuronChoice(indices=every)
         else:
             choice = super().choose(view, count)
-        choice.gate_threshold = find_threshold(
-            view, view.gate, GATE, self.calibrate_over, self.firing, choice.indices
+        choice.gate_threshold = find_gate_cut(
+            view, self.calibrate_over, self.firing, choice.indices
         )
         return choice

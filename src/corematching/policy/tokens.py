@@ -38,6 +38,27 @@ def select_tokens(view: PrefillView, over: str) -> Tensor:
     return TOKEN_SETS[over](view)
 
 
+def list_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of some tokens, in their order.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, T) bool.
+
+    Returns
+    -------
+    rows : Tensor
+        (B, R) long; R is the largest number of tokens in a sample.
+    present : Tensor
+        (B, R) bool, False on the filler behind a sample with fewer of them.
+    """
+    counts = tokens.sum(1, keepdim=True)
+    most = int(counts.max()) if counts.numel() else 0
+    rows = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    return rows, torch.arange(most, device=tokens.device) < counts
+
+
 def check_over(over: str) -> None:
     """Refuse a name that is no token set."""
     check_choice("over", over, TOKEN_SETS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class HookWatch:
@@ -16,12 +16,18 @@ class HookWatch:
     modules : iterable of nn.Module
     ignored : str
         Functions of this name do not count.
+    called : iterable of nn.Module
+        Modules whose hooks in front of them the caller runs (`run_pre_hooks`): only those behind
+        them count.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], ignored: str = "") -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], ignored: str = "", called: Iterable[nn.Module] = ()
+    ) -> None:
         self._hooks: list[Any] = [
             hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)
         ]
+        self._hooks += [m._forward_hooks for m in called]
         self._ignored = ignored
 
     def sees_any(self) -> bool:
@@ -35,3 +41,28 @@ class HookWatch:
             return True
         every = (hook for hooks in self._hooks for hook in hooks.values())
         return any(getattr(hook, "__name__", "") != self._ignored for hook in every)
+
+
+def run_pre_hooks(module: nn.Module, x: Tensor) -> Tensor:
+    """Run the hooks in front of a module that gets ``x`` and nothing else; gives what they pass on.
+
+    Parameters
+    ----------
+    module : nn.Module
+        One that is not called itself, because somebody else computes what it would.
+    x : Tensor
+
+    Returns
+    -------
+    Tensor
+        ``x``, or what the last hook that changed it made of it.
+    """
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            changed = hook(module, (x,), {})
+            changed = changed if changed is None else changed[0]
+        else:
+            changed = hook(module, (x,))
+        if changed is not None:
+            x = changed[0] if isinstance(changed, tuple) else changed
+    return x

@@ -22,7 +22,7 @@ from corematching.kernels.native import (
 
 from .checks import Parts
 from .ffn_parts import FFNParts
-from .hooks import HookWatch
+from .hooks import HookWatch, run_pre_hooks
 from .patches import InstancePatches
 
 FEWEST_ROWS = 2
@@ -91,7 +91,7 @@ class NativePrompts:
                 self._wrap(module, self._attention, module, HookWatch(_inputs_of(module)))
             if ffns and self._layers_are_llamas(ffns[0], norms):
                 for layer, ffn in zip(self.parts.layers, ffns, strict=True):
-                    self._wrap(layer, self._layer, layer, ffn, *_watch_layer(layer, ffn))
+                    self._wrap(layer, self._layer, layer, ffn, _watch_layer(layer, ffn))
 
     def remove(self) -> None:
         """Put every forward back."""
@@ -132,7 +132,6 @@ class NativePrompts:
         layer: Any,
         ffn: FFNParts,
         hooks: HookWatch,
-        after_down: Any,
         original: Any,
         hidden_states: Tensor,
         attention_mask: Any = None,
@@ -140,7 +139,7 @@ class NativePrompts:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Any:
-        known = _uses_sdpa(layer.self_attn) and not (after_down or hooks.sees_any())
+        known = _uses_sdpa(layer.self_attn) and not hooks.sees_any()
         seen = attention_mask, past_key_values, position_embeddings
         out = self._run_layer(layer, ffn, hidden_states, *seen, **kwargs) if known else None
         if out is not None:
@@ -172,9 +171,8 @@ class NativePrompts:
         mixed = attend(attention, joint, mask, cache, **kwargs)[0]
         x = self._products.linear(mixed, output.weight, output.bias, x)
         norm = layer.post_attention_layernorm
-        active = self._activate(ffn, normalise(x, norm.weight, norm.variance_epsilon))
-        for hook in list(down._forward_pre_hooks.values()):
-            hook(down, (active,))
+        normed = run_pre_hooks(ffn.mlp, normalise(x, norm.weight, norm.variance_epsilon))
+        active = run_pre_hooks(down, self._activate(ffn, normed))
         return self._products.linear(active, down.weight, down.bias, x)
 
     def _activate(self, ffn: FFNParts, x: Tensor) -> Tensor:
@@ -302,10 +300,11 @@ def _uses_sdpa(attention: Any) -> bool:
     return attention.config._attn_implementation == ATTENTION and not attention.training
 
 
-def _watch_layer(layer: Any, ffn: FFNParts) -> tuple[HookWatch, Any]:
-    """The hooks that a layer in one piece would not run: all but those in front of `down`."""
-    inner = [module for module in layer.modules() if module not in (layer, ffn.down)]
-    return HookWatch(inner), ffn.down._forward_hooks
+def _watch_layer(layer: Any, ffn: FFNParts) -> HookWatch:
+    """The hooks that a layer in one piece would not run."""
+    called = (ffn.mlp, ffn.down)
+    inner = [module for module in layer.modules() if module not in (layer, *called)]
+    return HookWatch(inner, called=called)
 
 
 def _is_plain_linear(module: Any) -> bool:

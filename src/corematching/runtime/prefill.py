@@ -199,7 +199,7 @@ class Prefill:
             self._ffn = probe
 
         self._handles.append(self.parts.ffns[index].register_forward_pre_hook(show))
-        self._handles.extend(probe.install())
+        self._handles.append(probe.install())
 
     @torch.compiler.disable
     def _before_layer(
@@ -214,6 +214,8 @@ class Prefill:
             self.origin = self.origin.to(hidden.device)
         if index - 1 in self.cuts:
             hidden = self._cut(index - 1, hidden)
+        if self._ffn is not None:
+            self._ffn.inputs = None
         self._activations = self._probe = self._ffn = None
         if not self.shortened and self._gone is None:
             return None

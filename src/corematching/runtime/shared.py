@@ -25,9 +25,8 @@ from corematching.protocol import VISION
 
 from .attach import Run
 from .checks import Parts
+from .hooks import run_pre_hooks
 from .patches import InstancePatches
-
-GATE_NAMES = ("gate_proj", "gate_up_proj")
 
 
 @dataclass
@@ -153,28 +152,24 @@ class _Replay:
             return original(*args, **kwargs)
         cache.update(kept.keys[index], kept.values[index], index)
         ffn, down = self.parts.ffns[index], self.parts.down_projs[index]
-        gate = _find_gate(ffn)
-        if ffn._forward_pre_hooks or (gate is not None and gate._forward_hooks):
-            _call_hooks(ffn, kept.inputs[index])
-            if gate is not None:
-                gate(kept.inputs[index])
+        if ffn._forward_pre_hooks:
+            run_pre_hooks(ffn, kept.inputs[index])
         if down._forward_pre_hooks:
-            _call_hooks(down, kept.activations[index])
+            run_pre_hooks(down, kept.activations[index])
         return kept.outputs[index]
 
     def _shows_enough(self, index: int) -> bool:
         """Whether all that somebody watches of this layer was recorded."""
         layer, ffn = self.parts.layers[index], self.parts.ffns[index]
-        down, gate = self.parts.down_projs[index], _find_gate(ffn)
+        down = self.parts.down_projs[index]
         for module in layer.modules():
             if module is layer:
                 continue
-            if module._forward_hooks and module is not gate:
+            if module._forward_hooks:
                 return False
             if module._forward_pre_hooks and module is not ffn and module is not down:
                 return False
-        watched = ffn._forward_pre_hooks or (gate is not None and gate._forward_hooks)
-        if watched and index >= len(self.recording.inputs):
+        if ffn._forward_pre_hooks and index >= len(self.recording.inputs):
             return False
         return not down._forward_pre_hooks or index < len(self.recording.activations)
 
@@ -202,12 +197,3 @@ def _keep_features(recording: Recording) -> Any:
 
 def _has_features(model: Any) -> bool:
     return hasattr(getattr(model, "base_model", None), "get_image_features")
-
-
-def _find_gate(ffn: Any) -> Any:
-    return next((getattr(ffn, name) for name in GATE_NAMES if hasattr(ffn, name)), None)
-
-
-def _call_hooks(module: nn.Module, x: Tensor) -> None:
-    for hook in list(module._forward_pre_hooks.values()):
-        hook(module, (x,))

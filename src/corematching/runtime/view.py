@@ -18,6 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corematching.errors import UnsupportedModelError
 
+from .masks import take
+
 PROBE = "corematching_probe"
 _armed = threading.local()
 
@@ -147,7 +149,7 @@ class AttentionProbe:
 
 
 class FFNProbe:
-    """Holds what entered an FFN in its last run, and its gate ``act(gate(x))``.
+    """Holds what entered an FFN in its last run, and computes its gate ``act(gate(x))`` from that.
 
     Parameters
     ----------
@@ -161,28 +163,30 @@ class FFNProbe:
         self._mlp = mlp
         names = ("act_fn", "activation_fn", "act")
         self._activation: Any = next((getattr(mlp, n) for n in names if hasattr(mlp, n)), None)
-        self._output: Tensor | None = None
+        found = (getattr(mlp, name, None) for name in ("gate_proj", "gate_up_proj"))
+        self._gate: Any = next((gate for gate in found if gate is not None), None)
 
-    def install(self) -> list[Any]:
-        """Put hooks on the FFN; gives their handles."""
-        handles = [self._mlp.register_forward_pre_hook(self._see_inputs)]
-        gate = getattr(self._mlp, "gate_proj", None)
-        gate = getattr(self._mlp, "gate_up_proj", None) if gate is None else gate
-        if gate is not None:
-            handles.append(gate.register_forward_hook(self._see_gate))
-        return handles
+    def install(self) -> Any:
+        """Put a hook on the FFN; gives its handle."""
+        return self._mlp.register_forward_pre_hook(self._see_inputs)
 
-    def gate(self, activations: Tensor) -> Tensor:
-        """(B, T, F), the gate of the run that gave these ``activations`` (B, T, F)."""
-        if self._output is None:
-            return activations
-        return self._activation(self._output[..., : activations.shape[-1]])
+    def gate(self, activations: Tensor) -> Callable[[Tensor], Tensor]:
+        """The gate of the run that gave these ``activations`` (B, T, F), for some of its tokens.
+
+        No hook on the gate's own module sees that it is computed once more.
+        """
+        inputs, width = self.inputs, activations.shape[-1]
+
+        def compute(rows: Tensor) -> Tensor:  # (B, R) to (B, R, F)
+            if self._gate is None or inputs is None:
+                return take(activations, rows)
+            with torch.no_grad():
+                return self._activation(self._gate.forward(take(inputs, rows))[..., :width])
+
+        return compute
 
     def _see_inputs(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self.inputs = args[0]
-
-    def _see_gate(self, _: nn.Module, args: Any, output: Tensor) -> None:
-        self._output = output
 
 
 def find_attention(layer: nn.Module) -> nn.Module | None:

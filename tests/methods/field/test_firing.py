@@ -10,7 +10,7 @@ from corematching.methods import method_from_dict, method_from_text
 from corematching.protocol import NeuronPolicy
 from corematching.runtime.view import FFNProbe
 from tests.models import build, make_inputs
-from tests.policy.views import make_view
+from tests.policy.views import make_view, show_rows
 
 NAMES = ("teal", "cats")
 
@@ -38,7 +38,7 @@ def test_teal_by_hand():
 
 def test_cats_by_hand():
     gate = torch.tensor([[[1.0, -2, 3, -4], [8, -7, 6, 5], [9.0, 9, 9, 9]]])
-    view = make_view(["tti"], torch.zeros(1, 3, 4), gate=gate)
+    view = make_view(["tti"], torch.zeros(1, 3, 4), gate=show_rows(gate))
     choice = method_from_text("cats:beta=0.25").neurons.choose(view, 4)
     assert (gate[:, :2].abs() >= choice.gate_threshold).tolist() == [
         [[False] * 4, [True, True, False, False]]
@@ -73,16 +73,20 @@ def test_the_probe_sees_what_the_ffn_computes(family):
     model = build(family)
     mlp = model.model.layers[1].mlp
     probe, seen = FFNProbe(mlp), []
-    handles = probe.install()
-    handles.append(
-        mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    )
+    handles = [
+        probe.install(),
+        mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+    ]
     with torch.no_grad():
         model(**make_inputs(family, model))
         up = mlp.up_proj(probe.inputs)
     for handle in handles:
         handle.remove()
-    torch.testing.assert_close(probe.gate(seen[0]) * up, seen[0])
+    gate, last = probe.gate(seen[0]), seen[0].shape[1] - 1
+    rows = torch.tensor([[last, 0]]).expand(len(up), -1)
+    torch.testing.assert_close(gate(rows) * up[:, [last, 0]], seen[0][:, [last, 0]])
+    every = torch.arange(last + 1).expand(len(up), -1)
+    torch.testing.assert_close(gate(every) * up, seen[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
