@@ -184,7 +184,7 @@ TRAINING_WORDINGS: dict[str, tuple[str, ...]] = {
 }
 # After one round of all families, training asks these again, in these shares; the easy ones only
 # about every second picture.
-ASKED = {"count": 4, "side": 3, "relation": 6, "bigger": 1, "where": 2, "list": 2, "describe": 3}
+ASKED = {"count": 4, "side": 3, "relation": 4, "bigger": 1, "where": 1, "list": 3, "describe": 4}
 EASY = ("exists", "choice")
 HELD_OUT_WORDINGS = 2
 SIDES = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}

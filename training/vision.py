@@ -2,14 +2,17 @@
 
     python vision.py --sprites SPRITES --out runs/vision [--minutes 2.5] [--device cuda]
 
-Resumes from the last checkpoint in ``--out``. ``--start`` begins with the tower of an exported
-model; the new heads then learn alone at first. Writes ``log.jsonl`` beside it.
+Drawing a scene takes the processors longer than a step on it takes a GPU, so with ``--reuse 4``
+only every fourth batch is new and the others are drawn from those before it. Resumes from the last
+checkpoint in ``--out``. ``--start`` begins with the tower of an exported model; the new heads then
+learn alone at first. Writes ``log.jsonl`` beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +118,18 @@ def load_batches(stream: IterableDataset, workers: int) -> Iterator[tuple[Tensor
     return iter(loader)
 
 
+def reuse_batches(
+    drawn: Iterator[list[Tensor]], times: int, most: int, seed: int
+) -> Iterator[list[Tensor]]:
+    """Each drawn batch and, after it, ``times - 1`` earlier ones, of the ``most`` last."""
+    rng, kept = np.random.default_rng(seed), deque(maxlen=most)
+    for batch in drawn:
+        yield batch
+        kept.append(batch)
+        for _ in range(times - 1):
+            yield kept[rng.integers(len(kept))]
+
+
 def mark_centres(geometry: Tensor, labels: Tensor) -> Tensor:
     """(B, P) float, 1 where the patch holds the centre of the item it shows."""
     cells = (geometry[..., :2] * GRID).long().clamp(max=GRID - 1)
@@ -189,7 +204,11 @@ def train(args: argparse.Namespace) -> None:
     for layer in model.tower.encoder.layers:
         layer.compile(dynamic=False)
     stream = PatchStream(args.sprites, args.batch, args.signs, args.seed + schedule.step)
-    batches = load_batches(stream, args.workers)
+    drawn = (
+        [part.to(args.device, non_blocking=True) for part in batch]
+        for batch in load_batches(stream, args.workers)
+    )
+    batches = reuse_batches(drawn, args.reuse, args.kept, args.seed)
     logged: list[dict[str, Tensor]] = []
     with (args.out / "log.jsonl").open("a") as log_file:
         while not schedule.done:
@@ -197,8 +216,7 @@ def train(args: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 waits = tower_waits and group["of_tower"]
                 group["lr"] = 0.0 if waits else schedule.rate(args.rate)
-            batch = [part.to(args.device, non_blocking=True) for part in next(batches)]
-            loss, log = compute_losses(model, batch)
+            loss, log = compute_losses(model, next(batches))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -233,6 +251,8 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, help="end after so long, if that comes first")
     parser.add_argument("--signs", type=float, default=1.5, help="signs per scene")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--reuse", type=int, default=1, help="steps per drawn batch")
+    parser.add_argument("--kept", type=int, default=1000, help="batches kept for them")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
 """The Triton kernels compiled to machine code for CUDA devices, on a machine that has none.
 
 The interpreter runs kernels as Python; types, layouts and registers are only checked here.
-`test_triton_ffn.py` runs this file in a process of its own, with an empty compilation cache.
+`test_triton.py` runs this file in a process of its own, with an empty compilation cache.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from corematching.kernels import triton_ffn
+from corematching.kernels import triton_ffn, triton_prompt
 
 SHARED_MEMORY = 163 * 1024  # bytes that one program may use on compute capability 8.0
 
@@ -56,5 +56,39 @@ def test_the_kernels_compile(capability, dtype, place, block_b):
 def test_the_sum_compiles():
     config = triton.Config({}, num_warps=4)
     pointers = {"parts": "fp32", "bias": "bf16", "out": "bf16"}
-    constants = {"SPLITS": 16, "BLOCK_D": 256}
+    constants = {"BLOCK_S": 64, "BLOCK_D": 128}
     assert build(triton_ffn._sum_kernel, 90, pointers, constants, config).asm["cubin"]
+
+
+ROW = {"BLOCK": 16384}
+SUM = {"KIND": 2, "BLOCK_T": 64, "BLOCK_F": 64}
+DIGIT = {"SHIFT": 0, "NUMBER": 15, "MAGNITUDE": 0x7FFF, "BLOCK": 1024}
+PROMPTS = {
+    "_invert_squares_kernel": (
+        {"values": "bf16", "tokens": "u8", "factors": "fp32"}, {"BLOCK": 1024}, 4,
+    ),
+    "_sum_rows_kernel": (
+        {"values": "bf16", "tokens": "u8", "factors": "fp32", "out": "fp32"}, SUM, 4,
+    ),
+    "_weigh_marks_kernel": ({"marks": "u8", "weights": "fp32", "out": "fp32"}, {"BLOCK": 1024}, 4),
+    "_mark_highest_kernel": (
+        {"bits": "i16", "counts": "i64", "marks": "u8"},
+        {"ABSOLUTE": True, "BITS": 15, "MAGNITUDE": 32767, **ROW}, 16,
+    ),
+    "_pick_highest_kernel": ({"scores": "fp32", "places": "i64"}, ROW, 16),
+    "_count_digits_kernel": (
+        {"bits": "i16", "tokens": "u8", "neurons": "i64", "known": "i32", "found": "i32"},
+        DIGIT, 4,
+    ),
+    "_narrow_kernel": ({"found": "i32", "known": "i32", "missing": "i32"}, {"NUMBER": 15}, 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_what_chooses_from_a_prompt_compiles(name, capability):
+    pointers, constants, warps = PROMPTS[name]
+    config = triton.Config({}, num_warps=warps)
+    built = build(getattr(triton_prompt, name), capability, pointers, constants, config)
+    assert built.asm["cubin"]
+    assert built.metadata.shared <= SHARED_MEMORY

@@ -1,4 +1,4 @@
-"""The Triton FFN against PyTorch; `test_triton_ffn.py` runs this file in a process of its own."""
+"""The Triton FFN against PyTorch; `test_triton.py` runs this file in a process of its own."""
 
 import pytest
 import torch

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from corematching.errors import ConfigError
 from corematching.policy.thresholds import (
+    _calibrate_at_once,
     calibrate_threshold,
     find_cut,
     pick_firing,
@@ -78,6 +79,16 @@ def test_padding_and_company_change_nothing():
     both = calibrate_threshold(values.bfloat16(), tokens, 0.4)
     alone = calibrate_threshold(values[:1, 1:].bfloat16(), tokens[:1, 1:], 0.4)
     assert both[0] == alone[0] and both.dtype == torch.float32
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.3, 1.0])
+def test_all_samples_at_once_are_as_each_alone(sparsity):
+    values = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens = torch.tensor([[True] * 5, [False, True, True, False, True], [False] * 5])
+    neurons = torch.stack([torch.randperm(12)[:7] for _ in range(3)])
+    for chosen in (None, neurons):
+        alone = calibrate_threshold(values, tokens, sparsity, chosen)
+        assert torch.equal(_calibrate_at_once(values, tokens, sparsity, chosen), alone)
 
 
 def test_no_tokens():

@@ -44,14 +44,15 @@ class RandomTokens:
         self.seen.append(view)
         stage = self.layers.index(view.layer)
         original = view.memory.setdefault("original", view.image.sum(1).tolist())
-        keep, scores = view.text.clone(), torch.full(view.valid.shape, torch.nan)
+        device = view.valid.device
+        keep, scores = view.text.clone(), torch.full(view.valid.shape, torch.nan, device=device)
         for sample, images in enumerate(original):
             before = self.alive(sample, images, stage)
-            after = self.alive(sample, images, stage + 1)[before]
+            after = self.alive(sample, images, stage + 1)[before].to(device)
             assert int(view.image[sample].sum()) == len(after), "the view shows other tokens"
             keep[sample, view.image[sample]] = after
             scores[sample, view.image[sample]] = after.float()
-        return TokenChoice(keep, scores, torch.full((len(original),), 0.5))
+        return TokenChoice(keep, scores, torch.full((len(original),), 0.5, device=device))
 
     def kept_after(self, image: Tensor) -> dict[int, Tensor]:
         """The same choices in the original prompt, (B, T) image mask to layer -> (B, T) keep."""

@@ -35,7 +35,7 @@ from corematching.kernels.interface import ACTIVATIONS, FFNWeights, NeuronSets
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BATCH_BLOCK = 16  # the smallest number of rows of a matrix instruction
-MAX_SPLITS = 16
+MAX_SPLITS, MAX_SPLITS_OF_A_BATCH = 64, 32
 ROWS_PER_SPLIT = 64  # a split of the neurons is no smaller than this
 INTERPRETED_BLOCKS = {"BLOCK_R": 16, "BLOCK_D": 32} if INTERPRETED else {}
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bits of bfloat16 as integers
@@ -45,14 +45,24 @@ def _tune(kernel: Any) -> Any:
     """Let the device choose among a few block sizes, once per shape; the interpreter has none."""
     if INTERPRETED:
         return kernel
-    sizes = [(16, 128, 4, 3), (16, 256, 4, 3), (32, 128, 4, 4), (32, 256, 8, 3), (64, 64, 4, 4)]
+    sizes = [
+        (16, 128, 4, 3), (16, 256, 4, 3), (32, 128, 4, 4), (32, 256, 8, 3), (64, 64, 4, 4),
+        (8, 256, 4, 4), (8, 512, 4, 3),
+    ]  # fmt: skip
     configs = [
         triton.Config({"BLOCK_R": rows, "BLOCK_D": columns}, num_warps=warps, num_stages=stages)
         for rows, columns, warps, stages in sizes
     ]
-    return triton.autotune(configs, key=["width", "num_rows", "BLOCK_B", "GATED", "ALIVE_FIRST"])(
+    key = ["width", "num_rows", "BLOCK_B", "GATED", "ALIVE_FIRST"]
+    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": _list_fitting})(
         kernel
     )
+
+
+def _list_fitting(configs: list[Any], _: dict[str, Any], **meta: Any) -> list[Any]:
+    """Matrix instructions need 16 rows."""
+    fewest = 1 if meta["BLOCK_B"] == 1 else BATCH_BLOCK
+    return [config for config in configs if config.kwargs["BLOCK_R"] >= fewest]
 
 
 @dataclass(frozen=True)
@@ -160,8 +170,12 @@ def _list_neurons(indices: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     held = torch.zeros(sets, width + 1, dtype=torch.bool, device=indices.device)
     held = held.scatter(1, torch.where(indices < 0, width, indices), True)[:, :width]
     used = held.any(0)
-    order = used.to(torch.int8).argsort(descending=True, stable=True)[: min(width, sets * count)]
-    return torch.where(used[order], order, -1).to(torch.int32), held[:, order].to(torch.int8)
+    length = min(width, sets * count)
+    places = torch.where(used, used.cumsum(0) - 1, length)
+    rows = torch.full((length + 1,), -1, device=indices.device)
+    rows = rows.scatter(0, places, torch.arange(width, device=indices.device))[:length]
+    members = held[:, rows.clamp(min=0)] & (rows >= 0)
+    return rows.to(torch.int32), members.to(torch.int8)
 
 
 def _keep(old: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -198,7 +212,8 @@ def _indexed_ffn(
     per_set = next((t for t in (members, gate_threshold, output_threshold) if t is not None), None)
     sets = 1 if per_set is None else per_set.shape[0]
     hidden = torch.empty(batch, num_rows, dtype=x.dtype, device=x.device)
-    splits = max(1, min(MAX_SPLITS, triton.cdiv(num_rows, ROWS_PER_SPLIT)))
+    most = MAX_SPLITS if batch == 1 else MAX_SPLITS_OF_A_BATCH
+    splits = max(1, min(most, triton.cdiv(num_rows, ROWS_PER_SPLIT)))
     parts = torch.empty(splits, batch, width, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
@@ -213,9 +228,9 @@ def _indexed_ffn(
             hidden, down_t, rows, parts, batch, width, num_rows, triton.cdiv(num_rows, splits),
             down_t.stride(0), GATED=False, ALIVE_FIRST=False, BLOCK_B=block_b, **INTERPRETED_BLOCKS,
         )  # fmt: skip
-        _sum_kernel[(triton.cdiv(width, 256), batch)](
-            parts, bias, out, batch, width, 1 if bias is None else batch // bias.shape[0],
-            SPLITS=splits, BLOCK_D=256,
+        _sum_kernel[(triton.cdiv(width, 128), batch)](
+            parts, bias, out, batch, width, 1 if bias is None else batch // bias.shape[0], splits,
+            BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=128,
         )  # fmt: skip
     return out
 
@@ -364,8 +379,8 @@ def _down_kernel(
             mask=present[:, None] & (places < end)[None, :],
             other=0.0,
         )
+        listed = tl.load(rows + places, mask=places < end, other=0)
         needed = tl.max((values != 0).to(tl.int32), axis=0) > 0
-        listed = tl.load(rows + places, mask=needed, other=0)
         block = tl.load(
             down + listed.to(tl.int64)[:, None] * stride + columns[None, :],
             mask=needed[:, None] & inside[None, :],
@@ -386,15 +401,20 @@ def _down_kernel(
 
 @triton.jit
 def _sum_kernel(
-    parts, bias, out, batch, width, samples_per_bias, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The splits' sum in their order, plus the sample's bias."""
+    parts, bias, out, batch, width, samples_per_bias, splits,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The splits' sum, plus the sample's bias."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     sample = tl.program_id(1)
     inside = columns < width
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(parts + (split * batch + sample) * width + columns, mask=inside, other=0.0)
+    split = tl.arange(0, BLOCK_S)
+    part = tl.load(
+        parts + (split * batch + sample)[:, None] * width + columns[None, :],
+        mask=(split < splits)[:, None] & inside[None, :],
+        other=0.0,
+    )
+    total = tl.sum(part, axis=0)
     if bias is not None:
         row = bias + (sample // samples_per_bias) * width
         total += tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)

@@ -12,7 +12,7 @@ from corematching.errors import ConfigError
 from corematching.methods.sparsifier import NeuronDropper
 from corematching.policy.check import check_share
 from corematching.policy.thresholds import find_cut
-from corematching.policy.tokens import check_over, list_rows, select_tokens
+from corematching.policy.tokens import check_over, list_chosen, select_tokens
 from corematching.protocol import GATE, NeuronChoice, PrefillView
 
 
@@ -88,7 +88,7 @@ def find_gate_cut(
     """
     if view.gate is None:
         raise _missing(view, GATE)
-    rows, present = list_rows(select_tokens(view, over))
+    rows, present = list_chosen(view, over)
     return find_cut(view.gate(rows), present, share, neurons)
 
 

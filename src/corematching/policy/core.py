@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corematching.kernels.native import pick_highest
+from corematching.kernels.prompt import pick_highest
 from corematching.policy.activated import activate_by_magnitude, activate_top_positive
 from corematching.policy.amounts import count_of
 from corematching.policy.passes import sum_tokens
@@ -25,9 +25,9 @@ def count_activations(activated: Tensor, tokens: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        (B, F) long.
+        (B, F) float32; counts are exact up to 2**24.
     """
-    return sum_tokens(activated, tokens).long()
+    return sum_tokens(activated, tokens)
 
 
 def pick_top(scores: Tensor, count: int) -> Tensor:

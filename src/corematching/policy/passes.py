@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corematching.kernels.native import mark_highest, sum_rows, weigh_marks
+from corematching.kernels.prompt import mark_highest, sum_rows, weigh_marks
 
 BLOCK_BYTES = 1 << 20
 """A block's size in float32."""

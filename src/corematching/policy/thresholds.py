@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from corematching.errors import ConfigError
+from corematching.kernels.prompt import find_size
 from corematching.policy.activated import find_kth_largest
 from corematching.policy.amounts import PPM, parts
 from corematching.policy.check import check_share
@@ -49,9 +50,12 @@ def calibrate_threshold(
     Raises
     ------
     ConfigError
-        When ``sparsity`` is out of range, or a value is NaN or infinite.
+        When ``sparsity`` is out of range; on the CPU also when a value is NaN or infinite. Other
+        devices are not waited for: there NaN counts as larger than all numbers.
     """
     check_share("sparsity", sparsity)
+    if values.device.type != "cpu":
+        return _calibrate_at_once(values, tokens, sparsity, neurons)
     thresholds = values.new_zeros(len(values), dtype=torch.float32)
     for sample, chosen in enumerate(tokens):
         rows = values[sample, chosen]
@@ -67,6 +71,22 @@ def calibrate_threshold(
             below = -(-entries.numel() * parts(sparsity) // PPM)  # rounded up
             thresholds[sample] = find_kth_largest(entries, entries.numel() - below + 1)[0]
     return thresholds
+
+
+def _calibrate_at_once(
+    values: Tensor, tokens: Tensor, sparsity: float, neurons: Tensor | None
+) -> Tensor:
+    """`calibrate_threshold` of all samples together, without waiting for the device."""
+    width = values.shape[-1] if neurons is None else neurons.shape[1]
+    ranks = -(-tokens.sum(1) * width * parts(sparsity) // PPM)  # rounded up
+    found = find_size(values.detach(), tokens, neurons, ranks)
+    if found is not None:
+        return found
+    if neurons is not None:
+        values = values.gather(2, neurons.unsqueeze(1).expand(-1, values.shape[1], -1))
+    sizes = values.float().abs().masked_fill(~tokens.unsqueeze(-1), torch.inf).flatten(1)
+    last = (ranks - 1).clamp(min=0).unsqueeze(1)
+    return torch.where(ranks > 0, sizes.sort(dim=1).values.gather(1, last).squeeze(1), 0.0)
 
 
 def find_cut(values: Tensor, tokens: Tensor, share: float, neurons: Tensor | None = None) -> Tensor:

@@ -38,23 +38,39 @@ def select_tokens(view: PrefillView, over: str) -> Tensor:
     return TOKEN_SETS[over](view)
 
 
-def list_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+def list_chosen(view: PrefillView, over: str) -> tuple[Tensor, Tensor]:
+    """`list_rows` of a set by its name; a prompt's tokens are counted once for all its layers."""
+    tokens = select_tokens(view, over)
+    key = f"most {over} of {tokens.shape[1]}"
+    if key not in view.memory:
+        view.memory[key] = count_most(tokens)
+    return list_rows(tokens, view.memory[key])
+
+
+def count_most(tokens: Tensor) -> int:
+    """The largest number of tokens in a sample, of (B, T) bool; waits for the device."""
+    counts = tokens.sum(1)
+    return int(counts.max()) if counts.numel() else 0
+
+
+def list_rows(tokens: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The places of some tokens, in their order.
 
     Parameters
     ----------
     tokens : Tensor
         (B, T) bool.
+    most : int
+        `count_most` of them.
 
     Returns
     -------
     rows : Tensor
-        (B, R) long; R is the largest number of tokens in a sample.
+        (B, R) long; R is ``most``.
     present : Tensor
         (B, R) bool, False on the filler behind a sample with fewer of them.
     """
     counts = tokens.sum(1, keepdim=True)
-    most = int(counts.max()) if counts.numel() else 0
     rows = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
     return rows, torch.arange(most, device=tokens.device) < counts
 

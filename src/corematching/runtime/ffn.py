@@ -354,10 +354,12 @@ def _buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
 def _count_sets(choices: list[Tensor]) -> int:
     """The smallest S for which samples that follow each other, B / S at a time, choose the same."""
     batch = choices[0].shape[0]
+    if batch == 1:
+        return 1
+    repeats = [(x[1:] == x[:-1]).reshape(batch - 1, -1).all(1) for x in choices]
+    same = torch.stack(repeats).all(0).tolist()
     for sets in range(1, batch):
-        if batch % sets:
-            continue
-        runs = [x.unflatten(0, (sets, -1)) for x in choices]  # (S, B / S, ...)
-        if all(bool((run == run[:, :1]).all()) for run in runs):
+        group, rest = divmod(batch, sets)
+        if not rest and all(same[row - 1] for row in range(1, batch) if row % group):
             return sets
     return batch

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from corematching.kernels.native import sum_rows
+from corematching.kernels.prompt import sum_rows
 from corematching.policy.base import NeuronScore, read_activations
 from corematching.policy.passes import read_blocks
 from corematching.policy.tokens import check_over, select_tokens

@@ -1,4 +1,4 @@
-"""Runs `triton_cases.py` and `triton_builds.py`, each in a process of its own.
+"""Runs `triton_cases.py`, `triton_prompt_cases.py` and `triton_builds.py`, each in its own process.
 
 Triton decides at its first import whether kernels are interpreted. The cases run on the CUDA device
 where there is one, else under the interpreter; the builds never are interpreted.
@@ -36,8 +36,9 @@ def run_pytest(file, **environment):
     assert " passed" in done.stdout
 
 
-def test_the_kernels_agree_with_pytorch():
-    run_pytest("triton_cases.py", TRITON_INTERPRET="0" if torch.cuda.is_available() else "1")
+@pytest.mark.parametrize("file", ["triton_cases.py", "triton_prompt_cases.py"])
+def test_the_kernels_agree_with_pytorch(file):
+    run_pytest(file, TRITON_INTERPRET="0" if torch.cuda.is_available() else "1")
 
 
 def test_the_kernels_compile_for_cuda(tmp_path):
