@@ -38,7 +38,7 @@ RIVALS=(
   stride:layer=0.5 oracle:beta=1.0,layer=0.5
 )
 NEURONS=(
-  corematching:token_score=none corematching:token_score=none,firing=0.2 coreinfer griffin
+  corematching:token_score=none corematching:token_score=none,firing=none coreinfer griffin
   random:keep=1.0 teal cats
 )
 
@@ -47,7 +47,7 @@ measure() { # NAME OPTION...: a board in $OUT/NAME, its output in $OUT/NAME.log
   shift
   timeout --signal TERM "${BUDGET:-600}" "$PYTHON" -m corematching.cli eval \
     --dtype "${DTYPE:-bfloat16}" --batch "${BATCH:-32}" --engine "${ENGINE:-torch}" --jobs "$JOBS" \
-    --out "$OUT/$name" "$@" >"$OUT/$name.log" 2>&1 || echo "$name stopped: see $OUT/$name.log" >&2
+    --share --out "$OUT/$name" "$@" >"$OUT/$name.log" 2>&1 || echo "$name stopped: see $OUT/$name.log" >&2
   echo "$name: ${SECONDS} s"
 }
 
