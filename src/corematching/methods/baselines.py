@@ -28,6 +28,7 @@ def random(
         layer=layer,
         beta=beta,
         compensate=compensate,
+        firing=None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,8 +51,12 @@ def leave_file(parameters: Iterable[Parameter]) -> int:
     int
         Bytes brought in.
     """
-    places = _file_ranges()
-    mapped = [p for p in parameters if any(a <= p.data_ptr() < b for a, b in places)]
+    starts, ends = _file_ranges()
+    mapped = []
+    for parameter in parameters:
+        place = bisect_right(starts, parameter.data_ptr()) - 1
+        if place >= 0 and parameter.data_ptr() < ends[place]:
+            mapped.append(parameter)
     total = sum(p.nbytes for p in mapped)
     if not total or total > psutil.virtual_memory().available // 2:
         return 0
@@ -61,11 +66,12 @@ def leave_file(parameters: Iterable[Parameter]) -> int:
     return total
 
 
-def _file_ranges() -> list[tuple[int, int]]:
-    """Address ranges of this process that lie in files; empty where the system does not say."""
+def _file_ranges() -> tuple[list[int], list[int]]:
+    """Where this process has files in its memory, from and to, ascending; empty if not known."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return []
-    spans = (line.split()[0].split("-") for line in lines if "/" in line.split(maxsplit=5)[-1][:1])
-    return [(int(start, 16), int(end, 16)) for start, end in spans]
+        return [], []
+    spans = [line.split()[0].split("-") for line in lines if "/" in line.split(maxsplit=5)[-1][:1]]
+    ranges = sorted((int(start, 16), int(end, 16)) for start, end in spans)
+    return [start for start, _ in ranges], [end for _, end in ranges]
