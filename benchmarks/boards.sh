@@ -38,7 +38,7 @@ RIVALS=(
   stride:layer=0.5 oracle:beta=1.0,layer=0.5
 )
 NEURONS=(
-  corematching:token_score=none corematching:token_score=none,firing=none coreinfer griffin
+  corematching:token_score=none corematching:token_score=none,firing=0.7 coreinfer griffin
   random:keep=1.0 teal cats
 )
 

@@ -44,13 +44,13 @@ def list_neuron_methods() -> dict[str, Installable]:
     for beta in (0.4, 0.6):
         for score in ("paper", "griffin"):
             methods[f"{score}, {beta:.0%} of the middle layers"] = CoreMatching(
-                token_score=None, neuron_score=score, beta=beta, firing=None
+                token_score=None, neuron_score=score, beta=beta
             )
     methods["griffin, 40 %, no compensation"] = CoreMatching(
-        token_score=None, beta=0.4, compensate=False, firing=None
+        token_score=None, beta=0.4, compensate=False
     )
     methods["griffin, 40 % of every layer"] = CoreMatching(
-        token_score=None, beta=0.4, dense_first=0, dense_last=0, firing=None
+        token_score=None, beta=0.4, dense_first=0, dense_last=0
     )
     return methods
 

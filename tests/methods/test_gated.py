@@ -14,21 +14,20 @@ from tests.models import build, make_inputs
 from tests.policy.views import make_view, show_rows
 
 
-def test_off_in_the_paper_and_at_none():
-    assert CoreMatching().firing and type(CoreMatching().neurons) is GatedRule
-    for method in (CoreMatching.paper(), method_from_text("corematching:firing=none")):
+def test_off_by_default_and_in_the_paper():
+    for method in (CoreMatching(), CoreMatching.paper(), method_from_text("corematching")):
         assert method.firing is None and type(method.neurons) is NeuronRule
         assert not hasattr(method.neurons, "decode_share")
 
 
 def test_policy():
     method = method_from_text("corematching:firing=0.25,beta=0.5")
-    rule, plain = method.neurons, CoreMatching(beta=0.5, firing=None).neurons
+    rule, plain = method.neurons, CoreMatching(beta=0.5).neurons
     assert isinstance(rule, NeuronPolicy) and rule.per_token and rule.decode_share == 0.5
     assert rule == GatedRule(plain.score, plain.schedule, plain.compensate, 0.25)
     assert rule.counts(32, 96) == plain.counts(32, 96)
     assert rule.needs == {ACTIVATIONS, GATE}
-    assert CoreMatching(over="kept").neurons.needs == {ACTIVATIONS, GATE, KEPT}
+    assert CoreMatching(firing=0.5, over="kept").neurons.needs == {ACTIVATIONS, GATE, KEPT}
     assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
     assert GatedRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
     assert text_at_budget("corematching:firing=0.25,token_score=none", 0.4).endswith(",beta=0.4")

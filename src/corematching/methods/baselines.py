@@ -28,7 +28,6 @@ def random(
         layer=layer,
         beta=beta,
         compensate=compensate,
-        firing=None,
     )
 
 

@@ -46,8 +46,7 @@ class CoreMatching(Installable, name="corematching"):
     activate it, not against the sentence's most frequent ones (on pictures with much background
     those are the background's), and half of the kept ones lie evenly over the picture, for what no
     score can see; neurons are ranked by GRIFFIN's score with the dropped ones replaced by their
-    mean, the end layers keep them all, and each decoded token goes on with the half of its core
-    neurons whose gates are largest. `paper` gives the published rule.
+    mean, and the end layers stay dense. `paper` gives the published rule.
 
     ``memory``, such as ``"12GiB"``, is the most that the model may take of its device's memory; it
     changes where weights are kept and no result, so it is no parameter of the method.
@@ -78,7 +77,7 @@ class CoreMatching(Installable, name="corematching"):
         },
     )
     beta: float = field(
-        default=0.8, metadata={"help": "share of the neurons that are core, in (0, 1]"}
+        default=0.7, metadata={"help": "share of the neurons that are core, in (0, 1]"}
     )
     layer: int | float | tuple[int | float, ...] = field(
         default=0.6,
@@ -88,7 +87,7 @@ class CoreMatching(Installable, name="corematching"):
         },
     )
     keep: int | float | tuple[int | float, ...] | None = field(
-        default=0.3,
+        default=0.5,
         metadata={
             "help": "image tokens kept: a share (float), a count (int), or None for the knee of "
             "the sorted scores; with several layers one amount for each (a tuple), or what the "
@@ -127,10 +126,10 @@ class CoreMatching(Installable, name="corematching"):
         default=8, metadata={"help": "round the number of kept neurons to a multiple of this"}
     )
     firing: float | None = field(
-        default=0.5,
+        default=None,
         metadata={
             "help": "share of the core neurons that a decoded token goes on with once their gates "
-            "are known, in (0, 1]; None: all of them, as an FFN without gates needs"
+            "are known, in (0, 1]; None: all of them"
         },
     )
     memory: InitVar[str | int | None] = None
