@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -112,8 +113,22 @@ def _start(
 
     global _respondent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    end_with_parent()
     torch.set_num_threads(threads)
     _respondent = Respondent(load(), task, methods, plan)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _rest() -> None:
