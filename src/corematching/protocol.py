@@ -98,6 +98,9 @@ class PrefillView:
         What the vision tower computed.
     origin : Tensor or None
         (B, T) long, the columns of the whole prompt in which these tokens stood.
+    weights : Tensor or None
+        (B, T) float, how many of the prompt's tokens each one counts for since an earlier choice;
+        None: each for itself.
     memory : dict
         Scratch space that lives for one prefill and is shared by all its views.
     """
@@ -117,6 +120,7 @@ class PrefillView:
     kept: Tensor | None = None
     vision: VisionView | None = None
     origin: Tensor | None = None
+    weights: Tensor | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -145,12 +149,17 @@ class TokenChoice:
         (B,) float, the lowest score that is kept; NaN in a sample without image tokens.
     hidden : Tensor or None
         (B, T, d), hidden states that replace the layer's, for methods that merge tokens.
+    weights : Tensor or None
+        (B, T) float, positive: how many tokens each kept one counts for. Whoever attends to it, in
+        the layers behind and in all layers of every later token, adds the logarithm to its score
+        (proportional attention: Token Merging, arXiv:2210.09461, section 3). None: as before.
     """
 
     keep: Tensor
     scores: Tensor
     cut: Tensor
     hidden: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass
@@ -186,7 +195,8 @@ class TokenPolicy(Protocol):
     """Decides which image tokens go on, after one layer or several.
 
     One that reads the vision tower has a ``vision_layer``, the layer of the tower's attention that
-    it is shown, counted from the end: -1 is the last.
+    it is shown, counted from the end: -1 is the last. One whose choices carry weights has
+    ``weighs = True``.
     """
 
     @property

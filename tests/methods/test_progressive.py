@@ -42,7 +42,7 @@ def test_one_layer_or_knees_stay_one_rule():
     once = CoreMatching(layer=(0.5,), keep=0.2).tokens
     assert isinstance(once, TokenRule) and once == CoreMatching(layer=0.5, keep=0.2).tokens
     knees = CoreMatching(layer=(2, 6), keep=None, cover=0.0).tokens
-    assert knees == TokenRule(knees.score, Knee(), (2, 6))
+    assert knees == TokenRule(knees.score, Knee(), (2, 6), proportional=True)
 
 
 def test_a_budget_is_what_the_last_layer_leaves():

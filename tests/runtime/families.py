@@ -23,11 +23,15 @@ STEPS = 4
 
 @dataclass
 class RandomTokens:
-    """Keeps each image token with probability ``share`` at each of ``layers``."""
+    """Keeps each image token with probability ``share`` at each of ``layers``.
+
+    ``weighed``: what is kept counts for 1 to 4 tokens, and for others after each layer; text too.
+    """
 
     layers: tuple[int, ...]
     seeds: tuple[int, ...]
     share: float = 0.3
+    weighed: bool = True
     needs: frozenset[str] = frozenset()
     seen: list[PrefillView] = field(default_factory=list)
 
@@ -40,19 +44,32 @@ class RandomTokens:
         draws = torch.rand(len(self.layers), images, generator=rng)
         return (draws[:stages] < self.share).all(0)
 
+    @property
+    def weighs(self) -> bool:
+        return self.weighed and self.share <= 1
+
+    def weights(self, sample: int, images: int, stage: int) -> Tensor:
+        """(images,): what each image token counts for after a stage."""
+        rng = torch.Generator().manual_seed(2000 + self.seeds[sample])
+        return 1 + 3 * torch.rand(len(self.layers), images, generator=rng)[stage]
+
     def choose(self, view: PrefillView) -> TokenChoice:
         self.seen.append(view)
         stage = self.layers.index(view.layer)
         original = view.memory.setdefault("original", view.image.sum(1).tolist())
         device = view.valid.device
         keep, scores = view.text.clone(), torch.full(view.valid.shape, torch.nan, device=device)
+        weights = torch.ones(view.valid.shape, device=device)
         for sample, images in enumerate(original):
             before = self.alive(sample, images, stage)
             after = self.alive(sample, images, stage + 1)[before].to(device)
             assert int(view.image[sample].sum()) == len(after), "the view shows other tokens"
             keep[sample, view.image[sample]] = after
             scores[sample, view.image[sample]] = after.float()
-        return TokenChoice(keep, scores, torch.full((len(original),), 0.5, device=device))
+            here = self.weights(sample, images, stage)[before.cpu()].to(device)
+            weights[sample, view.image[sample]] = here
+        cut = torch.full((len(original),), 0.5, device=device)
+        return TokenChoice(keep, scores, cut, weights=weights if self.weighs else None)
 
     def kept_after(self, image: Tensor) -> dict[int, Tensor]:
         """The same choices in the original prompt, (B, T) image mask to layer -> (B, T) keep."""
@@ -64,6 +81,17 @@ class RandomTokens:
                 keep[sample, image[sample]] = self.alive(sample, count, stage + 1)
             kept[layer] = keep
         return kept
+
+    def weights_after(self, image: Tensor) -> dict[int, Tensor]:
+        """The same weights in the original prompt, layer -> (B, T)."""
+        found = {}
+        for stage, layer in enumerate(self.layers if self.weighs else ()):
+            weights = torch.ones(image.shape)
+            for sample in range(image.shape[0]):
+                count = int(image[sample].sum())
+                weights[sample, image[sample]] = self.weights(sample, count, stage)
+            found[layer] = weights
+        return found
 
 
 @dataclass
@@ -145,11 +173,13 @@ def reference(
         first = model.get_decoder().layers[0]
         first.register_forward_pre_hook(before_first_layer, with_kwargs=True)
     tokens, neurons = method.tokens, method.neurons
+    image = image_mask(name, inputs) if tokens else None
     return continue_greedily(
         model,
         inputs,
         steps,
-        kept_after=tokens.kept_after(image_mask(name, inputs)) if tokens else None,
+        kept_after=tokens.kept_after(image) if tokens else None,
+        weights_after=tokens.weights_after(image) if tokens else None,
         neurons=neurons.masks(model) if neurons else None,
         new_token_type=1 - FAMILIES[name].image_type,
         banned=BANNED,

@@ -2,6 +2,7 @@
 
 The dense model runs over the whole sequence for every new token: no cache, nothing shortened.
 A dropped token is hidden by an explicit mask of every layer; a dropped neuron is overwritten.
+What a token counts for is added to that mask.
 It shares no code with the library.
 """
 
@@ -42,6 +43,7 @@ def continue_greedily(
     new_token_type: int = 0,
     banned: list[int] | None = None,
     given: Tensor | None = None,
+    weights_after: dict[int, Tensor] | None = None,
 ) -> Reference:
     """Continue a prompt greedily with dropped tokens, dropped neurons, or both.
 
@@ -65,6 +67,9 @@ def continue_greedily(
         Ids that are never chosen.
     given : Tensor
         (B, N) new tokens that are given, in front of the chosen ones.
+    weights_after : dict
+        Layer l to (B, T): what the prompt's tokens count for from layer l + 1 on; the last of them
+        holds for new tokens in all layers.
     """
     prompt = inputs["input_ids"].shape[1]
     sequence = dict(inputs)
@@ -73,7 +78,8 @@ def continue_greedily(
     tokens, logits = [], []
     for _ in range(steps):
         with torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(hidden_tokens(model, inputs["attention_mask"], kept_after or {}))
+            valid, choices = inputs["attention_mask"], (kept_after or {}, weights_after)
+            stack.enter_context(hidden_tokens(model, valid, *choices))
             stack.enter_context(overwritten_neurons(model, prompt, neurons))
             logits.append(model(**sequence, use_cache=False).logits[:, -1])
         allowed = logits[-1].clone()
@@ -84,7 +90,12 @@ def continue_greedily(
 
 
 @contextmanager
-def hidden_tokens(model: Any, valid: Tensor, kept_after: dict[int, Tensor]) -> Iterator[None]:
+def hidden_tokens(
+    model: Any,
+    valid: Tensor,
+    kept_after: dict[int, Tensor],
+    weights_after: dict[int, Tensor] | None = None,
+) -> Iterator[None]:
     """Hide from every layer the columns of the tokens that were dropped before it.
 
     ``valid`` (B, T) is the prompt's attention mask.
@@ -98,7 +109,10 @@ def hidden_tokens(model: Any, valid: Tensor, kept_after: dict[int, Tensor]) -> I
             new = valid.bool()
             for keep in kept_after.values():
                 new = new & keep
-            hook = _masking_hook(prompt, new, _window(layer))
+            weights = [torch.ones(valid.shape)] * 2
+            for after, given in (weights_after or {}).items():
+                weights = [given if after < index else weights[0], given]
+            hook = _masking_hook(prompt, new, _window(layer), *(w.log() for w in weights))
             handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
@@ -116,8 +130,17 @@ def overwritten_neurons(
         yield
 
 
-def _masking_hook(seen_by_prompt: Tensor, seen_by_new: Tensor, window: int | None) -> Callable:
-    """Both (B, T) bool: the prompt's tokens that its own rows, and rows of new tokens, may see."""
+def _masking_hook(
+    seen_by_prompt: Tensor,
+    seen_by_new: Tensor,
+    window: int | None,
+    added_for_prompt: Tensor,
+    added_for_new: Tensor,
+) -> Callable:
+    """All (B, T): the prompt's tokens that its own rows, and rows of new tokens, may see (bool).
+
+    And what is added to their scores.
+    """
     prompt = seen_by_prompt.shape[1]
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -137,6 +160,9 @@ def _masking_hook(seen_by_prompt: Tensor, seen_by_new: Tensor, window: int | Non
         if window is not None:
             allowed = allowed & (distance < window)
         mask[:, 0, prompt:] = torch.where(allowed, 0.0, lowest)
+        for rows, added in (slice(prompt), added_for_prompt), (slice(prompt, None), added_for_new):
+            part = mask[:, :, rows, :prompt]
+            part += torch.where(part > lowest / 2, added[:, None, None], 0.0)
         return args, {**kwargs, "attention_mask": mask}
 
     return hook

@@ -242,10 +242,11 @@ def test_a_second_turn_goes_on_from_the_pruned_cache(name, whole, static, attach
         types = inputs["mm_token_type_ids"]
         more = types.new_zeros(2, ids.shape[1] - prompt)
         whole_inputs["mm_token_type_ids"] = torch.cat([types, more], 1)
-    kept = method.tokens.kept_after(image_mask(name, inputs))
+    image, valid = image_mask(name, inputs), inputs["attention_mask"]
+    choices = method.tokens.kept_after(image), method.tokens.weights_after(image)
     with (
         torch.no_grad(),
-        hidden_tokens(model_for_reference, inputs["attention_mask"], kept),
+        hidden_tokens(model_for_reference, valid, *choices),
         sparse_first_turn(model_for_reference, prompt, prompt + STEPS - 1, method),
     ):
         expected = model_for_reference(**whole_inputs, use_cache=False).logits[:, -1]

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corematching.errors import ConfigError, InputError, UnsupportedModelError
 from corematching.protocol import NEEDS, VISION, NeuronChoice, TokenChoice
-from corematching.runtime import attach, detach
+from corematching.runtime import attach, detach, weights
 from tests.models import build, image_mask, make_inputs
 from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod, assert_same, generate
 from tests.runtime.families import reference as reference_of
@@ -224,7 +224,7 @@ def test_samples_with_and_without_images_in_one_batch(put):
     assert [s.image_tokens for s in run.report.samples] == [16, 0]
 
 
-def test_two_dimensional_masks_of_flash_attention(put):
+def test_two_dimensional_masks_of_flash_attention(put, caplog):
     """Flash attention cannot run here; an attention that takes its masks can."""
 
     def attend(module, query, key, value, mask, scaling=None, **_):
@@ -243,11 +243,14 @@ def test_two_dimensional_masks_of_flash_attention(put):
     ALL_MASK_ATTENTION_FUNCTIONS.register("flash_stand_in", flash_attention_mask)
     model = build("llava")
     inputs = make_inputs("llava", model, batch=2)
-    method = TestMethod(RandomTokens((0, 2), (1, 2), share=0.6), RandomNeurons((1, 2)))
-    expected = reference_of("llava", inputs, method)
+    neurons = RandomNeurons((1, 2))
+    plain = TestMethod(RandomTokens((0, 2), (1, 2), 0.6, weighed=False), neurons)
+    expected = reference_of("llava", inputs, plain)
     model.config.text_config._attn_implementation_internal = "flash_stand_in"
-    put(model, method.tokens, method.neurons)
-    assert_same(generate(model, inputs), expected)
+    weights.warn_once.cache_clear()
+    put(model, RandomTokens((0, 2), (1, 2), 0.6), neurons)
+    assert_same(generate(model, inputs), expected)  # it cannot add weights to scores
+    assert "flash_stand_in cannot add" in caplog.text
     with pytest.raises(UnsupportedModelError, match="use_cache"):
         generate(model, inputs, use_cache=False)
 

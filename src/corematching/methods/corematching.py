@@ -26,6 +26,7 @@ PUBLISHED: dict[str, Any] = {
     "keep": None,
     "taper": 0.5,
     "cover": 0.0,
+    "proportional": False,
     "floor": None,
     "ceiling": None,
     "dense_first": 6 / 32,
@@ -110,6 +111,13 @@ class CoreMatching(Installable, name="corematching"):
     cover: float = field(
         default=0.5,
         metadata={"help": "share of the kept tokens spread evenly over the picture, in [0, 1)"},
+    )
+    proportional: bool = field(
+        default=True,
+        metadata={
+            "help": "attention to a kept token counts for the dropped ones most like it too; "
+            "attention implementations that cannot add to scores leave it out"
+        },
     )
     dense_first: int | float = field(
         default=4 / 32,
@@ -210,7 +218,8 @@ class CoreMatching(Installable, name="corematching"):
             "cover": self.cover,
         }
         if keep is None or not (isinstance(keep, tuple) or len(layers) > 1):
-            return TokenRule(score, _make_budget(keep, bounds), layers)
+            return TokenRule(score, _make_budget(keep, bounds), layers, self.proportional)
+        bounds["proportional"] = self.proportional
         shape = [self.taper**stage for stage in range(len(layers))]
         return StagedRule(score, scale_stages(keep, shape), layers, **bounds)
 

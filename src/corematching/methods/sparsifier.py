@@ -18,6 +18,7 @@ from corematching.policy.check import check_bool, check_depth
 from corematching.policy.compensation import average_dropped
 from corematching.policy.component import Component
 from corematching.policy.core import pick_top
+from corematching.policy.proportional import count_alike
 from corematching.policy.schedules import Schedule
 from corematching.protocol import (
     ACTIVATIONS,
@@ -57,8 +58,13 @@ class TokenRule(TokenDropper, name="token-rule"):
             "(share of the depth that still sees every token)"
         },
     )
+    proportional: bool = field(
+        default=False,
+        metadata={"help": "attention to a kept token counts for the dropped ones most like it too"},
+    )
 
     def __post_init__(self) -> None:
+        check_bool("proportional", self.proportional)
         _check_type("score", self.score, TokenScore)
         _check_type("budget", self.budget, Budget)
         after = self.after if isinstance(self.after, tuple | list) else (self.after,)
@@ -72,6 +78,11 @@ class TokenRule(TokenDropper, name="token-rule"):
     def needs(self) -> frozenset[str]:
         """The parts of the view that the score reads."""
         return self.score.needs
+
+    @property
+    def weighs(self) -> bool:
+        """Whether choices carry weights."""
+        return self.proportional
 
     def drop_after(self, num_layers: int) -> tuple[int, ...]:
         """The layers after which tokens are dropped, ascending.
@@ -101,7 +112,11 @@ class TokenRule(TokenDropper, name="token-rule"):
         dropped = torch.where(view.image & ~kept, scores, -torch.inf).amax(1, keepdim=True)
         cut = torch.where(kept & (scores >= dropped), scores, torch.inf).amin(1)
         cut = torch.where(cut.isfinite(), cut, torch.nan)
-        return TokenChoice(keep=kept | view.text, scores=scores, cut=cut)
+        weights: Tensor | None = None
+        if self.proportional:
+            assert view.hidden is not None
+            weights = count_alike(view.hidden, view.image, kept, view.weights)
+        return TokenChoice(keep=kept | view.text, scores=scores, cut=cut, weights=weights)
 
 
 @dataclass(frozen=True)

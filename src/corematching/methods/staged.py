@@ -48,6 +48,10 @@ class StagedRule(TokenDropper, name="staged-rule"):
     ceiling: int | float | None = field(
         default=None, metadata={"help": "keep at most this share (float) or count (int) of them"}
     )
+    proportional: bool = field(
+        default=False,
+        metadata={"help": "attention to a kept token counts for the dropped ones most like it too"},
+    )
 
     def __post_init__(self) -> None:
         for name in ("keep", "after"):
@@ -80,6 +84,11 @@ class StagedRule(TokenDropper, name="staged-rule"):
     def needs(self) -> frozenset[str]:
         """The parts of the view that the score reads."""
         return self.score.needs
+
+    @property
+    def weighs(self) -> bool:
+        """Whether choices carry weights."""
+        return self.proportional
 
     def drop_after(self, num_layers: int) -> tuple[int, ...]:
         """The layers after which tokens are dropped, ascending.
@@ -118,7 +127,8 @@ class StagedRule(TokenDropper, name="staged-rule"):
         return budget
 
     def _rule(self, layer: int | float, budget: Budget | None = None) -> TokenRule:
-        return TokenRule(self.score, budget or Ratio(1.0), (layer,))
+        budget = Ratio(1.0) if budget is None else budget
+        return TokenRule(self.score, budget, (layer,), self.proportional)
 
 
 @dataclass(frozen=True, eq=False)

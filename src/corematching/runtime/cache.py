@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -52,6 +53,11 @@ class Memory:
         The number of the prefill's record.
     filler : bool
         Whether any is False in ``valid``.
+    logarithms : Tensor or None
+        (B, K) float32, of the tokens' weights in attention; zeros behind in a static cache, up to
+        its length. None: each counts for itself.
+    masks : tuple or None
+        The latest mask to which they were added: what it was made of, and the result.
     """
 
     valid: Tensor
@@ -61,6 +67,8 @@ class Memory:
     shortened: bool = True
     record: int = -1
     filler: bool = False
+    logarithms: Tensor | None = None
+    masks: tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
         self.filler = not bool(self.valid.all())
@@ -87,7 +95,7 @@ class RememberingCache(Cache):
             memory.dropped.zero_()
         else:
             memory.dropped = 0
-        memory.neurons = {}
+        memory.neurons, memory.logarithms, memory.masks = {}, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the samples, as beam search does."""
@@ -106,7 +114,9 @@ class RememberingCache(Cache):
 
     def _rearrange(self, move: Any) -> None:
         memory = self.memory
-        memory.valid = move(memory.valid)
+        memory.valid, memory.masks = move(memory.valid), None
+        if memory.logarithms is not None:
+            memory.logarithms = move(memory.logarithms)
         memory.neurons = {
             layer: _move_choice(choice, move) for layer, choice in memory.neurons.items()
         }
@@ -131,15 +141,31 @@ def remember(cache: Cache, memory: Memory) -> None:
         dropped = torch.full((), int(memory.dropped), dtype=torch.long, device=first.keys.device)
         torch._dynamo.mark_static_address(dropped)
         memory.dropped = dropped
+        if memory.logarithms is not None:
+            memory.logarithms = _fix_length(memory.logarithms, cache)
     cache.memory = memory  # type: ignore[attr-defined]
     if not isinstance(cache, RememberingCache):
         kind: Any = type(cache)
         cache.__class__ = _remembering(kind)
 
 
+def _fix_length(logarithms: Tensor, cache: Any) -> Tensor:
+    """(B, K) to (B, slots of a static cache), at an address that compiled code may rely on."""
+    slots = max(layer.max_cache_len for layer in cache.layers)
+    fixed = F.pad(logarithms, (0, max(slots - logarithms.shape[1], 0)))
+    torch._dynamo.mark_static_address(fixed)
+    return fixed
+
+
 def memory_of(cache: Any) -> Memory | None:
     """What ``cache`` keeps of a prefill of ours, or None."""
     return cache.memory if isinstance(cache, RememberingCache) else None
+
+
+def logarithms_of(cache: Any) -> Tensor | None:
+    """(B, K) float32, contiguous: what is added to scores of the cache's first columns, or None."""
+    memory = memory_of(cache)
+    return None if memory is None or memory.logarithms is None else memory.logarithms.contiguous()
 
 
 def is_fresh(cache: Any, query_length: int) -> bool:

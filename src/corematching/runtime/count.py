@@ -14,7 +14,7 @@ from corematching.report import Report, SampleReport
 from .checks import Parts, linear_shape
 from .decode import Tally
 from .memory import MemoryUse
-from .prefill import Selection
+from .selection import Selection
 
 Mark = float | torch.cuda.Event
 

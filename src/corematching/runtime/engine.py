@@ -15,7 +15,6 @@ from corematching.errors import AlreadyInstalledError, InputError
 from corematching.protocol import Method
 
 from .cache import (
-    Memory,
     check_cache,
     fit_mask,
     is_fresh,
@@ -30,10 +29,12 @@ from .ffn import SparseFFN
 from .generation import GenerationPatches
 from .lock import UseLock
 from .offload import Offload
-from .prefill import Prefill, Selection
+from .prefill import Prefill
 from .prompt import query_length, read_prompt
+from .selection import Selection
 from .tower import find_tower
 from .vision import VisionMeter
+from .weights import LayerWeights
 
 MAX_RECORDS = 16
 
@@ -87,6 +88,7 @@ class Engine:
         self.counts = [max(1, round(share * count)) for count in counts]
         self.backend = Backend(model, self.parts, self.sparse, engine)
         self._patches = GenerationPatches(self)
+        self._weights = LayerWeights(self.parts, method.tokens)
         self._handles: list[Any] = []
         self._names = list(inspect.signature(model.forward).parameters)
         self._start: Any = None
@@ -123,12 +125,14 @@ class Engine:
         for ffn in self.sparse.values():
             ffn.install()
         self.backend.install()
+        self._weights.install()
         self._patches.install()
 
     def remove(self) -> None:
         """Take everything off the model again."""
         self._drop_prefill()
         self._patches.remove()
+        self._weights.remove()
         self.backend.remove()
         for ffn in self.sparse.values():
             ffn.remove()
@@ -294,11 +298,7 @@ class Engine:
         if not self.generating:
             self.gather_neurons(cache)
         if cache is not None and (selection.stages or selection.neurons):
-            count = prefill.valid.shape[1]
-            memory = Memory(prefill.valid, prefill.length, prefill.length - count)
-            memory.shortened, memory.neurons = bool(selection.stages), selection.neurons
-            memory.record = self._numbers
-            remember(cache, memory)
+            remember(cache, prefill.make_memory(self._numbers))
         self._owner = None if cache is None else weakref.ref(cache)
         logits = getattr(output, "logits", None)
         batch = prefill.valid.shape[0]

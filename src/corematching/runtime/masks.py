@@ -152,6 +152,53 @@ def hide_columns(
     return mask.masked_fill((rows[:, None] & gone[:, None, :])[:, None], _blocked_value(mask.dtype))
 
 
+def weigh_mask(
+    mask: Tensor | None,
+    logarithms: Tensor,
+    valid: Tensor,
+    kv_length: int,
+    causal: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Let keys count for several: the mask of a layer as `shorten_mask` gives it, additive.
+
+    Parameters
+    ----------
+    mask : Tensor or None
+        (B, 1, K, S), bool or additive; None for plain attention, causal or not.
+    logarithms : Tensor
+        (B, 1, K or 1, K), of the keys' weights; keys behind count for themselves.
+    valid : Tensor
+        (B, K) bool.
+    kv_length : int
+        S, keys that the layer's attention gets.
+    causal : bool
+        Whether a missing mask means causal attention.
+    dtype : torch.dtype
+        Of the result.
+
+    Returns
+    -------
+    Tensor
+        (B, 1, K, S).
+    """
+    if mask is None:
+        mask = _plain_mask(valid, causal, None, dtype)
+    missing = kv_length - mask.shape[-1]
+    mask = F.pad(mask, (0, missing), value=_blocked_value(mask.dtype)) if missing > 0 else mask
+    return add_weights(mask, logarithms.to(mask.device), dtype)
+
+
+def add_weights(mask: Tensor, logarithms: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, Q, S) bool or additive, plus (B, 1, Q or 1, up to S); what is hidden stays so."""
+    lowest = torch.finfo(dtype).min
+    hidden = ~mask if mask.dtype == torch.bool else mask <= lowest / 2
+    logarithms = F.pad(logarithms.to(dtype), (0, mask.shape[-1] - logarithms.shape[-1]))
+    if mask.dtype != torch.bool:
+        logarithms = mask + logarithms
+    return logarithms.masked_fill(hidden, lowest)
+
+
 def _plain_mask(
     valid: Tensor, causal: bool, implementation: str | None, dtype: torch.dtype
 ) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,53 +27,17 @@ from corematching.protocol import (
     KEPT,
     VISION,
     Method,
-    NeuronChoice,
     PrefillView,
-    TokenChoice,
 )
 
-from .cache import compact, is_fresh, widen_sliding_layers
+from .cache import Memory, compact, is_fresh, widen_sliding_layers
 from .checks import Parts
 from .ffn import SparseFFN
-from .masks import hide_columns, shorten_mask, survivors, take
+from .masks import hide_columns, shorten_mask, survivors, take, weigh_mask
+from .selection import Selection, Stage, extend, find_dropped, find_weights
 from .tower import TowerProbe
 from .view import AttentionProbe, FFNProbe
-
-
-@dataclass
-class Stage:
-    """One layer after which tokens were dropped.
-
-    Attributes
-    ----------
-    layer : int
-        The layer.
-    origin : Tensor
-        (B, K) long, columns in the whole prompt of the tokens that the policy chose among.
-    present : Tensor
-        (B, K) bool, False on filler and padding.
-    choice : TokenChoice
-        What it chose among them.
-    """
-
-    layer: int
-    origin: Tensor
-    present: Tensor
-    choice: TokenChoice
-
-
-@dataclass
-class Selection:
-    """What a prefill chose; a later forward over the same prompt can repeat it."""
-
-    length: int
-    stages: list[Stage] = field(default_factory=list)
-    neurons: dict[int, NeuronChoice] = field(default_factory=dict)
-
-    def forget_hidden(self) -> None:
-        """Free the hidden states that merging policies gave; only repeating needs them."""
-        for stage in self.stages:
-            stage.choice.hidden = None
+from .weights import can_weigh
 
 
 class Prefill:
@@ -113,6 +77,7 @@ class Prefill:
         self.origin = torch.arange(self.length, device=valid.device).expand(batch, -1)
         self.selection = Selection(self.length)
         self.repeat = repeat
+        self.weights: Tensor | None = None
         self.shortened = False
         self.cache: Any = None
         depth = len(parts.layers)
@@ -130,7 +95,8 @@ class Prefill:
         self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._handles: list[Any] = []
         self._unwrap: Callable[[], None] | None = None
-        self._gone = None if repeat is None or not self.cuts else _dropped(repeat, self.length)
+        self._gone = None if repeat is None or not self.cuts else find_dropped(repeat, self.length)
+        self._final = None if repeat is None or not self.cuts else find_weights(repeat, self.length)
         if self._gone is not None and "flash" in str(parts.config._attn_implementation):
             raise UnsupportedModelError(
                 "use_cache=False runs the prompt again at every step, and flash attention cannot "
@@ -174,6 +140,19 @@ class Prefill:
         self._waiting.clear()
         self._memo.clear()
 
+    def make_memory(self, record: int) -> Memory:
+        """What the cache is to keep of this prefill, which has the record of this number."""
+        weights, chosen = self.weights, self.selection
+        return Memory(
+            self.valid,
+            self.length,
+            dropped=self.length - self.valid.shape[1],
+            neurons=chosen.neurons,
+            shortened=bool(chosen.stages),
+            record=record,
+            logarithms=None if weights is None else weights.float().log(),
+        )
+
     def _needs(self, index: int) -> frozenset[str]:
         """What the policies read of this layer."""
         needs: frozenset[str] = frozenset()
@@ -212,6 +191,7 @@ class Prefill:
         if hidden.device != self.valid.device:  # a model spread over several devices
             self.valid, self.image = self.valid.to(hidden.device), self.image.to(hidden.device)
             self.origin = self.origin.to(hidden.device)
+            self.weights = None if self.weights is None else self.weights.to(hidden.device)
         if index - 1 in self.cuts:
             hidden = self._cut(index - 1, hidden)
         if self._ffn is not None:
@@ -280,7 +260,7 @@ class Prefill:
     def _view(self, layer: int, hidden: Tensor | None, needs: frozenset[str]) -> PrefillView:
         probe, valid = self._probe, self.valid
         view = PrefillView(layer, len(self.parts.layers), valid, self.image, hidden=hidden)
-        view.memory, view.origin = self.memory, self.origin
+        view.memory, view.origin, view.weights = self.memory, self.origin, self.weights
         if ACTIVATIONS in needs and layer >= 0:
             view.activations = self._activations
             view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)
@@ -304,7 +284,7 @@ class Prefill:
         """Let the policy choose after ``layer``; (B, K, d) hidden states to the survivors'."""
         stage = len(self.selection.stages)
         if self.repeat is not None:
-            choice = _extend(self.repeat.stages[stage].choice, hidden)
+            choice = extend(self.repeat.stages[stage].choice, hidden)
         else:
             assert self.method.tokens is not None
             view = self._view(layer, hidden, self.token_needs)
@@ -315,11 +295,16 @@ class Prefill:
                 f"{tuple(choice.keep.shape)}: a policy must choose among the tokens it is shown"
             )
         keep = (choice.keep.bool() & self.valid) | (self.valid & ~self.image)
-        choice = replace(choice, keep=keep)
+        weights = choice.weights
+        if weights is not None and not can_weigh(self.parts.config):
+            weights = None
+        choice = replace(choice, keep=keep, weights=weights)
         self.selection.stages.append(Stage(layer, self.origin, self.valid, choice))
         order, valid = survivors(keep)
         self.origin = self.origin.gather(1, order)
         self.image, self.valid = self.image.gather(1, order) & valid, valid
+        weights = self.weights if weights is None else weights
+        self.weights = None if weights is None else weights.gather(1, order)
         compact(self.cache, layer + 1, order)
         self.shortened = True
         if self._waiting and layer == self.cuts[-1]:
@@ -328,26 +313,41 @@ class Prefill:
         return take(hidden if choice.hidden is None else choice.hidden.to(hidden), order)
 
     def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:
-        count = self.valid.shape[1]
-        kv_length = count
+        count = stored = self.valid.shape[1]
         if self.cache is not None:
-            kv_length = self.cache.layers[index].get_mask_sizes(count)[0]
-        key = (id(mask), kv_length)
+            stored = self.cache.layers[index].get_mask_sizes(count)[0]
+        key = (id(mask), stored)
         if key not in self._memo:
             config = self.parts.config
             causal = getattr(self.parts.attentions[index], "is_causal", True)
-            if mask is None and self.cache is not None:
-                # without a mask, attention reads the first `count` keys only
-                kv_length = count if bool(self.valid.all()) else kv_length
             origin, valid = self.origin, self.valid
+            # without a mask, attention reads the first `count` keys only
+            kv_length = count if mask is None and bool(valid.all()) else stored
             how = (causal, config._attn_implementation, hidden.dtype)
             short = shorten_mask(mask, origin, valid, kv_length, *how)
             if self._gone is not None and self.repeat is not None:
                 new = self.length - self.repeat.length
                 gone = self._gone.to(origin.device).gather(1, origin)
                 short = hide_columns(short, gone, new, valid, *how)
+            logarithms = self._logarithms()
+            if logarithms is not None:
+                short = weigh_mask(short, logarithms, valid, stored, causal, hidden.dtype)
             self._memo[key] = (mask, short)
         return self._memo[key][1]
+
+    def _logarithms(self) -> Tensor | None:
+        """What attention adds to scores, (B, 1, K or 1, K): rows, of keys; None: nothing."""
+        now, final = self.weights, self._final
+        if now is None and final is None:
+            return None
+        now = torch.ones_like(self.valid, dtype=torch.float32) if now is None else now
+        rows = now.float().log()[:, None, None]
+        if final is None or self.repeat is None:
+            return rows
+        new = torch.arange(rows.shape[-1], device=rows.device)
+        new = new >= rows.shape[-1] - (self.length - self.repeat.length)
+        last = final.to(rows.device).gather(1, self.origin).float().log()[:, None, None]
+        return torch.where(new[:, None], last, rows)
 
     def _rotations(self, rotations: Any) -> Any:
         """Gather cosines and sines, (..., B or 1, T, D) each."""
@@ -376,25 +376,3 @@ class Prefill:
 
         decoder._deepstack_process = process
         self._unwrap = functools.partial(delattr, decoder, "_deepstack_process")
-
-
-def _dropped(selection: Selection, length: int) -> Tensor:
-    """(B, length) bool, the prompt's columns that no stage let through."""
-    first = selection.stages[0]
-    gone = first.present.new_zeros(first.present.shape[0], length)
-    for stage in selection.stages:
-        now = gone.gather(1, stage.origin) | (stage.present & ~stage.choice.keep)
-        gone = gone.scatter(1, stage.origin, now)
-    return gone
-
-
-def _extend(choice: TokenChoice, hidden: Tensor) -> TokenChoice:
-    """An earlier choice, for a prompt that has grown at its end; the new tokens are all kept."""
-    batch, count = choice.keep.shape
-    new = hidden.shape[1] - count
-    keep = torch.cat([choice.keep, choice.keep.new_ones(batch, new)], dim=1)
-    merged = choice.hidden
-    if merged is not None:
-        merged = torch.cat([merged.to(hidden), hidden[:, count:]], dim=1)
-    scores = torch.cat([choice.scores, choice.scores.new_full((batch, new), torch.nan)], dim=1)
-    return TokenChoice(keep, scores, choice.cut, merged)

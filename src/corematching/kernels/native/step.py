@@ -103,7 +103,15 @@ class DecodeStep:
         self._struct.capacity = buffer.shape[3]
         self._buffer = buffer
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, valid: Tensor | None, length: int) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        valid: Tensor | None,
+        length: int,
+        logarithms: Tensor | None = None,
+    ) -> Tensor:
         """One step.
 
         Parameters
@@ -116,6 +124,8 @@ class DecodeStep:
             (B, length), contiguous, uint8: which columns of the cache are seen.
         length : int
             Columns of the cache, this token's included; its keys and values are stored in the last.
+        logarithms : Tensor or None
+            (B, columns), contiguous, float32: what is added to the scores of the first columns.
 
         Returns
         -------
@@ -127,6 +137,8 @@ class DecodeStep:
         struct, out = self._struct, torch.empty_like(x)
         struct.x, struct.out = x.data_ptr(), out.data_ptr()
         struct.cos, struct.sin, struct.valid = cos.data_ptr(), sin.data_ptr(), address(valid)
+        struct.logarithms = address(logarithms)
+        struct.weighed = 0 if logarithms is None else logarithms.shape[1]
         struct.length, struct.threads = length, torch.get_num_threads()
         need = (struct.batch, struct.capacity, struct.threads)
         if need != self._need:

@@ -42,8 +42,9 @@ class StepStruct(Structure):
 
     _fields_ = [
         ("layers", POINTER(LayerStruct)),
-        *_pointers("final_norm x out cos sin valid scratch"),
-        *_numbers("num_layers hidden heads kv_heads head_dim batch length capacity threads"),
+        *_pointers("final_norm x out cos sin valid logarithms scratch"),
+        *_numbers("num_layers hidden heads kv_heads head_dim"),
+        *_numbers("batch length capacity threads weighed"),
         ("epsilon", c_double),
         ("scaling", c_double),
     ]

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from corematching.kernels.native import KERNEL, MAX_BATCH, DecodeStep, Plan, use_large_pages
 
+from ..cache import logarithms_of
 from ..checks import Parts
 from ..ffn import SparseFFN
 from ..ffn_parts import FFNParts
@@ -144,7 +145,8 @@ class NativeSteps:
         buffer = buffers.take(cache, stored, batch)
         step.set_plans(plans, batch)
         step.set_buffer(buffer)
-        out = step.run(x[:, 0].contiguous(), *angles, valid, stored + 1)
+        logarithms = logarithms_of(cache)
+        out = step.run(x[:, 0].contiguous(), *angles, valid, stored + 1, logarithms)
         buffers.show(cache, buffer, stored + 1)
         return out[:, None]
 
