@@ -109,7 +109,10 @@ def _overlap(edges: Tensor, width: float, start: float, stop: float) -> Tensor:
 
 @register_method("oracle", budgets=("keep", "beta"))
 def oracle(
-    keep: int | float | None = None, layer: int | float = 0.3, beta: float = 1.0
+    keep: int | float | None = None,
+    layer: int | float = 0.3,
+    beta: float = 1.0,
+    proportional: bool = False,
 ) -> Sparsifier:
     """The patches under the objects; ``beta`` below 1 adds the default neuron rule.
 
@@ -121,11 +124,14 @@ def oracle(
         As in `CoreMatching`.
     beta : float
         Share of the neurons.
+    proportional : bool
+        Attention to a kept token counts for the dropped ones most like it too.
     """
     if not isinstance(layer, int | float):
         raise ConfigError(f"layer={layer!r}: the oracle drops tokens once, give one layer")
     neurons = CoreMatching(beta=beta).neurons if beta != 1 else None
-    return Sparsifier(TokenRule(BoxCoverage(), _budget(keep), (layer,)), neurons)
+    tokens = TokenRule(BoxCoverage(), _budget(keep), (layer,), proportional)
+    return Sparsifier(tokens, neurons)
 
 
 def _budget(keep: Any) -> Budget:

@@ -17,7 +17,11 @@ def dense() -> Sparsifier:
 
 @register_method("random", budgets=("keep", "beta"))
 def random(
-    keep: int | float = 0.3, layer: int | float = 0.3, beta: float = 0.6, compensate: bool = False
+    keep: int | float = 0.3,
+    layer: int | float = 0.3,
+    beta: float = 0.6,
+    compensate: bool = False,
+    proportional: bool = False,
 ) -> CoreMatching:
     """Random tokens and random neurons: others for each sample, the same for it in any batch."""
     return CoreMatching(
@@ -28,6 +32,7 @@ def random(
         layer=layer,
         beta=beta,
         compensate=compensate,
+        proportional=proportional,
     )
 
 
