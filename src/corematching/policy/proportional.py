@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK = 1024
-"""Tokens that are compared with all others at once."""
+"""Dropped tokens that are compared with the kept ones at once."""
 
 
 def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor | None) -> Tensor:
@@ -33,13 +33,27 @@ def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor |
         text is the sum over all tokens before.
     """
     before = torch.ones_like(keep, dtype=torch.float32) if weights is None else weights.float()
-    kept = image & keep
-    given = before.masked_fill(~image | keep, 0)
-    directions = F.normalize(features.float(), dim=-1)
+    columns, kept = _gather_places(image & keep)
+    rows, gone = _gather_places(image & ~keep)
+    targets = _take_directions(features, columns).transpose(1, 2)
+    given = before.gather(1, rows).masked_fill(~gone, 0)
     after = before.clone()
-    for start in range(0, features.shape[1], CHUNK):
-        rows = directions[:, start : start + CHUNK]
-        likeness = rows @ directions.transpose(1, 2)  # (B, CHUNK, T)
+    for start in range(0, rows.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        likeness = _take_directions(features, rows[:, part]) @ targets  # (B, CHUNK, kept ones)
         nearest = likeness.masked_fill(~kept[:, None], -torch.inf).argmax(2)
-        after.scatter_add_(1, nearest, given[:, start : start + CHUNK])
+        after.scatter_add_(1, columns.gather(1, nearest), given[:, part])
     return after
+
+
+def _gather_places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, K) long, where ``mask`` (B, T) is True, and (B, K) bool, which of them are no filler."""
+    count = max(1, int(mask.sum(1).max()))
+    places = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+    return places, mask.gather(1, places)
+
+
+def _take_directions(features: Tensor, places: Tensor) -> Tensor:
+    """(B, K, d) float32, the features (B, T, d) at these places (B, K), each of length 1."""
+    taken = features.gather(1, places[:, :, None].expand(-1, -1, features.shape[2]))
+    return F.normalize(taken.float(), dim=-1)
