@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from corematching import CoreMatching, CoreOverlap, TextOverlap, load_demo
 from corematching.evaluate import Plan, SceneQA, Subject, evaluate
 from corematching.methods import Installable
+
+ONCE: dict[str, Any] = {"layer": 0.5, "cover": 0.5, "proportional": False, "firing": None}
+"""What the study held fixed, whatever the defaults are now."""
 
 
 def list_token_methods() -> dict[str, Installable]:
@@ -27,14 +31,14 @@ def list_token_methods() -> dict[str, Installable]:
         "random": "random",
     }
     methods = {
-        f"{name}, 25 %": CoreMatching(token_score=score, neuron_score=None, keep=0.25)
+        f"{name}, 25 %": CoreMatching(**ONCE, token_score=score, neuron_score=None, keep=0.25)
         for name, score in scores.items()
     }
     for layer in (2, 9):
         methods[f"question, rarity, 25 %, after layer {layer}"] = CoreMatching(
-            neuron_score=None, keep=0.25, layer=layer
+            **{**ONCE, "layer": layer}, neuron_score=None, keep=0.25
         )
-    methods["question, rarity, 15 %"] = CoreMatching(neuron_score=None, keep=0.15)
+    methods["question, rarity, 15 %"] = CoreMatching(**ONCE, neuron_score=None, keep=0.15)
     return methods
 
 
@@ -44,13 +48,13 @@ def list_neuron_methods() -> dict[str, Installable]:
     for beta in (0.4, 0.6):
         for score in ("paper", "griffin"):
             methods[f"{score}, {beta:.0%} of the middle layers"] = CoreMatching(
-                token_score=None, neuron_score=score, beta=beta
+                **ONCE, token_score=None, neuron_score=score, beta=beta
             )
     methods["griffin, 40 %, no compensation"] = CoreMatching(
-        token_score=None, beta=0.4, compensate=False
+        **ONCE, token_score=None, beta=0.4, compensate=False
     )
     methods["griffin, 40 % of every layer"] = CoreMatching(
-        token_score=None, beta=0.4, dense_first=0, dense_last=0
+        **ONCE, token_score=None, beta=0.4, dense_first=0, dense_last=0
     )
     return methods
 

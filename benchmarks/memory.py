@@ -195,7 +195,7 @@ def run_ours(args: argparse.Namespace, files: list[Path], device: str) -> dict[s
     model = load(args.checkpoint, args.cap, device=device)
     forget(files)
     method = CoreMatching(
-        beta=args.neurons, keep=args.keep, layer=1, dense_first=0, dense_last=0, multiple=8
+        beta=args.neurons, keep=args.keep, layer=1, dense_first=0, dense_last=0, firing=None
     )
     inputs = make_inputs(next(model.parameters()).dtype, device)
     with method(model) as run:

@@ -14,15 +14,17 @@ from tests.models import build, make_inputs
 from tests.policy.views import make_view, show_rows
 
 
-def test_off_by_default_and_in_the_paper():
-    for method in (CoreMatching(), CoreMatching.paper(), method_from_text("corematching")):
+def test_on_by_default_and_not_in_the_paper():
+    for method in (CoreMatching(), method_from_text("corematching")):
+        assert isinstance(method.neurons, GatedRule) and method.neurons.decode_share < 0.75
+    for method in (CoreMatching.paper(), CoreMatching(firing=None), method_from_text("random")):
         assert method.firing is None and type(method.neurons) is NeuronRule
         assert not hasattr(method.neurons, "decode_share")
 
 
 def test_policy():
     method = method_from_text("corematching:firing=0.25,beta=0.5")
-    rule, plain = method.neurons, CoreMatching(beta=0.5).neurons
+    rule, plain = method.neurons, CoreMatching(beta=0.5, firing=None).neurons
     assert isinstance(rule, NeuronPolicy) and rule.per_token and rule.decode_share == 0.5
     assert rule == GatedRule(plain.score, plain.schedule, plain.compensate, 0.25)
     assert rule.counts(32, 96) == plain.counts(32, 96)

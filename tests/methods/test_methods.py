@@ -60,7 +60,8 @@ def test_default_is_not_the_paper_and_says_how():
     ours = CoreMatching()
     assert ours != CoreMatching.paper()
     assert isinstance(ours.tokens.score, TextOverlap) and isinstance(ours.neurons.score, Griffin)
-    assert ours.neurons.compensate and ours.neurons.schedule.average(30) < 1
+    assert ours.neurons.compensate and ours.neurons.decode_share < 1
+    assert ours.tokens.proportional and not CoreMatching.paper().tokens.proportional
 
 
 @pytest.mark.parametrize(("keep", "budget"), [(0.25, Ratio(0.25)), (64, Count(64)), (None, Knee())])

@@ -36,5 +36,5 @@ def name_by_hand(keep: float | None, neurons: float | None, after: int | None = 
     if neurons is None or neurons == 1:
         parts.append("neuron_score=none")
     else:
-        parts += [f"beta={float(neurons)}", "dense_first=0", "dense_last=0"]
+        parts += [f"beta={float(neurons)}", "dense_first=0", "dense_last=0", "firing=none"]
     return "corematching:" + ",".join(parts)

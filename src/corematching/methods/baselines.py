@@ -33,6 +33,7 @@ def random(
         beta=beta,
         compensate=compensate,
         proportional=proportional,
+        firing=None,
     )
 
 

@@ -45,9 +45,12 @@ class CoreMatching(Installable, name="corematching"):
     The defaults are ours and differ from the paper where measurements say so: image tokens are
     matched against the neurons that the question activates, each weighted by how few image tokens
     activate it, not against the sentence's most frequent ones (on pictures with much background
-    those are the background's), and half of the kept ones lie evenly over the picture, for what no
-    score can see; neurons are ranked by GRIFFIN's score with the dropped ones replaced by their
-    mean, and the end layers stay dense. `paper` gives the published rule.
+    those are the background's); nine in ten of the kept ones lie evenly over the picture, for what
+    no score can see, and each counts in attention for the dropped ones most like it. Neurons are
+    chosen for each decoded token, by its gate against a threshold from the prompt, since on long
+    answers any choice for the whole of them costs more; with ``beta`` below 1 that is done among
+    the sentence's core neurons, ranked by GRIFFIN's score, the others replaced by their mean and
+    the end layers dense. `paper` gives the published rule.
 
     ``memory``, such as ``"12GiB"``, is the most that the model may take of its device's memory; it
     changes where weights are kept and no result, so it is no parameter of the method.
@@ -78,17 +81,17 @@ class CoreMatching(Installable, name="corematching"):
         },
     )
     beta: float = field(
-        default=0.7, metadata={"help": "share of the neurons that are core, in (0, 1]"}
+        default=1.0, metadata={"help": "share of the neurons that are core, in (0, 1]"}
     )
     layer: int | float | tuple[int | float, ...] = field(
-        default=0.6,
+        default=0.4,
         metadata={
             "help": "drop image tokens after this decoder layer (int, from 0), or once this share "
             "of the layers (float) has seen them all; several, from the first to the last: a tuple"
         },
     )
     keep: int | float | tuple[int | float, ...] | None = field(
-        default=0.5,
+        default=0.2,
         metadata={
             "help": "image tokens kept: a share (float), a count (int), or None for the knee of "
             "the sorted scores; with several layers one amount for each (a tuple), or what the "
@@ -109,7 +112,7 @@ class CoreMatching(Installable, name="corematching"):
         default=None, metadata={"help": "keep at most this share (float) or count (int) of them"}
     )
     cover: float = field(
-        default=0.5,
+        default=0.9,
         metadata={"help": "share of the kept tokens spread evenly over the picture, in [0, 1)"},
     )
     proportional: bool = field(
@@ -134,7 +137,7 @@ class CoreMatching(Installable, name="corematching"):
         default=8, metadata={"help": "round the number of kept neurons to a multiple of this"}
     )
     firing: float | None = field(
-        default=None,
+        default=0.5,
         metadata={
             "help": "share of the core neurons that a decoded token goes on with once their gates "
             "are known, in (0, 1]; None: all of them"
