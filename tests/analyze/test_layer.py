@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from corematching import CoreMatching
+from corematching import CoreMatching, Ratio
 from corematching.analyze import Rule, default_rules
 from corematching.analyze.layer import count_neurons, examine_layer, measure_influence
 from corematching.errors import ConfigError
@@ -66,9 +66,12 @@ def test_a_layer_is_examined_under_each_rule():
 
 def test_default_rules_are_the_methods():
     paper, ours = default_rules()
-    assert paper.method == CoreMatching.paper() and ours.method == CoreMatching()
+    assert paper.method == CoreMatching.paper()
     assert paper.token_score.name == "core-overlap" and paper.beta == 0.4
-    assert ours.to_dict()["method"] == CoreMatching().to_dict()
+    default = CoreMatching()
+    assert ours.token_score == default.tokens.score and ours.neuron_score == default.neurons.score
+    assert ours.beta < 1 and ours.budget == Ratio(default.keep)
+    assert ours.to_dict()["method"] == ours.method.to_dict()
 
 
 def test_neurons_are_ranked_over_all_tokens():

@@ -23,7 +23,9 @@ A = [
     [0.0, 2.0, 0.0, 1.0],  # image 3
     [0.0, 0.0, 3.0, 0.0],  # text
 ]
-METHOD = CoreMatching(token_score=Norm(), neuron_score=Magnitude(share=0.25), beta=0.5, keep=2)
+METHOD = CoreMatching(
+    token_score=Norm(), neuron_score=Magnitude(share=0.25), beta=0.5, keep=2, cover=0.5, firing=None
+)
 RULE = Rule.of("norm", "Norm", METHOD)
 VIEW = make_view(["iiiit"], [A])
 

@@ -75,7 +75,7 @@ def test_study_page_table_and_json(study, tmp_path):
 def test_study_in_the_terminal(study):
     code, out, err = study("--limit", "1", "--layers", "0")
     assert code == 0, err
-    assert "core neurons from core tokens" in out and "Our default" in out
+    assert "core neurons from core tokens" in out and "Our scores" in out
 
 
 def test_layers_from_text():

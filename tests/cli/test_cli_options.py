@@ -16,7 +16,9 @@ def test_options_reach_the_parameters():
         "corematching",
         {"--tokens": "norm", "--keep": "0.5", "--after": 2, "--neurons": 0.25},
     )
-    assert method == CoreMatching(token_score="norm", keep=0.5, layer=2, beta=0.25)
+    ours = CoreMatching(token_score="norm", keep=0.5, layer=2, beta=0.25, firing=None)
+    assert method == ours
+    assert build_method("random", {"--neurons": 0.25}).beta == 0.25
 
 
 def test_knee_and_none():

@@ -29,7 +29,7 @@ from corematching.methods import method_by_name, method_names
 from corematching.runtime import is_attached
 from tests.evaluate.conftest import PLAN, write_split
 
-SPARSE = "corematching:keep=0.25,layer=1,beta=0.5,dense_first=1,dense_last=1"
+SPARSE = "corematching:keep=0.25,layer=1,beta=0.5,dense_first=1,dense_last=1,firing=none"
 TEXTS = [SPARSE, "oracle:layer=1", "random:keep=1.0,beta=1"]
 
 

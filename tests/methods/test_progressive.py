@@ -50,7 +50,7 @@ def test_a_budget_is_what_the_last_layer_leaves():
     assert text == "corematching:layer=[0.1,0.3,0.5],keep=0.1"
     ours = method_from_text(text).tokens
     assert ours.keep == method_from_text("pyramiddrop:keep=0.1").tokens.keep == (0.4, 0.2, 0.1)
-    assert ours.budget == Ratio(0.1, cover=0.5)
+    assert ours.budget == Ratio(0.1, cover=CoreMatching().cover)
 
 
 @pytest.mark.parametrize(

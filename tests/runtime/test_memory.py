@@ -54,7 +54,7 @@ def stored(tmp_path_factory):
 
 def method(name="llava", **changes):
     tokens = {"token_score": None} if name == "llama" else {"keep": 0.5, "layer": 1}
-    plain = {"beta": 0.5, "dense_first": DENSE_FIRST, "dense_last": 0}
+    plain = {"beta": 0.5, "dense_first": DENSE_FIRST, "dense_last": 0, "firing": None}
     return CoreMatching(**{**tokens, **plain, **changes})
 
 

@@ -34,25 +34,33 @@ def build_method(text: str, options: dict[str, Any]) -> Any:
         A name is unknown (the message has the nearest one), a value is out of range, or the method
         has no such option.
     """
-    given = {option: value for option, value in options.items() if value is not None}
-    values = {option: read_option(option, value) for option, value in given.items()}
+    values = {
+        option: read_option(option, value) for option, value in options.items() if value is not None
+    }
     if not values:
         return method_from_text(text)
     name = text.partition(":")[0]
     check_options(name, values)
-    parts = ",".join(f"{PARAMETERS[key]}={json.dumps(value)}" for key, value in values.items())
+    given = {PARAMETERS[key]: value for key, value in values.items()}
+    if "beta" in given and takes(name, "firing") and "firing=" not in text:
+        given["firing"] = None  # the share that was asked for is the one that is computed
+    parts = ",".join(f"{key}={json.dumps(value)}" for key, value in given.items())
     return method_from_text(f"{text}{',' if ':' in text else ':'}{parts}")
 
 
 def build_text_method(text: str, options: dict[str, Any]) -> Any:
     """As `build_method`, without a token score unless one was asked for by name."""
     build_method(text, options)
-    name = canonical(text.partition(":")[0])
-    takes_score = PARAMETERS["--tokens"] in METHODS[name].parameters
+    takes_score = takes(text.partition(":")[0], PARAMETERS["--tokens"])
     asked = options.get("--tokens") is not None or f"{PARAMETERS['--tokens']}=" in text
     return build_method(
         text, options | {"--tokens": "none"} if takes_score and not asked else options
     )
+
+
+def takes(name: str, parameter: str) -> bool:
+    """Whether a method has this parameter."""
+    return parameter in METHODS[canonical(name)].parameters
 
 
 def check_options(name: str, values: dict[str, Any]) -> None:
