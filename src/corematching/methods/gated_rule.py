@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from corematching.methods.firing_rule import find_gate_cut
 from corematching.methods.sparsifier import NeuronRule
@@ -59,12 +60,12 @@ class GatedRule(NeuronRule, name="gated-rule"):
         ConfigError
             When the view shows no gate.
         """
+        among: Tensor | None = None
         if count == read_activations(view).shape[-1]:
             every = torch.arange(count, device=view.valid.device).expand(len(view.valid), -1)
             choice = NeuronChoice(indices=every)
         else:
             choice = super().choose(view, count)
-        choice.gate_threshold = find_gate_cut(
-            view, self.calibrate_over, self.firing, choice.indices
-        )
+            among = choice.indices
+        choice.gate_threshold = find_gate_cut(view, self.calibrate_over, self.firing, among)
         return choice

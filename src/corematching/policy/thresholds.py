@@ -10,6 +10,8 @@ functions here take any sample of tokens, such as the prompt.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,12 +59,13 @@ def calibrate_threshold(
     if values.device.type != "cpu":
         return _calibrate_at_once(values, tokens, sparsity, neurons)
     thresholds = values.new_zeros(len(values), dtype=torch.float32)
+    every = bool(tokens.all())
     for sample, chosen in enumerate(tokens):
-        rows = values[sample, chosen]
+        rows = values[sample] if every else values[sample, chosen]
         if neurons is not None:
             rows = rows[:, neurons[sample]]
         entries = rows.float().abs().flatten()
-        if not entries.isfinite().all():
+        if entries.numel() and not math.isfinite(entries.max()):
             raise ConfigError(
                 f"the activations of sample {sample} hold NaN or infinite values: check the "
                 "model's dtype for overflow"

@@ -39,12 +39,15 @@ def select_tokens(view: PrefillView, over: str) -> Tensor:
 
 
 def list_chosen(view: PrefillView, over: str) -> tuple[Tensor, Tensor]:
-    """`list_rows` of a set by its name; a prompt's tokens are counted once for all its layers."""
-    tokens = select_tokens(view, over)
-    key = f"most {over} of {tokens.shape[1]}"
-    if key not in view.memory:
-        view.memory[key] = count_most(tokens)
-    return list_rows(tokens, view.memory[key])
+    """`list_rows` of a set by its name, found once for all layers that see the same tokens."""
+    masks = view.valid, view.image, view.kept
+    known = view.memory.get(f"rows of {over}")
+    if known is None or any(mask is not seen for mask, seen in zip(masks, known[0], strict=True)):
+        tokens = select_tokens(view, over)
+        known = masks, list_rows(tokens, count_most(tokens))
+        view.memory[f"rows of {over}"] = known
+    rows: tuple[Tensor, Tensor] = known[1]
+    return rows
 
 
 def count_most(tokens: Tensor) -> int:
