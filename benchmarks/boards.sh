@@ -34,12 +34,12 @@ fi
 OURS=corematching:neuron_score=none
 RIVALS=(
   "$OURS" "$OURS,layer=[0.28125,0.53125,0.78125]" random:beta=1.0 stride fastv pyramiddrop sparsevlm
-  visionzip prumerge divprune cdpruner projection oracle:beta=1.0 "$OURS,layer=0.3"
-  stride:layer=0.5 oracle:beta=1.0,layer=0.5
+  visionzip prumerge divprune cdpruner projection "$OURS,layer=0.3" stride:layer=0.4
+  stride:layer=0.4,proportional=true oracle:beta=1.0,layer=0.4,proportional=true
 )
 NEURONS=(
-  corematching:token_score=none corematching:token_score=none,firing=0.7 coreinfer griffin
-  random:keep=1.0 teal cats
+  corematching:token_score=none,firing=none corematching:token_score=none,firing=0.7 coreinfer
+  griffin random:keep=1.0 teal cats
 )
 
 measure() { # NAME OPTION...: a board in $OUT/NAME, its output in $OUT/NAME.log
@@ -62,7 +62,9 @@ mapfile -t neurons < <(options method "${NEURONS[@]}")
 
 measure rivals --limit "$QUESTIONS" --budget 0.05 --budget 0.1 --budget 0.2 --budget 0.3 \
   "${rivals[@]}" &
-measure main ${MAIN:+--limit "$MAIN"} --method corematching --method paper
+measure main ${MAIN:+--limit "$MAIN"} --method corematching --method "$OURS" \
+  --method "$OURS,proportional=false" --method paper \
+  --method oracle:beta=1.0,keep=0.2,layer=0.4,proportional=true
 measure neurons --limit "$QUESTIONS" --budget 0.2 --budget 0.4 --budget 0.6 --budget 0.8 \
   "${neurons[@]}"
 wait
