@@ -62,8 +62,9 @@ mapfile -t neurons < <(options method "${NEURONS[@]}")
 
 measure rivals --limit "$QUESTIONS" --budget 0.05 --budget 0.1 --budget 0.2 --budget 0.3 \
   "${rivals[@]}" &
-measure main ${MAIN:+--limit "$MAIN"} --method corematching --method "$OURS" \
-  --method "$OURS,proportional=false" --method paper \
+measure main ${MAIN:+--limit "$MAIN"} --method corematching \
+  --method corematching:keep=0.2,firing=0.5 --method "$OURS,keep=0.2" \
+  --method "$OURS,keep=0.2,proportional=false" --method paper \
   --method oracle:beta=1.0,keep=0.2,layer=0.4,proportional=true
 measure neurons --limit "$QUESTIONS" --budget 0.2 --budget 0.4 --budget 0.6 --budget 0.8 \
   "${neurons[@]}"

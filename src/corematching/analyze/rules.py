@@ -66,7 +66,7 @@ def default_rules() -> tuple[Rule, ...]:
     """The published rule and our default's scores.
 
     What our default takes besides, tokens spread evenly and neurons token by token, no score chose:
-    here the scores choose all of a fifth of the image tokens and of 60 % of the neurons.
+    here the scores choose all of the image tokens that are kept, and 60 % of the neurons.
     """
     return (
         Rule.of("paper", "Paper", CoreMatching.paper()),

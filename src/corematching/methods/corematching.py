@@ -91,7 +91,7 @@ class CoreMatching(Installable, name="corematching"):
         },
     )
     keep: int | float | tuple[int | float, ...] | None = field(
-        default=0.2,
+        default=0.3,
         metadata={
             "help": "image tokens kept: a share (float), a count (int), or None for the knee of "
             "the sorted scores; with several layers one amount for each (a tuple), or what the "
@@ -137,7 +137,7 @@ class CoreMatching(Installable, name="corematching"):
         default=8, metadata={"help": "round the number of kept neurons to a multiple of this"}
     )
     firing: float | None = field(
-        default=0.5,
+        default=0.6,
         metadata={
             "help": "share of the core neurons that a decoded token goes on with once their gates "
             "are known, in (0, 1]; None: all of them"
