@@ -56,14 +56,16 @@ def convert(options):
 def write_preprocessor(checkpoint, target):
     """OpenVINO GenAI wants the image processor's settings in a file of its own."""
     path = target / "preprocessor_config.json"
-    if path.exists():
-        return
-    source = checkpoint / "preprocessor_config.json"
-    if source.exists():
-        path.write_text(source.read_text())
-        return
-    whole = json.loads((checkpoint / "processor_config.json").read_text())
-    path.write_text(json.dumps(whole["image_processor"], indent=1))
+    source = next((x for x in (path, checkpoint / path.name) if x.exists()), None)
+    if source is not None:
+        settings = json.loads(source.read_text())
+    else:
+        settings = json.loads((checkpoint / "processor_config.json").read_text())["image_processor"]
+    size = settings.get("size", {})
+    if "height" in size and not settings.get("do_center_crop"):
+        # it takes a picture's size from these two, whether it crops or not
+        settings |= {"crop_size": size, "size": {"shortest_edge": size["height"]}}
+    path.write_text(json.dumps(settings, indent=1))
 
 
 class Peer:
