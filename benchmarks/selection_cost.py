@@ -36,15 +36,8 @@ class Timed:
     def __init__(self, policy: Any) -> None:
         self.policy, self.seconds = policy, 0.0
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.policy.needs
-
-    def drop_after(self, num_layers: int) -> tuple[int, ...]:
-        return self.policy.drop_after(num_layers)
-
-    def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
-        return self.policy.counts(num_layers, width)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
 
     def choose(self, *args: Any) -> TokenChoice | NeuronChoice:
         start = time.perf_counter()
@@ -67,13 +60,23 @@ def time_calls(call: Callable[[], Any], repeats: int) -> float:
 def make_view(args: argparse.Namespace, dtype: torch.dtype) -> PrefillView:
     """Random activations, SiLU-gated, of a prompt with one picture in it."""
     generator = torch.Generator().manual_seed(0)
-    shape = (args.batch, args.tokens, args.width)
-    gate, up = (torch.randn(shape, generator=generator) for _ in range(2))
-    valid = torch.ones(shape[:2], dtype=torch.bool)
+    x = torch.randn(args.batch, args.tokens, args.hidden, generator=generator).to(dtype)
+    gate, up = (
+        torch.randn(args.width, args.hidden, generator=generator).to(dtype) / args.hidden**0.5
+        for _ in range(2)
+    )
+    valid = torch.ones(x.shape[:2], dtype=torch.bool)
     image = torch.zeros_like(valid)
     image[:, SYSTEM_TOKENS : SYSTEM_TOKENS + args.image_tokens] = True
-    activations = (F.silu(gate) * up).to(dtype)
-    return PrefillView(16, 32, valid, image, activations=activations)
+
+    def compute_gate(rows: torch.Tensor) -> torch.Tensor:
+        taken = x.gather(1, rows[..., None].expand(-1, -1, args.hidden))
+        return F.silu(F.linear(taken, gate))
+
+    activations = F.silu(F.linear(x, gate)) * F.linear(x, up)
+    return PrefillView(
+        16, 32, valid, image, activations=activations, hidden=x, inputs=x, gate=compute_gate
+    )
 
 
 def time_layer(args: argparse.Namespace, dtype: torch.dtype) -> float:
