@@ -36,7 +36,7 @@ def list_token_methods() -> dict[str, Installable]:
     }
     for layer in (2, 9):
         methods[f"question, rarity, 25 %, after layer {layer}"] = CoreMatching(
-            **{**ONCE, "layer": layer}, neuron_score=None, keep=0.25
+            **(ONCE | {"layer": layer}), neuron_score=None, keep=0.25
         )
     methods["question, rarity, 15 %"] = CoreMatching(**ONCE, neuron_score=None, keep=0.15)
     return methods

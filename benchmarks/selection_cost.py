@@ -25,6 +25,7 @@ from corematching import CoreMatching, load_demo
 from corematching.demo.example import read_example
 from corematching.methods import Sparsifier
 from corematching.protocol import NeuronChoice, PrefillView, TokenChoice
+from corematching.runtime.masks import take
 
 METHODS = {"default": CoreMatching, "paper": CoreMatching.paper}
 SYSTEM_TOKENS = 35
@@ -70,8 +71,7 @@ def make_view(args: argparse.Namespace, dtype: torch.dtype) -> PrefillView:
     image[:, SYSTEM_TOKENS : SYSTEM_TOKENS + args.image_tokens] = True
 
     def compute_gate(rows: torch.Tensor) -> torch.Tensor:
-        taken = x.gather(1, rows[..., None].expand(-1, -1, args.hidden))
-        return F.silu(F.linear(taken, gate))
+        return F.silu(F.linear(take(x, rows), gate))
 
     activations = F.silu(F.linear(x, gate)) * F.linear(x, up)
     return PrefillView(

@@ -66,8 +66,7 @@ def takes(name: str, parameter: str) -> bool:
 def check_options(name: str, values: dict[str, Any]) -> None:
     """Refuse options that the method has no parameter for."""
     method_by_name(name)  # an unknown name first
-    known = METHODS[canonical(name)].parameters
-    fitting = [option for option, parameter in PARAMETERS.items() if parameter in known]
+    fitting = [option for option, parameter in PARAMETERS.items() if takes(name, parameter)]
     for option in values:
         if option not in fitting:
             hint = f"its options are {', '.join(fitting)}" if fitting else "leave it out"

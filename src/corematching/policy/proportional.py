@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from corematching.policy.tokens import count_most, list_rows, take_rows
+
 CHUNK = 1024
 """Dropped tokens that are compared with the kept ones at once."""
 
@@ -33,8 +35,8 @@ def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor |
         text is the sum over all tokens before.
     """
     before = torch.ones_like(keep, dtype=torch.float32) if weights is None else weights.float()
-    columns, kept = _gather_places(image & keep)
-    rows, gone = _gather_places(image & ~keep)
+    columns, kept = _list_all(image & keep)
+    rows, gone = _list_all(image & ~keep)
     targets = _take_directions(features, columns).transpose(1, 2)
     given = before.gather(1, rows).masked_fill(~gone, 0)
     after = before.clone()
@@ -46,14 +48,10 @@ def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor |
     return after
 
 
-def _gather_places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K) long, where ``mask`` (B, T) is True, and (B, K) bool, which of them are no filler."""
-    count = max(1, int(mask.sum(1).max()))
-    places = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
-    return places, mask.gather(1, places)
+def _list_all(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return list_rows(tokens, count_most(tokens))
 
 
 def _take_directions(features: Tensor, places: Tensor) -> Tensor:
     """(B, K, d) float32, the features (B, T, d) at these places (B, K), each of length 1."""
-    taken = features.gather(1, places[:, :, None].expand(-1, -1, features.shape[2]))
-    return F.normalize(taken.float(), dim=-1)
+    return F.normalize(take_rows(features, places).float(), dim=-1)

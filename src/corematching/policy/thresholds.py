@@ -65,14 +65,15 @@ def calibrate_threshold(
         if neurons is not None:
             rows = rows[:, neurons[sample]]
         entries = rows.float().abs().flatten()
-        if entries.numel() and not math.isfinite(entries.max()):
+        if not entries.numel():
+            continue
+        if not math.isfinite(entries.max()):
             raise ConfigError(
                 f"the activations of sample {sample} hold NaN or infinite values: check the "
                 "model's dtype for overflow"
             )
-        if entries.numel():
-            below = -(-entries.numel() * parts(sparsity) // PPM)  # rounded up
-            thresholds[sample] = find_kth_largest(entries, entries.numel() - below + 1)[0]
+        below = -(-entries.numel() * parts(sparsity) // PPM)  # rounded up
+        thresholds[sample] = find_kth_largest(entries, entries.numel() - below + 1)[0]
     return thresholds
 
 

@@ -39,13 +39,18 @@ def select_tokens(view: PrefillView, over: str) -> Tensor:
 
 
 def list_chosen(view: PrefillView, over: str) -> tuple[Tensor, Tensor]:
-    """`list_rows` of a set by its name, found once for all layers that see the same tokens."""
+    """`list_rows` of a set by its name, found once for all layers that see the same masks.
+
+    A prompt's tokens are counted once for all its layers, since that waits for the device.
+    """
     masks = view.valid, view.image, view.kept
     known = view.memory.get(f"rows of {over}")
     if known is None or any(mask is not seen for mask, seen in zip(masks, known[0], strict=True)):
         tokens = select_tokens(view, over)
-        known = masks, list_rows(tokens, count_most(tokens))
-        view.memory[f"rows of {over}"] = known
+        most = f"most {over} of {tokens.shape[1]}"
+        if most not in view.memory:
+            view.memory[most] = count_most(tokens)
+        known = view.memory[f"rows of {over}"] = masks, list_rows(tokens, view.memory[most])
     rows: tuple[Tensor, Tensor] = known[1]
     return rows
 
@@ -76,6 +81,11 @@ def list_rows(tokens: Tensor, most: int) -> tuple[Tensor, Tensor]:
     counts = tokens.sum(1, keepdim=True)
     rows = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
     return rows, torch.arange(most, device=tokens.device) < counts
+
+
+def take_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """The values (B, T, d) of some tokens, by their places (B, R): (B, R, d)."""
+    return values.gather(1, rows.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 def check_over(over: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from corematching.errors import ConfigError
+from corematching.policy.tokens import take_rows
 
 
 def zip_tokens(
@@ -65,11 +66,11 @@ def zip_tokens(
     is_target[: contextual * stride : stride] = True
     targets, others = rest[:, is_target], rest[:, ~is_target]
     metric = torch.nn.functional.normalize(keys.float().mean(1), dim=-1)  # (I, N, D)
-    similarity = _take(metric, others) @ _take(metric, targets).transpose(1, 2)
+    similarity = take_rows(metric, others) @ take_rows(metric, targets).transpose(1, 2)
     chosen = torch.nn.functional.one_hot(similarity.argmax(2), contextual).float()  # (I, o, c)
-    sums = chosen.transpose(1, 2) @ _take(features.float(), others)
+    sums = chosen.transpose(1, 2) @ take_rows(features.float(), others)
     means = sums / chosen.sum(1).clamp(min=1).unsqueeze(-1)
-    merged = _take(features, targets) + means.to(features.dtype)
+    merged = take_rows(features, targets) + means.to(features.dtype)
     index = targets.unsqueeze(-1).expand_as(merged)
     return keep.scatter(1, targets, True), features.scatter(1, index, merged)
 
@@ -164,8 +165,3 @@ def count_outliers(attention: Tensor) -> Tensor:
     attention = attention.float()
     low, high = attention.quantile(attention.new_tensor([0.25, 0.75]), dim=1)
     return (attention > (high + 1.5 * (high - low)).unsqueeze(1)).sum(1).clamp(min=1)
-
-
-def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    """(I, N, d) and (I, n) to (I, n, d)."""
-    return tensor.gather(1, index.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
