@@ -35,7 +35,7 @@ class ConversationStream(IterableDataset):
         rng = np.random.default_rng((self.seed, 1 + (info.id if info else 0)))
         signs = {} if self.held_out else {"signs": self.args.signs}
         composer = Composer(self.args.sprites, self.held_out, **signs)
-        interviewer = Interviewer(new_wordings=self.held_out)
+        interviewer = Interviewer(self.held_out, self.args.asked)
         encode = lru_cache(100_000)(self._encode)
         while True:
             scenes = [composer.draw(rng) for _ in range(self.args.batch)]

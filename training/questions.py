@@ -208,10 +208,13 @@ class Interviewer:
     ----------
     new_wordings : bool
         True asks as the splits do, in wordings that training never sees too; False as training.
+    asked : dict
+        In which shares `ask_many` asks families again.
     """
 
-    def __init__(self, new_wordings: bool = False) -> None:
+    def __init__(self, new_wordings: bool = False, asked: dict[str, int] = ASKED) -> None:
         self.new_wordings = new_wordings
+        self.asked = asked
 
     def ask(self, rng: np.random.Generator, scene: Scene, family: str) -> Question | None:
         """One question of the family, or None if the scene allows none that is clear."""
@@ -234,7 +237,7 @@ class Interviewer:
         """Different questions about one scene: each family once, then the harder ones again."""
         questions: dict[str, Question] = {}
         order = [FAMILIES[i] for i in rng.permutation(len(FAMILIES))]
-        families, weights = zip(*ASKED.items(), strict=True)
+        families, weights = zip(*self.asked.items(), strict=True)
         again = rng.choice(len(families), tries, p=np.divide(weights, sum(weights)))
         for family in order + [families[i] for i in again]:
             if family in EASY and rng.random() < 0.5:

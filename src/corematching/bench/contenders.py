@@ -55,7 +55,10 @@ class Contender(Protocol):
         ...
 
     def take_turn(self, number: int) -> Turn:
-        """Answer requests ``2 * number`` and ``2 * number + 1``."""
+        """Answer requests ``2 * number`` and ``2 * number + 1``, after one that does not count.
+
+        The turn before has filled the caches, and its threads may still wait for work.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -109,6 +112,7 @@ class MethodContender:
 
     def take_turn(self, number: int) -> Turn:
         self.memory.reset()
+        self._answer(0, 1)
         ttft, preprocessing = self._answer(2 * number, 1)
         report = self._run.report
         wall, _ = self._answer(2 * number + 1, self.new_tokens)

@@ -189,6 +189,7 @@ class PeerContender:
             self._ask(WARM_UP, tokens)
 
     def take_turn(self, number: int) -> Turn:
+        self._ask(WARM_UP, 1)
         ttft = self._ask(2 * number, 1)
         wall = self._ask(2 * number + 1, self.new_tokens)
         return Turn(ttft=ttft, wall=wall, peak=self._peak)

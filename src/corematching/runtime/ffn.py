@@ -241,7 +241,8 @@ class SparseFFN:
         several samples share is read once.
         """
         if not self.active or self._sets is None:
-            return sum(p.numel() * p.element_size() for p in self.mlp.parameters())
+            dense = [*self.parts.dense().values(), self.parts.down.bias]
+            return sum(p.numel() * p.element_size() for p in dense if p is not None)
         sets, count = self._sets.indices.shape
         if self.runs_uncounted and sets > 1:
             width = self.width

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corematching.errors import UnsupportedModelError
 from corematching.kernels.native import (
+    TILES,
     VECTORS,
     Products,
     find_unit,
@@ -23,14 +23,14 @@ from corematching.kernels.native import (
 from .checks import Parts
 from .ffn_parts import FFNParts
 from .hooks import HookWatch, run_pre_hooks
+from .native_attention import PromptAttention, is_close, uses_sdpa
+from .native_tower import TowerAttention
 from .patches import InstancePatches
 
 FEWEST_ROWS = 2
 """A single row is a decode step, which reads each weight once and needs none of this."""
 FEWEST_FLOAT_ROWS = 64
 """PyTorch multiplies fewer rows of float32 in less time."""
-PROBE_ERROR = 2e-2
-ATTENTION = "sdpa"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -58,6 +58,7 @@ class NativePrompts:
         self.unit = find_unit() if unit == "" else unit
         self._patches = InstancePatches()
         self._products = Products(self.unit or VECTORS)
+        self._attend = PromptAttention(self.unit)
         self._dtypes = list_dtypes(self.unit)
 
     def install(self, ffns: list[FFNParts]) -> None:
@@ -78,6 +79,10 @@ class NativePrompts:
                 self._wrap(module, self._linear, module)
             elif self.unit == VECTORS and type(module) in CONVOLUTIONS:
                 self._wrap(module, _run_convolution, module)
+        for module in tower:
+            attention = TowerAttention(module, self._project_jointly, self._attend)
+            if self.unit == TILES and attention.is_known():
+                self._wrap(module, attention.forward)
         final = getattr(self.parts.decoder, "norm", None)
         norms = list(filter(_is_norm, [*layers, final]))
         for norm in norms:
@@ -114,7 +119,7 @@ class NativePrompts:
             theirs = first(x, position_embeddings=angles, attention_mask=None)
             ours = self._run_layer(first, ffn, x, None, None, angles)
         theirs = theirs[0] if isinstance(theirs, tuple) else theirs
-        return ours is not None and _is_close(ours, theirs)
+        return ours is not None and is_close(ours, theirs)
 
     def _make_probe(self, attention: Any) -> tuple[Tensor, Any]:
         """As few tokens as run here, and their angles; a gap is between their places."""
@@ -139,7 +144,7 @@ class NativePrompts:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Any:
-        known = _uses_sdpa(layer.self_attn) and not hooks.sees_any()
+        known = uses_sdpa(layer.self_attn) and not hooks.sees_any()
         seen = attention_mask, past_key_values, position_embeddings
         out = self._run_layer(layer, ffn, hidden_states, *seen, **kwargs) if known else None
         if out is not None:
@@ -168,7 +173,7 @@ class NativePrompts:
         joint = self._project(attention, normed, angles) if self._fits(x, down.weight) else None
         if joint is None:
             return None
-        mixed = attend(attention, joint, mask, cache, **kwargs)[0]
+        mixed = self._attend.attend(attention, joint, mask, cache, **kwargs)[0]
         x = self._products.linear(mixed, output.weight, output.bias, x)
         norm = layer.post_attention_layernorm
         normed = run_pre_hooks(ffn.mlp, normalise(x, norm.weight, norm.variance_epsilon))
@@ -212,29 +217,38 @@ class NativePrompts:
         **kwargs: Any,
     ) -> Any:
         x, angles = hidden_states, position_embeddings
-        known = _uses_sdpa(module) and not hooks.sees_any()
+        known = uses_sdpa(module) and not hooks.sees_any()
         joint = self._project(module, x, angles) if known else None
         if joint is None:
             return original(
                 hidden_states=x, position_embeddings=angles, attention_mask=attention_mask,
                 past_key_values=past_key_values, **kwargs,
             )  # fmt: skip
-        mixed, weights = attend(module, joint, attention_mask, past_key_values, **kwargs)
+        seen = attention_mask, past_key_values
+        mixed, weights = self._attend.attend(module, joint, *seen, **kwargs)
         return module.o_proj(mixed), weights
 
-    def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
-        """(B, T, H + 2G, D), queries, keys and values, rotated; None where C cannot do that."""
-        if not _is_plain(x) or not _are_angles(angles, x, module.head_dim):
-            return None
-        if any(type(getattr(module, name)) is not nn.Linear for name in PROJECTIONS):
-            return None
+    def _project_jointly(self, module: Any, x: Tensor) -> Tensor | None:
+        """(B, T, queries, keys and values, D), not rotated; None where C cannot do that."""
         inputs = _inputs_of(module)
+        if not _is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
+            return None
         weights = [linear.weight for linear in inputs]
         if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
             return None
         joint = self._products.several(x, weights, [linear.bias for linear in inputs])
-        joint = joint.view(*x.shape[:-1], -1, module.head_dim)
-        values = weights[-1].shape[0] // module.head_dim
+        return joint.view(*x.shape[:-1], -1, module.head_dim)
+
+    def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
+        """(B, T, H + 2G, D), queries, keys and values, rotated; None where C cannot do that."""
+        if not _are_angles(angles, x, module.head_dim):
+            return None
+        if type(module.o_proj) is not nn.Linear:
+            return None
+        joint = self._project_jointly(module, x)
+        if joint is None:
+            return None
+        values = module.v_proj.out_features // module.head_dim
         cos, sin = angles
         rotate(joint, cos, sin, joint.shape[2] - values)
         return joint
@@ -257,20 +271,7 @@ class NativePrompts:
             if joint is None:
                 return False
             theirs = first(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
-            return _is_close(first.o_proj(attend(first, joint, None, None)[0]), theirs)
-
-
-def attend(module: Any, joint: Tensor, mask: Any, cache: Any, **kwargs: Any) -> Any:
-    """Llama's attention up to its output projection: (B, T, H + 2G, D) to (B, T, H * D)."""
-    groups = module.v_proj.out_features // module.head_dim
-    heads = joint.shape[2] - 2 * groups
-    query, key, value = joint.transpose(1, 2).split([heads, groups, groups], dim=1)
-    if cache is not None:
-        key, value = cache.update(key, value, module.layer_idx)
-    mixed, weights = ALL_ATTENTION_FUNCTIONS[ATTENTION](
-        module, query, key, value, mask, scaling=module.scaling, **kwargs
-    )
-    return mixed.flatten(2), weights
+            return is_close(first.o_proj(self._attend.attend(first, joint, None, None)[0]), theirs)
 
 
 def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:
@@ -294,10 +295,6 @@ def _are_known(ffns: list[FFNParts]) -> bool:
 def _gate_and_up(ffn: FFNParts) -> tuple[Tensor, Tensor]:
     weights = ffn.dense()
     return weights["gate"], weights["up"]
-
-
-def _uses_sdpa(attention: Any) -> bool:
-    return attention.config._attn_implementation == ATTENTION and not attention.training
 
 
 def _watch_layer(layer: Any, ffn: FFNParts) -> HookWatch:
@@ -362,9 +359,4 @@ def _is_norm(module: Any) -> bool:
         return False
     with torch.inference_mode(False), torch.no_grad():
         x = 3 * torch.sin(torch.arange(2 * weight.shape[0]).float()).to(weight.dtype).view(2, -1)
-        return _is_close(normalise(x, weight, epsilon), module(x))
-
-
-def _is_close(ours: Tensor, theirs: Tensor) -> bool:
-    error = (ours.float() - theirs.float()).norm()
-    return bool(error <= PROBE_ERROR * theirs.float().norm())
+        return is_close(normalise(x, weight, epsilon), module(x))

@@ -1,5 +1,6 @@
 """The kernels in C for CPUs; compiled on first use."""
 
+from .attention import TiledAttention, refuse_attention
 from .build import find_library
 from .kernel import KERNEL, NativeKernel, Plan, linear, refuse_matrix
 from .pages import leave_file, use_large_pages
@@ -29,6 +30,7 @@ __all__ = [
     "Plan",
     "Products",
     "Shape",
+    "TiledAttention",
     "find_library",
     "find_unit",
     "has_tiles",
@@ -38,6 +40,7 @@ __all__ = [
     "mark_highest",
     "normalise",
     "pick_highest",
+    "refuse_attention",
     "refuse_matrix",
     "refuse_product",
     "rotate",

@@ -167,4 +167,5 @@ const char *cm_target(void) {
 
 #include "prompt.h"
 #include "tiles.h"
+#include "tiled_attention.h"
 #include "products.h"

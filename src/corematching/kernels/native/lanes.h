@@ -20,6 +20,17 @@ INLINE __m512 exp_lanes(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+/* 2 to the power of x, of 0 or less, to 13 bits: for what is rounded to bf16. NaN stays NaN. */
+INLINE __m512 exp2_lanes(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
+    __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(5.50088928e-02f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.42211028e-01f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93282938e-01f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
 /* x / (1 + exp(-slope)) */
 INLINE __m512 gate_lanes(__m512 x, __m512 slope) {
     __m512 below = exp_lanes(_mm512_sub_ps(_mm512_setzero_ps(), slope));

@@ -6,7 +6,7 @@ enum { VECTORS, TILES };
 int64_t cm_multiply_scratch(int64_t rows, int64_t inputs, int64_t threads, int unit, int is_bf16) {
     int64_t line = LINE / sizeof(float), floats;
     if (unit == TILES)
-        floats = ((rows + 31) / 32 + threads) * 16 * inputs;
+        floats = ((rows + 31) / 32 + 2 * threads) * 16 * inputs;
     else
         floats = (is_bf16 ? rows * wide_stride(inputs) : 0) + threads * THREAD_FLOATS;
     return (floats + line) * (int64_t)sizeof(float);

@@ -1,4 +1,4 @@
-"""What the C code is handed, field by field as in ``types.h``."""
+"""What the C code is handed, field by field as in ``types.h`` and ``tiled_attention.h``."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ class StepStruct(Structure):
     ]
 
 
+class AttentionStruct(Structure):
+    """Attention of a whole prompt."""
+
+    _fields_ = [
+        *_pointers("query key value mask out scratch"),
+        *((name, c_int64 * 3) for name in ("step_query", "step_key", "step_value")),
+        ("step_mask", c_int64 * 2),
+        *_numbers("batch heads groups length stored size mask_kind causal threads"),
+        ("scaling", c_double),
+    ]
+
+
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the types of the library's functions."""
     signatures = {
@@ -74,6 +86,8 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
             None,
             [*[c_void_p] * 3, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_int],
         ),
+        "cm_attend_scratch": (c_int64, [POINTER(AttentionStruct)]),
+        "cm_attend": (None, [POINTER(AttentionStruct)]),
         "cm_weigh_marks": (None, [*[c_void_p] * 3, *[c_int64] * 4]),
         "cm_mark_largest": (None, [*[c_void_p] * 3, c_int64, c_int64, c_int, c_int64, c_int]),
         "cm_pick_top": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),

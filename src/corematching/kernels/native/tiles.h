@@ -14,6 +14,7 @@
 #define DEPTH 32 /* inputs that a tile holds */
 #define SPAN 32  /* outputs, and rows, that are computed at a time */
 #define TILE_WORDS (TILE * TILE)
+#define AHEAD_INPUTS 48 /* between the inputs that are packed and those fetched */
 
 /* Tile registers 0 to 3 hold sums, 4 and 5 left operands, 6 and 7 right ones */
 #define CLEAR_SUMS     \
@@ -43,14 +44,15 @@ static void load_tile_config(void) {
     _tile_loadconfig(&config);
 }
 
-/* Rows [16 * tile, ...) of x (rows, inputs), those beyond its end 0, as right operands: one tile of
-   (input pairs, rows) for every 32 inputs */
-static void pack_rows(const bf16 *x, int64_t rows, int64_t inputs, int64_t tile, uint32_t *out) {
+/* Rows [16 * tile, ...) of x, `rows` of them `stride` numbers apart, those beyond its end 0, as
+   right operands: one tile of (input pairs, rows) for every 32 inputs */
+static void pack_rows(const bf16 *x, int64_t rows, int64_t stride, int64_t inputs, int64_t tile,
+                      uint32_t *out) {
     for (int64_t k = 0; k < inputs; k += DEPTH, out += TILE_WORDS) {
         __m512i r[TILE];
         for (int64_t i = 0; i < TILE; i++) {
             int64_t row = tile * TILE + i;
-            r[i] = row < rows ? _mm512_loadu_si512(x + row * inputs + k) : _mm512_setzero_si512();
+            r[i] = row < rows ? _mm512_loadu_si512(x + row * stride + k) : _mm512_setzero_si512();
         }
         turn_words(r);
         for (int i = 0; i < TILE; i++) _mm512_store_si512(out + i * TILE, r[i]);
@@ -68,26 +70,17 @@ INLINE void fetch_ahead(ahead_t *ahead) {
         __builtin_prefetch(ahead->at, 0, 2);
 }
 
-/* sums[2 * i + j] (16, 16) = a tile row of weight i times the transpose of packed tile row j */
-INLINE void multiply_block(const bf16 *first, const bf16 *second, const uint32_t *left,
-                           int64_t inputs, ahead_t ahead[2], float *sums) {
-    int64_t stride = inputs * (int64_t)sizeof(bf16);
-    const uint32_t *right = left + TILE * inputs / 2;
-    CLEAR_SUMS;
-    for (int64_t k = 0; k < inputs; k += DEPTH, left += TILE_WORDS, right += TILE_WORDS) {
-        _tile_loadd(4, first + k, stride);
-        _tile_loadd(6, left, LINE);
-        _tile_loadd(7, right, LINE);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, second + k, stride);
-        fetch_ahead(ahead);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        fetch_ahead(ahead + 1);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    STORE_SUMS(sums);
-}
+/* A block whose sums are there, and whose outputs are made of them, pair by pair, while the tiles
+   compute the next block: outputs [first, first + 16) of gate and up, or [first, first + 32), of
+   rows [row, row + 32). The sums (16, 16) of weights i and rows j are number 2 * i + j. */
+typedef struct {
+    const product_bf16 *p;
+    int64_t first, row, done, pairs;
+    float *sums;
+    __m512i outputs[SPAN]; /* two outputs of 16 rows in each */
+} pending_t;
+
+INLINE uint32_t *packed_of(const product_bf16 *p) { return p->scratch; }
 
 /* Two outputs of 16 rows, rounded, side by side in every word */
 INLINE __m512i pair_outputs(__m512 even, __m512 odd) {
@@ -95,8 +88,6 @@ INLINE __m512i pair_outputs(__m512 even, __m512 odd) {
     __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
-
-INLINE uint32_t *packed_of(const product_bf16 *p) { return p->scratch; }
 
 INLINE __m512 sum_of(const float *sums, const bf16 *bias, int64_t output) {
     __m512 sum = _mm512_loadu_ps(sums);
@@ -109,26 +100,23 @@ INLINE __m512 gated_lanes(const product_bf16 *p, const float *sums, int64_t outp
     return _mm512_mul_ps(activate_lanes(gate, p->activation), up);
 }
 
-/* Outputs [first, first + 16) of gate and up, rows [row, row + 32) */
-static void gated_block(const product_bf16 *p, int64_t first, int64_t row, ahead_t ahead[2],
-                        float *sums) {
-    __m512i r[TILE];
-    multiply_block(p->gate + first * p->inputs, p->up + first * p->inputs,
-                   packed_of(p) + row * p->inputs / 2, p->inputs, ahead, sums);
-    for (int64_t j = 0; j < 2; j++)
-        for (int64_t i = 0; i < TILE; i += 2) {
-            const float *pair = sums + j * TILE_WORDS + i * TILE;
-            r[j * TILE / 2 + i / 2] = pair_outputs(gated_lanes(p, pair, first + i),
-                                                   gated_lanes(p, pair + TILE, first + i + 1));
-        }
-    turn_words(r); /* row i of the first 16 beside row i of the second 16 */
-    for (int64_t i = 0; i < TILE && row + i < p->rows; i++) {
-        bf16 *out = p->out + (row + i) * p->stride + first;
-        _mm256_storeu_si256((__m256i *)out, _mm512_castsi512_si256(r[i]));
-        if (row + TILE + i < p->rows)
-            _mm256_storeu_si256((__m256i *)(out + TILE * p->stride),
-                                _mm512_extracti64x4_epi64(r[i], 1));
+/* The next pair of outputs of 16 rows */
+INLINE void make_pair(pending_t *block) {
+    const product_bf16 *p = block->p;
+    int64_t per_tile = p->gate ? TILE / 2 : TILE, half = block->done / per_tile;
+    int64_t i = block->done % per_tile * 2, output = block->first + i;
+    const float *sums = block->sums + half * TILE_WORDS;
+    if (p->gate) {
+        sums += i * TILE;
+        block->outputs[block->done] = pair_outputs(gated_lanes(p, sums, output),
+                                                   gated_lanes(p, sums + TILE, output + 1));
+    } else {
+        sums += i / TILE * 2 * TILE_WORDS + i % TILE * TILE;
+        block->outputs[block->done] =
+            pair_outputs(sum_of(sums, p->up_bias, output),
+                         sum_of(sums + TILE, p->up_bias, output + 1));
     }
+    block->done++;
 }
 
 /* 32 rounded numbers and 32 more that lie at `more` */
@@ -140,31 +128,85 @@ INLINE __m512i add_rows(__m512i row, const bf16 *more) {
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-/* Outputs [first, first + 32), rows [row, row + 32) */
-static void plain_block(const product_bf16 *p, int64_t first, int64_t row, ahead_t ahead[2],
-                        float *sums) {
-    const bf16 *weight = p->up + first * p->inputs;
-    multiply_block(weight, weight + TILE * p->inputs, packed_of(p) + row * p->inputs / 2,
-                   p->inputs, ahead, sums);
-    for (int64_t j = 0; j < 2; j++) {
-        __m512i r[TILE];
-        for (int64_t i = 0; i < SPAN; i += 2) {
-            const float *pair = sums + (i / TILE * 2 + j) * TILE_WORDS + i % TILE * TILE;
-            r[i / 2] = pair_outputs(sum_of(pair, p->up_bias, first + i),
-                                    sum_of(pair + TILE, p->up_bias, first + i + 1));
-        }
-        turn_words(r);
-        int64_t from = row + j * TILE;
-        for (int64_t i = 0; i < TILE && from + i < p->rows; i++) {
-            __m512i row32 = r[i];
-            if (p->residual) row32 = add_rows(row32, p->residual + (from + i) * p->outputs + first);
-            _mm512_storeu_si512(p->out + (from + i) * p->stride + first, row32);
-        }
+/* Row i of the first 16 stands beside row i of the second 16 */
+static void store_gated(const pending_t *block, __m512i r[TILE]) {
+    const product_bf16 *p = block->p;
+    turn_words(r);
+    for (int64_t i = 0; i < TILE && block->row + i < p->rows; i++) {
+        bf16 *out = p->out + (block->row + i) * p->stride + block->first;
+        _mm256_storeu_si256((__m256i *)out, _mm512_castsi512_si256(r[i]));
+        if (block->row + TILE + i < p->rows)
+            _mm256_storeu_si256((__m256i *)(out + TILE * p->stride),
+                                _mm512_extracti64x4_epi64(r[i], 1));
     }
 }
 
+static void store_plain(const pending_t *block, __m512i r[TILE], int64_t from) {
+    const product_bf16 *p = block->p;
+    turn_words(r);
+    for (int64_t i = 0; i < TILE && from + i < p->rows; i++) {
+        const bf16 *more = p->residual + (from + i) * p->outputs + block->first;
+        __m512i row = p->residual ? add_rows(r[i], more) : r[i];
+        _mm512_storeu_si512(p->out + (from + i) * p->stride + block->first, row);
+    }
+}
+
+/* What is left of a block, and its outputs to their places */
+static void finish_block(pending_t *block) {
+    while (block->done < block->pairs) make_pair(block);
+    if (!block->pairs) return;
+    if (block->p->gate) {
+        store_gated(block, block->outputs);
+    } else {
+        store_plain(block, block->outputs, block->row);
+        if (block->pairs > TILE) store_plain(block, block->outputs + TILE, block->row + TILE);
+    }
+    block->pairs = block->done = 0;
+}
+
+/* The sums of 32 outputs, 16 at `first` and 16 at `second`, and 32 packed rows (of 16 rows or fewer
+   only those with j = 0), while the block before is finished; they take the place of its sums */
+static void multiply_block(const bf16 *first, const bf16 *second, const uint32_t *left,
+                           int64_t rows, int64_t inputs, ahead_t ahead[2],
+                           pending_t *before) {
+    int64_t stride = inputs * (int64_t)sizeof(bf16), steps = inputs / DEPTH;
+    int64_t each = (before->pairs + steps - 1) / steps;
+    const uint32_t *right = left + TILE * inputs / 2;
+    CLEAR_SUMS;
+    for (int64_t k = 0; k < inputs; k += DEPTH, left += TILE_WORDS, right += TILE_WORDS) {
+        _tile_loadd(4, first + k, stride);
+        _tile_loadd(6, left, LINE);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, second + k, stride);
+        fetch_ahead(ahead);
+        _tile_dpbf16ps(2, 5, 6);
+        if (rows > TILE) {
+            _tile_loadd(7, right, LINE);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        fetch_ahead(ahead + 1);
+        for (int64_t i = 0; i < each && before->done < before->pairs; i++) make_pair(before);
+    }
+    finish_block(before);
+    STORE_SUMS(before->sums);
+}
+
+/* One block, of rows [row, row + 32); the one before is finished meanwhile, this one is not */
+static void compute_block(const product_bf16 *p, int64_t first, int64_t row, ahead_t ahead[2],
+                          pending_t *pending) {
+    const bf16 *one = (p->gate ? p->gate : p->up) + first * p->inputs;
+    const bf16 *two = p->gate ? p->up + first * p->inputs : one + TILE * p->inputs;
+    multiply_block(one, two, packed_of(p) + row * p->inputs / 2, p->rows - row, p->inputs, ahead,
+                   pending);
+    int64_t pairs = p->gate ? TILE / 2 : TILE;
+    pending->p = p, pending->first = first, pending->row = row;
+    pending->pairs = p->rows - row > TILE ? 2 * pairs : pairs;
+}
+
 /* All rows of one block of outputs, while the weights of the next one come */
-static void compute_outputs(const product_bf16 *p, int64_t block, int is_last, float *sums) {
+static void compute_outputs(const product_bf16 *p, int64_t block, int is_last,
+                            pending_t *pending) {
     int64_t spans = (p->rows + SPAN - 1) / SPAN, per_tile = p->inputs * TILE;
     int64_t lines = (TILE + spans - 1) / spans; /* per 32 inputs, of the 16 in a tile's row */
     int64_t next = is_last ? 0 : block + 1;
@@ -175,10 +217,7 @@ static void compute_outputs(const product_bf16 *p, int64_t block, int is_last, f
         ahead[i] = (ahead_t){(const char *)from, is_last ? 0 : lines};
     }
     for (int64_t row = 0; row < p->rows; row += SPAN)
-        if (p->gate)
-            gated_block(p, block * TILE, row, ahead, sums);
-        else
-            plain_block(p, block * SPAN, row, ahead, sums);
+        compute_block(p, block * (p->gate ? TILE : SPAN), row, ahead, pending);
 }
 
 /* Several products of the same x, of which the first has the scratch memory */
@@ -189,79 +228,101 @@ static void multiply_rows(const product_bf16 *products, int count, int num_threa
     {
         int64_t first, last, thread = omp_get_thread_num(), threads = omp_get_num_threads();
         float sums[4 * TILE_WORDS] __attribute__((aligned(LINE)));
+        pending_t pending = {.sums = sums};
         for (int64_t tile = thread; tile < tiles; tile += threads)
-            pack_rows(p->x, p->rows, p->inputs, tile, packed_of(p) + tile * TILE * p->inputs / 2);
+            pack_rows(p->x, p->rows, p->inputs, p->inputs, tile,
+                      packed_of(p) + tile * TILE * p->inputs / 2);
         load_tile_config();
 #pragma omp barrier
         for (int i = 0; i < count; i++) {
             int64_t blocks = products[i].outputs / (p->gate ? TILE : SPAN);
             split_bf16(blocks, (int)thread, (int)threads, &first, &last);
             for (int64_t block = first; block < last; block++)
-                compute_outputs(products + i, block, block + 1 == last, sums);
+                compute_outputs(products + i, block, block + 1 == last, &pending);
         }
+        finish_block(&pending);
         _tile_release();
     }
 }
 
-/* A matrix stored by input, (inputs, outputs): 32 of its outputs as right operands, two tiles for
-   every 32 inputs */
-static void pack_outputs(const bf16 *weight, int64_t inputs, int64_t outputs, int64_t first,
-                         uint32_t *out) {
+/* A matrix stored by input, (inputs, outputs), of which 32 outputs become right operands, two tiles
+   for every 32 inputs, two inputs at a time */
+typedef struct {
+    const bf16 *weight;
+    int64_t input, inputs, outputs;
+    uint32_t *out;
+    __m512i low, high; /* where the first and the last 16 outputs of two inputs stand */
+} packing_t;
+
+static packing_t begin_packing(const product_bf16 *p, int64_t first, int64_t inputs,
+                               uint32_t *out) {
+    packing_t packing = {p->up + first, 0, inputs, p->outputs, out};
     uint16_t low[DEPTH], high[DEPTH];
     for (int i = 0; i < DEPTH; i++) {
         low[i] = (uint16_t)(i / 2 + i % 2 * DEPTH);
         high[i] = (uint16_t)(low[i] + TILE);
     }
-    __m512i pick_low = _mm512_loadu_si512(low), pick_high = _mm512_loadu_si512(high);
-    for (int64_t k = 0; k < inputs; k += 2) {
-        const bf16 *row = weight + k * outputs + first;
-        uint32_t *to = out + k / DEPTH * 2 * TILE_WORDS + k % DEPTH / 2 * TILE;
-        __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + outputs);
-        _mm512_store_si512(to, _mm512_permutex2var_epi16(even, pick_low, odd));
-        _mm512_store_si512(to + TILE_WORDS, _mm512_permutex2var_epi16(even, pick_high, odd));
+    packing.low = _mm512_loadu_si512(low), packing.high = _mm512_loadu_si512(high);
+    return packing;
+}
+
+INLINE void pack_inputs(packing_t *packing, int64_t pairs) {
+    for (; pairs > 0 && packing->input < packing->inputs; pairs--, packing->input += 2) {
+        int64_t k = packing->input;
+        const bf16 *row = packing->weight + k * packing->outputs;
+        uint32_t *to = packing->out + k / DEPTH * 2 * TILE_WORDS + k % DEPTH / 2 * TILE;
+        __builtin_prefetch(row + AHEAD_INPUTS * packing->outputs);
+        __builtin_prefetch(row + (AHEAD_INPUTS + 1) * packing->outputs);
+        __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + packing->outputs);
+        _mm512_store_si512(to, _mm512_permutex2var_epi16(even, packing->low, odd));
+        _mm512_store_si512(to + TILE_WORDS, _mm512_permutex2var_epi16(even, packing->high, odd));
     }
 }
 
-/* Rows [row, row + 32) of 32 outputs; rows of x beyond its end are read from `tail`. What the next
-   block reads comes meanwhile, `fetch` rows of the weight for every 32 inputs. */
+/* 16 outputs of a row, number `which` of the 64 that a block's sums hold */
+INLINE void store_by_input(const product_bf16 *p, int64_t first, int64_t row, int64_t which,
+                           const float *sums) {
+    int64_t tile = which / TILE, i = which % TILE;
+    int64_t at = row + tile / 2 * TILE + i, output = first + tile % 2 * TILE;
+    if (at >= p->rows) return;
+    __m512 sum = _mm512_loadu_ps(sums + which * TILE);
+    if (p->up_bias) sum = _mm512_add_ps(sum, (__m512)load_bf16(p->up_bias + output));
+    if (p->residual)
+        sum = _mm512_add_ps(round_bf16(sum),
+                            (__m512)load_bf16(p->residual + at * p->outputs + output));
+    bf16 *out = p->out + at * p->stride + output;
+    _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(sum));
+}
+
+/* Rows [row, row + 32) of 32 outputs; rows of x beyond its end are read from `tail`. Meanwhile the
+   next outputs are packed. */
 static void by_input_block(const product_bf16 *p, const uint32_t *packed, const bf16 *tail,
-                           int64_t first, int64_t row, int64_t fetch, float *sums) {
-    const bf16 *ahead = p->up + row / SPAN * fetch * p->inputs / DEPTH * p->outputs + first + SPAN;
+                           int64_t first, int64_t row, packing_t *next, float *sums) {
     int64_t stride = p->inputs * (int64_t)sizeof(bf16), full = p->rows / TILE * TILE;
+    int64_t pairs = ceil_div(TILE, ceil_div(p->rows, SPAN)); /* for every 32 inputs */
     const bf16 *upper = row < full ? p->x + row * p->inputs : tail;
-    int64_t next = row + TILE;
-    const bf16 *lower = next < full ? p->x + next * p->inputs : tail;
+    const bf16 *lower = row + TILE < full ? p->x + (row + TILE) * p->inputs : tail;
+    int half = p->rows - row <= TILE;
     CLEAR_SUMS;
     for (int64_t k = 0; k < p->inputs; k += DEPTH, packed += 2 * TILE_WORDS) {
         _tile_loadd(4, upper + k, stride);
         _tile_loadd(6, packed, LINE);
         _tile_loadd(7, packed + TILE_WORDS, LINE);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, lower + k, stride);
-        for (int64_t i = 0; i < fetch; i++, ahead += p->outputs) __builtin_prefetch(ahead, 0, 2);
         _tile_dpbf16ps(1, 4, 7);
+        pack_inputs(next, pairs);
+        if (half) continue;
+        _tile_loadd(5, lower + k, stride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
     STORE_SUMS(sums);
-    for (int64_t tile = 0; tile < 4; tile++)
-        for (int64_t i = 0; i < TILE && row + tile / 2 * TILE + i < p->rows; i++) {
-            int64_t output = first + tile % 2 * TILE;
-            __m512 sum = _mm512_loadu_ps(sums + tile * TILE_WORDS + i * TILE);
-            if (p->up_bias) sum = _mm512_add_ps(sum, (__m512)load_bf16(p->up_bias + output));
-            int64_t at = row + tile / 2 * TILE + i;
-            if (p->residual)
-                sum = _mm512_add_ps(round_bf16(sum),
-                                    (__m512)load_bf16(p->residual + at * p->outputs + output));
-            bf16 *out = p->out + at * p->stride + output;
-            _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(sum));
-        }
+    for (int64_t i = 0; i < (half ? 2 : 4) * TILE; i++) store_by_input(p, first, row, i, sums);
 }
 
 /* up is (inputs, outputs) */
 static void multiply_rows_by_input(const product_bf16 *p, int threads) {
     int64_t full = p->rows / TILE * TILE, panel = p->inputs * TILE;
-    int64_t spans = (p->rows + SPAN - 1) / SPAN, lines = (DEPTH + spans - 1) / spans;
     bf16 *tail = (bf16 *)packed_of(p);
     memset(tail, 0, sizeof(bf16) * (size_t)(TILE * p->inputs));
     memcpy(tail, p->x + full * p->inputs, sizeof(bf16) * (size_t)((p->rows - full) * p->inputs));
@@ -269,14 +330,19 @@ static void multiply_rows_by_input(const product_bf16 *p, int threads) {
     {
         int64_t first, last, thread = omp_get_thread_num(), count = omp_get_num_threads();
         float sums[4 * TILE_WORDS] __attribute__((aligned(LINE)));
-        uint32_t *packed = packed_of(p) + TILE * p->inputs / 2 + thread * panel;
+        uint32_t *here = packed_of(p) + TILE * p->inputs / 2 + 2 * thread * panel;
+        uint32_t *there = here + panel;
         load_tile_config();
         split_bf16(p->outputs / SPAN, (int)thread, (int)count, &first, &last);
+        packing_t packing = begin_packing(p, first * SPAN, first < last ? p->inputs : 0, here);
         for (int64_t block = first; block < last; block++) {
-            pack_outputs(p->up, p->inputs, p->outputs, block * SPAN, packed);
+            pack_inputs(&packing, p->inputs);
+            int64_t left = block + 1 < last ? p->inputs : 0;
+            packing = begin_packing(p, (block + 1) * SPAN, left, there);
             for (int64_t row = 0; row < p->rows; row += SPAN)
-                by_input_block(p, packed, tail, block * SPAN, row,
-                               block + 1 < last ? lines : 0, sums);
+                by_input_block(p, here, tail, block * SPAN, row, &packing, sums);
+            uint32_t *done = here;
+            here = there, there = done;
         }
         _tile_release();
     }

@@ -1,0 +1,108 @@
+"""Attention of whole prompts on a CPU's matrix tiles."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .build import find_library
+from .products import LINE, STEP, has_tiles
+from .structs import AttentionStruct
+
+NO_MASK, FLAGS, SUMMANDS = range(3)
+MASKS = {torch.bool: FLAGS, torch.bfloat16: SUMMANDS}
+MOST_KEYS = 8192
+"""A block of queries sees all keys at once; more of them would leave the processor's caches."""
+
+
+def refuse_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    """Why `TiledAttention` cannot take these; None if it can."""
+    if not has_tiles():
+        return "there are no matrix tiles"
+    for x in (query, key, value):
+        if type(x) is not Tensor or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return "it takes bfloat16 on a CPU"
+        if x.ndim != 4 or x.stride(-1) != 1 or x.shape[-1] != query.shape[-1]:
+            return "a head's numbers do not stand side by side, or differ in number"
+    if query.shape[-1] % STEP:
+        return f"a head's size, {query.shape[-1]}, is no multiple of {STEP}"
+    if key.shape != value.shape or query.shape[0] != key.shape[0]:
+        return "keys, values and queries do not belong together"
+    if not key.shape[1] or query.shape[1] % key.shape[1]:
+        return "the heads do not share keys evenly"
+    if not 0 < key.shape[2] <= MOST_KEYS or not query.shape[2]:
+        return f"there are {key.shape[2]} keys, of at most {MOST_KEYS}"
+    return None if mask is None else _refuse_mask(mask, query, key)
+
+
+def _refuse_mask(mask: Tensor, query: Tensor, key: Tensor) -> str | None:
+    if mask.dtype not in MASKS or mask.ndim != 4 or mask.device.type != "cpu":
+        return "the mask is neither bool nor bfloat16, (B, 1, T, S)"
+    fits = mask.shape[0] in (1, query.shape[0]) and mask.shape[1] == 1
+    fits &= mask.shape[2] in (1, query.shape[2]) and mask.shape[3] == key.shape[2]
+    if not fits or (mask.stride(-1) != 1 and mask.shape[-1] > 1):
+        return "the mask has another shape"
+    return None
+
+
+class TiledAttention:
+    """Attention of what `refuse_attention` takes. Holds the scratch memory: one thread at a time.
+
+    Softmax and sums are float32; weights and results are rounded to bfloat16.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        causal: bool,
+    ) -> Tensor:
+        """``softmax(query @ key^T * scaling + mask) @ value``.
+
+        Parameters
+        ----------
+        query : Tensor
+            (B, H, T, D) bfloat16, samples, heads and tokens in any order.
+        key, value : Tensor
+            (B, G, S, D), the same; each serves H / G heads in a row.
+        mask : Tensor or None
+            (B or 1, 1, T or 1, S), bool (False hides a key) or bfloat16 (added to the scores).
+        scaling : float
+            Factor of the scores, above 0.
+        causal : bool
+            Whether query t sees the first t + 1 keys only.
+
+        Returns
+        -------
+        Tensor
+            (B, T, H, D), the same for any number of threads.
+        """
+        library = find_library()
+        assert library is not None
+        batch, heads, length, size = query.shape
+        out = torch.empty(batch, length, heads, size, dtype=query.dtype)
+        how = AttentionStruct(
+            query=query.data_ptr(), key=key.data_ptr(), value=value.data_ptr(), out=out.data_ptr(),
+            batch=batch, heads=heads, groups=key.shape[1], length=length, stored=key.shape[2],
+            size=size, causal=causal, threads=torch.get_num_threads(), scaling=scaling,
+        )  # fmt: skip
+        for name, x in (("step_query", query), ("step_key", key), ("step_value", value)):
+            setattr(how, name, (ctypes.c_int64 * 3)(*x.stride()[:3]))
+        if mask is not None:
+            how.mask, how.mask_kind = mask.data_ptr(), MASKS[mask.dtype]
+            steps = [mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2)]
+            how.step_mask = (ctypes.c_int64 * 2)(*steps)
+        needed = library.cm_attend_scratch(ctypes.byref(how))
+        if self._memory.numel() < needed:
+            self._memory = torch.empty(needed, dtype=torch.uint8)
+        how.scratch = (self._memory.data_ptr() + LINE - 1) // LINE * LINE
+        library.cm_attend(ctypes.byref(how))
+        return out

@@ -1,0 +1,78 @@
+"""Attention of prompts between its projections: in C on a CPU's tiles, else the model's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from corematching.kernels.native import TILES, TiledAttention, refuse_attention
+
+ATTENTION = "sdpa"
+ONLY_SDPA = ("softcap", "position_bias", "cache", "enable_gqa")
+"""What a call may ask for besides, that the C code does not know."""
+PROBE_ERROR = 2e-2
+
+
+class PromptAttention:
+    """From queries, keys and values that stand side by side to what the output projection gets.
+
+    Parameters
+    ----------
+    unit : str or None
+        What multiplies; only tiles attend here.
+    """
+
+    def __init__(self, unit: str | None) -> None:
+        self._tiled = TiledAttention() if unit == TILES else None
+
+    def attend(
+        self, module: Any, joint: Tensor, mask: Any, cache: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """Llama's attention: (B, T, H + 2G, D), rotated, to (B, T, H * D), and no weights."""
+        groups = module.v_proj.out_features // module.head_dim
+        heads = joint.shape[2] - 2 * groups
+        query, key, value = joint.transpose(1, 2).split([heads, groups, groups], dim=1)
+        if cache is not None:
+            key, value = cache.update(key, value, module.layer_idx)
+        return self._mix(module, query, key, value, mask, module.scaling, kwargs)
+
+    def attend_to_patches(self, module: Any, joint: Tensor, mask: Any) -> Tensor:
+        """CLIP's attention: (B, T, 3H, D) to (B, T, H * D)."""
+        query, key, value = joint.transpose(1, 2).chunk(3, dim=1)
+        return self._mix(module, query, key, value, mask, module.scale, {"dropout": 0.0})[0]
+
+    def _mix(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Any]:
+        if self._tiled is not None and not any(kwargs.get(name) for name in ONLY_SDPA):
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            if refuse_attention(query, key, value, mask) is None:
+                causal = causal and mask is None and query.shape[2] > 1
+                mixed = self._tiled.attend(query, key, value, mask, scaling, causal)
+                return mixed.flatten(2), None
+        mixed, weights = ALL_ATTENTION_FUNCTIONS[ATTENTION](
+            module, query, key, value, mask, scaling=scaling, **kwargs
+        )
+        return mixed.flatten(2), weights
+
+
+def uses_sdpa(attention: Any) -> bool:
+    """Whether an attention runs PyTorch's fused one, without dropout."""
+    config = getattr(attention, "config", None)
+    return getattr(config, "_attn_implementation", None) == ATTENTION and not attention.training
+
+
+def is_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two ways to compute something differ by roundings only."""
+    error = (ours.float() - theirs.float()).norm()
+    return bool(error <= PROBE_ERROR * theirs.float().norm())

@@ -1,0 +1,163 @@
+"""Prompts that attend on tiles give what the model's own attention gives, in decoder and tower."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from corematching import CoreMatching, Sparsifier
+from corematching.kernels.native import TiledAttention, has_tiles
+from corematching.runtime.hooks import COUNTING, HookWatch, show_result
+
+pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
+
+WIDTH = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+VISION = {**WIDTH, "num_hidden_layers": 3, "image_size": 32, "patch_size": 4}
+TEXT = {**WIDTH, "vocab_size": 97, "num_hidden_layers": 4, "num_key_value_heads": 1}
+IMAGE = 96
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The (queries, keys, mask or not, causal) of what attends on tiles."""
+    seen, own = [], TiledAttention.attend
+
+    def attend(self, query, key, value, mask, scaling, causal):
+        seen.append((query.shape[2], key.shape[2], mask is not None, causal))
+        return own(self, query, key, value, mask, scaling, causal)
+
+    monkeypatch.setattr(TiledAttention, "attend", attend)
+    return seen
+
+
+@pytest.fixture
+def llava():
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
+
+
+def ask(model, batch=2):
+    """A picture of 64 patches and six words; the second sample is shorter."""
+    ids = torch.tensor([[1, 2, *[IMAGE] * 64, 3, 4, 5, 6]] * batch)
+    mask = torch.ones_like(ids)
+    ids[1:, 0], mask[1:, 0] = 0, 0
+    pixels = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels.to(torch.bfloat16)}
+
+
+@torch.no_grad()
+def last_logits(model, inputs):
+    return model(**inputs).logits[:, -1].float()
+
+
+def is_close(ours, theirs):
+    return bool((ours - theirs).norm() < 3e-2 * theirs.norm())
+
+
+def test_same_logits_in_padded_batches(llava, calls):
+    inputs = ask(llava)
+    dense = last_logits(llava, inputs)
+    with Sparsifier()(llava):
+        calls.clear()
+        ours = last_logits(llava, inputs)
+    assert calls.count((65, 65, False, False)) == 3 and calls.count((70, 70, True, False)) == 4
+    assert is_close(ours, dense)
+
+
+def test_a_prompt_that_gets_shorter_attends_as_elsewhere(llava, calls):
+    inputs = ask(llava)
+    method = CoreMatching(keep=16, layer=1, cover=0.99, neuron_score=None)
+    with method(llava, engine="torch"):
+        theirs = last_logits(llava, inputs)
+    assert not calls
+    with method(llava):
+        calls.clear()
+        ours = last_logits(llava, inputs)
+    assert calls.count((22, 22, True, False)) == 2
+    assert is_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_towers(kind, llava, calls):
+    build = {
+        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
+        "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False)),
+    }[kind]
+    torch.manual_seed(2)
+    llava.model.vision_tower = build().to(torch.bfloat16).eval()
+    pixels = ask(llava)["pixel_values"]
+
+    @torch.no_grad()
+    def see():
+        return llava.model.vision_tower(pixels).last_hidden_state.float()
+
+    dense = see()
+    with Sparsifier()(llava):
+        calls.clear()
+        ours = see()
+        assert len(calls) == 3
+    assert is_close(ours, dense)
+    calls.clear()
+    assert torch.equal(see(), dense) and not calls
+
+
+def test_the_tower_is_counted_as_before(llava):
+    counted = []
+    for engine in ("torch", "auto"):
+        with Sparsifier()(llava, engine=engine) as run:
+            last_logits(llava, ask(llava))
+            counted.append(run.report.vision_flops)
+    assert counted[0] == counted[1] > 0
+
+
+def test_hooks_in_a_tower_see_what_they_always_see(llava, calls):
+    seen = []
+    attention = llava.model.vision_tower.encoder.layers[1].self_attn
+    with Sparsifier()(llava):
+        handle = attention.k_proj.register_forward_hook(lambda *args: seen.append(args[2].shape))
+        calls.clear()
+        last_logits(llava, ask(llava))
+        handle.remove()
+    assert seen == [(2, 65, 64)]
+    assert len(calls) == 6  # two layers of the tower, four of the decoder
+
+
+def test_eager_towers_stay_eager(llava, calls):
+    llava.model.vision_tower.config._attn_implementation = "eager"
+    with Sparsifier()(llava):
+        calls.clear()
+        last_logits(llava, ask(llava))
+    assert len(calls) == 4
+
+
+def test_results_are_shown_to_hooks_that_only_count():
+    module, shapes = torch.nn.Linear(3, 5), []
+
+    def count(module, args, out):
+        shapes.append((args[0].shape, out.shape))
+
+    count.__name__ = COUNTING
+    watch = HookWatch([module], ignored=COUNTING)
+    module.register_forward_hook(count)
+    assert not watch.sees_any()
+    show_result(module, torch.zeros(2, 3), torch.zeros(2, 5))
+    module.register_forward_hook(
+        lambda module, args, kwargs, out: shapes.append(kwargs), with_kwargs=True
+    )
+    assert watch.sees_any()
+    show_result(module, torch.zeros(2, 3), torch.zeros(2, 5))
+    assert shapes == [((2, 3), (2, 5)), ((2, 3), (2, 5)), {}]
