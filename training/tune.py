@@ -2,9 +2,10 @@
 
     python tune.py --sprites SPRITES --vision runs/vision/last.pt --out runs/tune [--minutes 5]
 
-Projector and LoRA learn at the full rate, the tower along with them at a tenth of it (``--tower-rate``). Every picture
-comes with as many questions as fit into one sequence: each question-answer pair sees the picture
-and itself alone (positions start anew), so a sequence teaches exactly what single questions would.
+Projector and LoRA learn at the full rate, the tower along with them at a tenth of it
+(``--tower-rate``). Every picture comes with as many questions as fit into one sequence: each
+question-answer pair sees the picture and itself alone (positions start anew), so a sequence teaches
+exactly what single questions would.
 Resumes from the last checkpoint in ``--out``; ``--start`` begins with the projector and the LoRA
 factors of an exported model (and with its tower, unless ``--vision`` names another) and skips
 stage 2.
@@ -331,5 +332,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not (args.vision or args.start):
         parser.error("name the tower to begin with: --vision CHECKPOINT or --start DIR")
-    args.asked = ASKED | {family: int(share) for family, share in (a.split("=") for a in args.asked)}
+    asked = (item.split("=") for item in args.asked)
+    args.asked = ASKED | {family: int(share) for family, share in asked}
     train(args)

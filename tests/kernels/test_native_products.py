@@ -14,6 +14,7 @@ from corematching.kernels.native import (
     VECTORS,
     Products,
     find_library,
+    find_size,
     has_tiles,
     mark_highest,
     normalise,
@@ -137,6 +138,22 @@ def check_gated(unit, dtype, name, shape, width, bias):
     else:
         assert error < 2e-3
         assert unequal < (0.1 if "gelu" in name else 0.02)
+
+
+@on_units
+@pytest.mark.parametrize("rows", [3, 16, 40, 70])
+def test_gates_are_kept_where_they_are_wanted(unit, dtype, rows):
+    x, gate, up = draw(rows, 64, dtype=dtype), draw(96, 64, dtype=dtype), draw(96, 64, dtype=dtype)
+    wanted = torch.randperm(rows)[: rows // 3 + 1]
+    places = torch.full((rows,), -1, dtype=torch.int32)
+    places[wanted] = torch.arange(len(wanted), dtype=torch.int32)
+    kept = torch.full((len(wanted) + 1, 96), 7.0, dtype=dtype)
+    products = Products(unit)
+    ours = products.gated(x, gate, up, None, None, "silu", (places, kept))
+    assert torch.equal(ours, products.gated(x, gate, up, None, None, "silu"))
+    theirs = F.silu(products.linear(x[wanted], gate, None))
+    torch.testing.assert_close(kept[:-1], theirs, rtol=1e-2, atol=1e-5)
+    assert (kept[-1] == 7).all()
 
 
 @on_units
@@ -279,3 +296,32 @@ def test_the_largest_of_each_token(dtype, absolute):
     expected = (ranked >= cuts) & (ranked > 0)
     assert torch.equal(mark_highest(values, counts, absolute), expected)
     assert mark_highest(values.double(), counts, absolute) is None
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_sizes_by_rank(dtype, chosen):
+    values = draw(3, 5, 70, dtype=dtype)
+    values[0, 0, :9] = values[0, 1, 3]  # ties
+    tokens = torch.rand(3, 5) > 0.3
+    tokens[1], tokens[2, 0] = False, True
+    neurons = torch.stack([torch.randperm(70)[:31] for _ in range(3)])
+    among = neurons if chosen else None
+    ranks = torch.where(tokens.any(1), tokens.sum(1) * 11, 0)
+    values[~tokens] = torch.nan  # not looked at
+    found = find_size(values, tokens, among, ranks)
+    for sample in range(3):
+        rows = values[sample, tokens[sample]]
+        sizes = (rows[:, neurons[sample]] if chosen else rows).float().abs().flatten()
+        rank = int(ranks[sample])
+        assert found[sample] == (sizes.sort().values[rank - 1] if rank else 0)
+
+
+@compiled
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_no_size_among_what_is_not_finite(odd):
+    values, tokens = draw(1, 2, 9), torch.ones(1, 2, dtype=torch.bool)
+    values[0, 1, 4] = odd
+    assert find_size(values, tokens, None, torch.tensor([3])) is None
+    assert find_size(values.half(), tokens, None, torch.tensor([3])) is None

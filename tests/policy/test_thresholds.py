@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corematching.errors import ConfigError
+from corematching.policy import thresholds
 from corematching.policy.thresholds import (
     _calibrate_at_once,
     calibrate_threshold,
@@ -82,13 +83,17 @@ def test_padding_and_company_change_nothing():
 
 
 @pytest.mark.parametrize("sparsity", [0.01, 0.3, 1.0])
-def test_all_samples_at_once_are_as_each_alone(sparsity):
+def test_every_way_gives_the_same(sparsity, monkeypatch):
     values = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
     tokens = torch.tensor([[True] * 5, [False, True, True, False, True], [False] * 5])
     neurons = torch.stack([torch.randperm(12)[:7] for _ in range(3)])
     for chosen in (None, neurons):
-        alone = calibrate_threshold(values, tokens, sparsity, chosen)
-        assert torch.equal(_calibrate_at_once(values, tokens, sparsity, chosen), alone)
+        found = calibrate_threshold(values, tokens, sparsity, chosen)
+        with monkeypatch.context() as patch:
+            patch.setattr(thresholds, "find_size", lambda *_: None)
+            assert torch.equal(calibrate_threshold(values, tokens, sparsity, chosen), found)
+        ranks = (tokens.sum(1) * (12 if chosen is None else 7) * sparsity - 1e-6).ceil().long()
+        assert torch.equal(_calibrate_at_once(values, tokens, ranks, chosen), found)
 
 
 def test_no_tokens():

@@ -80,7 +80,7 @@ def pick_highest(scores: Tensor, count: int) -> Tensor | None:
 def find_size(
     values: Tensor, tokens: Tensor, neurons: Tensor | None, ranks: Tensor
 ) -> Tensor | None:
-    """The ``ranks``-th smallest magnitude of each sample, on a GPU, without waiting for it.
+    """The ``ranks``-th smallest magnitude of each sample; no GPU is waited for.
 
     Parameters
     ----------
@@ -96,11 +96,11 @@ def find_size(
     Returns
     -------
     Tensor or None
-        (B,) float32; 0 where the rank is. NaN is larger than all numbers.
+        (B,) float32; 0 where the rank is. On the CPU None also for what is not finite; on a GPU NaN
+        is larger than all numbers.
     """
     module = _find(values.device.type)
-    find = getattr(module, "find_size", None)
-    return None if find is None else find(values, tokens, neurons, ranks)
+    return None if module is None else module.find_size(values, tokens, neurons, ranks)
 
 
 @functools.cache

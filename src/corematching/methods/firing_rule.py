@@ -51,14 +51,22 @@ class FiringRule(NeuronDropper):
 
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
         """All ``count`` neurons, with thresholds."""
-        indices = torch.arange(count, device=view.valid.device).expand(len(view.valid), -1)
-        return NeuronChoice(indices=indices, **self.thresholds(view))
+        return NeuronChoice(indices=list_every(view, count), **self.thresholds(view))
 
     def calibrate(self, view: PrefillView, values: Tensor | None, what: str) -> Tensor:
         """(B,), the smallest magnitude of a view's part, (B, T, F), that stays; see `find_cut`."""
         if values is None:
             raise _missing(view, what)
         return find_cut(values, select_tokens(view, self.over), self.beta)
+
+
+def list_every(view: PrefillView, count: int) -> Tensor:
+    """(B, count) long, all neurons of a layer; made once for all layers of a prompt."""
+    name = f"every of {count} on {view.valid.device}"
+    if name not in view.memory:
+        view.memory[name] = torch.arange(count, device=view.valid.device)
+    every: Tensor = view.memory[name]
+    return every.expand(len(view.valid), -1)
 
 
 def find_gate_cut(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from corematching.methods.firing_rule import find_gate_cut
+from corematching.methods.firing_rule import find_gate_cut, list_every
 from corematching.methods.sparsifier import NeuronRule
 from corematching.policy.base import read_activations
 from corematching.policy.check import check_share
@@ -62,8 +61,7 @@ class GatedRule(NeuronRule, name="gated-rule"):
         """
         among: Tensor | None = None
         if count == read_activations(view).shape[-1]:
-            every = torch.arange(count, device=view.valid.device).expand(len(view.valid), -1)
-            choice = NeuronChoice(indices=every)
+            choice = NeuronChoice(indices=list_every(view, count))
         else:
             choice = super().choose(view, count)
             among = choice.indices

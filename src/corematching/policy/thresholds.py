@@ -56,12 +56,16 @@ def calibrate_threshold(
         devices are not waited for: there NaN counts as larger than all numbers.
     """
     check_share("sparsity", sparsity)
+    width = values.shape[-1] if neurons is None else neurons.shape[1]
+    ranks = -(-tokens.sum(1) * width * parts(sparsity) // PPM)  # rounded up
+    found = find_size(values.detach(), tokens, neurons, ranks)
+    if found is not None:
+        return found
     if values.device.type != "cpu":
-        return _calibrate_at_once(values, tokens, sparsity, neurons)
+        return _calibrate_at_once(values, tokens, ranks, neurons)
     thresholds = values.new_zeros(len(values), dtype=torch.float32)
-    every = bool(tokens.all())
     for sample, chosen in enumerate(tokens):
-        rows = values[sample] if every else values[sample, chosen]
+        rows = values[sample, chosen]
         if neurons is not None:
             rows = rows[:, neurons[sample]]
         entries = rows.float().abs().flatten()
@@ -72,20 +76,15 @@ def calibrate_threshold(
                 f"the activations of sample {sample} hold NaN or infinite values: check the "
                 "model's dtype for overflow"
             )
-        below = -(-entries.numel() * parts(sparsity) // PPM)  # rounded up
-        thresholds[sample] = find_kth_largest(entries, entries.numel() - below + 1)[0]
+        largest = entries.numel() - int(ranks[sample]) + 1
+        thresholds[sample] = find_kth_largest(entries, largest)[0]
     return thresholds
 
 
 def _calibrate_at_once(
-    values: Tensor, tokens: Tensor, sparsity: float, neurons: Tensor | None
+    values: Tensor, tokens: Tensor, ranks: Tensor, neurons: Tensor | None
 ) -> Tensor:
-    """`calibrate_threshold` of all samples together, without waiting for the device."""
-    width = values.shape[-1] if neurons is None else neurons.shape[1]
-    ranks = -(-tokens.sum(1) * width * parts(sparsity) // PPM)  # rounded up
-    found = find_size(values.detach(), tokens, neurons, ranks)
-    if found is not None:
-        return found
+    """The ``ranks``-th smallest magnitudes (B,), without waiting for the device."""
     if neurons is not None:
         values = values.gather(2, neurons.unsqueeze(1).expand(-1, values.shape[1], -1))
     sizes = values.float().abs().masked_fill(~tokens.unsqueeze(-1), torch.inf).flatten(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from corematching.errors import UnsupportedModelError
 from corematching.protocol import ACTIVATIONS, ATTENTION, CONTRIBUTIONS, Method, NeuronPolicy
 
 from .ffn import find_ffn
+from .gates import Gates
 from .view import find_attention
 
 DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
@@ -38,6 +39,8 @@ class Parts:
         Token ids that stand for image (or video) features; empty for text-only models.
     vision, projector : nn.Module or None
         The vision tower, and what turns its output into image tokens, where that is not in it.
+    gates : Gates
+        What products keep of gates that are read later.
     """
 
     decoder: nn.Module
@@ -49,6 +52,7 @@ class Parts:
     image_ids: tuple[int, ...]
     vision: nn.Module | None
     projector: nn.Module | None = None
+    gates: Gates = field(default_factory=Gates)
 
     @property
     def widths(self) -> list[int]:

@@ -74,5 +74,5 @@ def run_pre_hooks(module: nn.Module, x: Tensor) -> Tensor:
 def show_result(module: nn.Module, x: Tensor, out: Tensor) -> None:
     """Run the hooks behind a module that was computed without being called; they change nothing."""
     for key, hook in list(module._forward_hooks.items()):
-        given = ((x,), {}) if key in module._forward_hooks_with_kwargs else ((x,),)
+        given: tuple[Any, ...] = ((x,), {}) if key in module._forward_hooks_with_kwargs else ((x,),)
         hook(module, *given, out)

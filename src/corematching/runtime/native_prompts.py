@@ -185,7 +185,9 @@ class NativePrompts:
         weights = ffn.dense()
         biases = weights.get("gate_bias"), weights.get("up_bias")
         assert ffn.activation_name is not None
-        return self._products.gated(x, *_gate_and_up(ffn), *biases, ffn.activation_name)
+        gate, up = _gate_and_up(ffn)
+        kept = self.parts.gates.make_room(ffn.mlp, x, ffn.width)
+        return self._products.gated(x, gate, up, *biases, ffn.activation_name, kept)
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:
         known = x.dtype == weight.dtype and x.dtype in self._dtypes

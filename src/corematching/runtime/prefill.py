@@ -33,6 +33,7 @@ from corematching.protocol import (
 from .cache import Memory, compact, is_fresh, widen_sliding_layers
 from .checks import Parts
 from .ffn import SparseFFN
+from .gates import Wish, make_wish
 from .masks import hide_columns, shorten_mask, survivors, take, weigh_mask
 from .selection import Selection, Stage, extend, find_dropped, find_weights
 from .tower import TowerProbe
@@ -89,6 +90,7 @@ class Prefill:
         self.memory: dict[str, Any] = {}
         self._activations: Tensor | None = None
         self._ffn: FFNProbe | None = None
+        self._wished: Wish | None = None
         self._waiting: list[tuple[Tensor, PrefillView]] = []
         self._embeddings: Tensor | None = None
         self._probe: AttentionProbe | None = None
@@ -136,7 +138,8 @@ class Prefill:
         if self._unwrap is not None:
             self._unwrap()
         self._unwrap = self._probe = self._activations = self._embeddings = None
-        self._ffn = None
+        self._ffn = self._wished = None
+        self.parts.gates.forget()
         self._waiting.clear()
         self._memo.clear()
 
@@ -172,13 +175,23 @@ class Prefill:
         self._handles.append(attention.register_forward_pre_hook(arm))
 
     def _install_ffn_probe(self, index: int) -> None:
-        probe = FFNProbe(self.parts.ffns[index])
+        ffn, wanted = self.parts.ffns[index], GATE in self._needs(index)
+        probe = FFNProbe(ffn, self.parts.gates)
 
         def show(*_: Any) -> None:
             self._ffn = probe
+            self.parts.gates.ask(ffn, self._wish() if wanted else None)
 
         self._handles.append(self.parts.ffns[index].register_forward_pre_hook(show))
         self._handles.append(probe.install())
+
+    def _wish(self) -> Wish | None:
+        """The text tokens that are present, whose gates policies read; on a CPU only."""
+        if self.valid.device.type != "cpu":
+            return None
+        if self._wished is None:
+            self._wished = make_wish(self.valid & ~self.image)
+        return self._wished
 
     @torch.compiler.disable
     def _before_layer(
@@ -310,6 +323,7 @@ class Prefill:
         if self._waiting and layer == self.cuts[-1]:
             self._choose_waiting()
         self._memo.clear()
+        self._wished = None
         return take(hidden if choice.hidden is None else choice.hidden.to(hidden), order)
 
     def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corematching.errors import UnsupportedModelError
 
+from .gates import Gates
 from .masks import take
 
 PROBE = "corematching_probe"
@@ -156,11 +157,13 @@ class FFNProbe:
     mlp : nn.Module
         An FFN whose gate is ``gate_proj``, or the first half of ``gate_up_proj``; without a gate
         the activations ``act(up(x))`` stand for it.
+    gates : Gates
+        What the run itself may have kept of the gate.
     """
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, gates: Gates) -> None:
         self.inputs: Tensor | None = None  # (B, T, d)
-        self._mlp = mlp
+        self._mlp, self._gates = mlp, gates
         names = ("act_fn", "activation_fn", "act")
         self._activation: Any = next((getattr(mlp, n) for n in names if hasattr(mlp, n)), None)
         found = (getattr(mlp, name, None) for name in ("gate_proj", "gate_up_proj"))
@@ -173,13 +176,16 @@ class FFNProbe:
     def gate(self, activations: Tensor) -> Callable[[Tensor], Tensor]:
         """The gate of the run that gave these ``activations`` (B, T, F), for some of its tokens.
 
-        No hook on the gate's own module sees that it is computed once more.
+        Kept from that run, or computed once more, which no hook on the gate's own module sees.
         """
         inputs, width = self.inputs, activations.shape[-1]
 
         def compute(rows: Tensor) -> Tensor:  # (B, R) to (B, R, F)
             if self._gate is None or inputs is None:
                 return take(activations, rows)
+            kept = self._gates.find(self._mlp, inputs, rows)
+            if kept is not None:
+                return kept
             with torch.no_grad():
                 return self._activation(self._gate.forward(take(inputs, rows))[..., :width])
 

@@ -8,6 +8,7 @@ import torch
 from corematching.errors import ConfigError
 from corematching.methods import method_from_dict, method_from_text
 from corematching.protocol import NeuronPolicy
+from corematching.runtime.gates import Gates
 from corematching.runtime.view import FFNProbe
 from tests.models import build, make_inputs
 from tests.policy.views import make_view, show_rows
@@ -72,7 +73,7 @@ def test_wrong_parameters(text, message):
 def test_the_probe_sees_what_the_ffn_computes(family):
     model = build(family)
     mlp = model.model.layers[1].mlp
-    probe, seen = FFNProbe(mlp), []
+    probe, seen = FFNProbe(mlp, Gates()), []
     handles = [
         probe.install(),
         mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0])),

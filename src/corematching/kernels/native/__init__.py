@@ -15,7 +15,7 @@ from .products import (
     refuse_product,
     rotate,
 )
-from .prompt import mark_highest, pick_highest, sum_rows, weigh_marks
+from .prompt import find_size, mark_highest, pick_highest, sum_rows, weigh_marks
 from .step import DecodeStep, LayerWeights, Shape
 from .structs import MAX_BATCH
 
@@ -32,6 +32,7 @@ __all__ = [
     "Shape",
     "TiledAttention",
     "find_library",
+    "find_size",
     "find_unit",
     "has_tiles",
     "leave_file",

@@ -12,6 +12,8 @@ typedef struct {
     int64_t rows, inputs, outputs, stride, activation; /* stride: between rows of out */
     int64_t by_input;                         /* up is (inputs, outputs), and there is no gate */
     void *scratch;
+    const int32_t *places; /* (rows), where a row's gate is kept, or -1; NULL: none is */
+    W *gates;              /* (places, outputs), act(gate) of the rows that are kept */
 } F(product);
 
 /* What the rows of x are in fp32: where they lie, and the floats between them */
@@ -93,6 +95,10 @@ static void F(finish_gated_row)(const F(product) *p, int64_t row, int64_t first,
     F(add_bias)(p->up_bias ? p->up_bias + first : NULL, n, up);
     for (int64_t i = 0; i < n; i++) gate[i] = WIDEN(NARROW(gate[i]));
     activate(gate, n, p->activation);
+    if (p->places && p->places[row] >= 0) {
+        W *kept = p->gates + p->places[row] * p->outputs + first;
+        for (int64_t i = 0; i < n; i++) kept[i] = NARROW(gate[i]);
+    }
     for (int64_t i = 0; i < n; i++)
         out[i] = NARROW(WIDEN(NARROW(gate[i])) * WIDEN(NARROW(up[i])));
 }

@@ -26,18 +26,18 @@ static void multiply_bf16s(const product_bf16 *products, int count, int threads,
 
 /* out (rows, outputs) = x . up^T + bias (+ residual), or act(x . gate^T) * (x . up^T). On tiles,
    all is bf16, and inputs and outputs are multiples of 32. by_input: up is stored (inputs,
-   outputs), and there is no gate. */
+   outputs), and there is no gate. places (rows): where act(x . gate^T) of a row is kept, or -1. */
 void cm_multiply(const void *up, const void *gate, const void *up_bias, const void *gate_bias,
                  const void *x, const void *residual, void *out, int64_t rows, int64_t inputs,
-                 int64_t outputs, int64_t activation, int by_input, int64_t threads, void *scratch,
-                 int unit, int is_bf16) {
+                 int64_t outputs, int64_t activation, int by_input, const int32_t *places,
+                 void *gates, int64_t threads, void *scratch, int unit, int is_bf16) {
     if (is_bf16) {
         product_bf16 p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
-                          inputs, outputs, outputs, activation, by_input, scratch};
+                          inputs, outputs, outputs, activation, by_input, scratch, places, gates};
         multiply_bf16s(&p, 1, (int)threads, unit);
     } else {
         product_float p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
-                           inputs, outputs, outputs, activation, by_input, scratch};
+                           inputs, outputs, outputs, activation, by_input, scratch, places, gates};
         multiply_float(&p, 1, (int)threads);
     }
 }

@@ -106,12 +106,16 @@ class Products:
         gate_bias: Tensor | None,
         up_bias: Tensor | None,
         activation: str,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """``act(gate(x)) * up(x)``: (..., d) to (..., F); gate and up are (F, d), contiguous.
 
         The gate, its activation, up and the product are rounded as PyTorch's operators round them.
+        ``kept`` are places, int32, one for each row of x, and a tensor (n, F) in whose row of that
+        number the row's ``act(gate(x))`` is put; -1 for a row that is not wanted.
         """
-        return self._multiply(x, up, gate, up_bias, gate_bias, ACTIVATION_NUMBERS[activation])
+        number = ACTIVATION_NUMBERS[activation]
+        return self._multiply(x, up, gate, up_bias, gate_bias, number, kept=kept)
 
     def several(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
@@ -139,6 +143,7 @@ class Products:
         gate_bias: Tensor | None,
         activation: int,
         residual: Tensor | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         assert self._library is not None
         x = x.contiguous()
@@ -148,7 +153,8 @@ class Products:
         self._library.cm_multiply(
             up.data_ptr(), address(gate), address(up_bias), address(gate_bias), x.data_ptr(),
             address(residual), out.data_ptr(), rows, inputs, outputs, activation,
-            not up.is_contiguous(), threads, *self._how(x, rows, threads),
+            not up.is_contiguous(), *map(address, kept or (None, None)), threads,
+            *self._how(x, rows, threads),
         )  # fmt: skip
         return out
 

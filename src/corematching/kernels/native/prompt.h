@@ -114,3 +114,48 @@ void cm_mark_largest(const void *values, const int64_t *counts, uint8_t *marks, 
             marks[row * n + i] = size_bits(own, i, by_size, is_bf16) >= cut.bits;
     }
 }
+
+/* Count the bytes at `shift` of the sizes of n numbers, or of those at `places`, whose higher bits
+   are those of the cut. Returns 0 where one is not finite. */
+static int count_bytes(const void *row, const int64_t *places, int64_t n, const cut_t *cut,
+                       int shift, int is_bf16, int64_t found[4][256]) {
+    const uint32_t infinite = 0x7f800000u;
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = size_bits(row, places ? places[i] : i, 1, is_bf16);
+        found[i & 3][bits >> shift & 255] += (bits & cut->known) == cut->bits;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest < infinite;
+}
+
+/* out (batch) = the ranks[b]-th smallest size of the tokens (batch, length) that count, of all n
+   numbers or of those at places (batch, count); 0 where the rank is. Bytes from the highest down.
+   Returns 0 where a number is not finite. */
+int cm_find_size(const void *values, const uint8_t *tokens, const int64_t *places,
+                 const int64_t *ranks, float *out, int64_t batch, int64_t length, int64_t n,
+                 int64_t count, int is_bf16) {
+    for (int64_t b = 0; b < batch; b++) {
+        cut_t cut = {0, 0, ranks[b]};
+        const int64_t *own = places ? places + b * count : NULL;
+        out[b] = 0;
+        for (int shift = 24; ranks[b] && shift >= (is_bf16 ? 16 : 0); shift -= 8) {
+            int64_t found[4][256] = {{0}}, byte = 0;
+            for (int64_t t = b * length; t < (b + 1) * length; t++) {
+                const char *row = (const char *)values + t * n * (is_bf16 ? 2 : 4);
+                if (tokens[t] &&
+                    !count_bytes(row, own, own ? count : n, &cut, shift, is_bf16, found))
+                    return 0;
+            }
+            for (;; byte++) {
+                int64_t here = found[0][byte] + found[1][byte] + found[2][byte] + found[3][byte];
+                if (here >= cut.missing || byte == 255) break;
+                cut.missing -= here;
+            }
+            cut.bits |= (uint32_t)byte << shift;
+            cut.known |= 255u << shift;
+        }
+        memcpy(out + b, &cut.bits, sizeof cut.bits);
+    }
+    return 1;
+}

@@ -116,3 +116,40 @@ def pick_highest(scores: Tensor, count: int) -> Tensor | None:
         if not library.cm_pick_top(start, width, count, out):
             return None
     return places
+
+
+def find_size(
+    values: Tensor, tokens: Tensor, neurons: Tensor | None, ranks: Tensor
+) -> Tensor | None:
+    """The ``ranks``-th smallest magnitude of each sample.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, T, F), float32 or bfloat16.
+    tokens : Tensor
+        (B, T) bool, the tokens that count.
+    neurons : Tensor or None
+        (B, K) long, the neurons that count; None: all.
+    ranks : Tensor
+        (B,) long, from 1; 0 for a sample without tokens.
+
+    Returns
+    -------
+    Tensor or None
+        (B,) float32; 0 where the rank is. None where the C code cannot run: no compiler, another
+        device or dtype, values that are not contiguous, or one that counts is not finite.
+    """
+    library = _library_for(values, *DTYPES)
+    if library is None:
+        return None
+    batch, length, width = values.shape
+    tokens, ranks = tokens.contiguous(), ranks.contiguous()
+    neurons = None if neurons is None else neurons.contiguous()
+    found = torch.empty(batch, dtype=torch.float32)
+    fine = library.cm_find_size(
+        *(address(x) for x in (values, tokens, neurons, ranks, found)),
+        *(batch, length, width, 0 if neurons is None else neurons.shape[1]),
+        values.dtype == torch.bfloat16,
+    )
+    return found if fine else None

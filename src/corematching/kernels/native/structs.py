@@ -80,7 +80,15 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "cm_multiply_scratch": (c_int64, [*[c_int64] * 3, c_int, c_int]),
         "cm_multiply": (
             None,
-            [*[c_void_p] * 7, *[c_int64] * 4, c_int, c_int64, c_void_p, c_int, c_int],
+            [
+                *[c_void_p] * 7,
+                *[c_int64] * 4,
+                c_int,
+                *[c_void_p] * 2,
+                c_int64,
+                c_void_p,
+                *[c_int] * 2,
+            ],
         ),
         "cm_multiply_several": (
             None,
@@ -90,6 +98,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "cm_attend": (None, [POINTER(AttentionStruct)]),
         "cm_weigh_marks": (None, [*[c_void_p] * 3, *[c_int64] * 4]),
         "cm_mark_largest": (None, [*[c_void_p] * 3, c_int64, c_int64, c_int, c_int64, c_int]),
+        "cm_find_size": (c_int, [*[c_void_p] * 5, *[c_int64] * 4, c_int]),
         "cm_pick_top": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),
         "cm_rotate": (None, [*[c_void_p] * 3, *[c_int64] * 6, c_int]),
         "cm_normalise": (None, [*[c_void_p] * 3, c_int64, c_int64, c_double, c_int64, c_int]),

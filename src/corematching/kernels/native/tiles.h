@@ -77,6 +77,7 @@ typedef struct {
     const product_bf16 *p;
     int64_t first, row, done, pairs;
     float *sums;
+    int keeps;             /* whether some row's gate is kept; it stands in outputs + TILE */
     __m512i outputs[SPAN]; /* two outputs of 16 rows in each */
 } pending_t;
 
@@ -94,10 +95,12 @@ INLINE __m512 sum_of(const float *sums, const bf16 *bias, int64_t output) {
     return bias ? _mm512_add_ps(sum, _mm512_set1_ps(widen_bf16(bias[output]))) : sum;
 }
 
-INLINE __m512 gated_lanes(const product_bf16 *p, const float *sums, int64_t output) {
-    __m512 gate = round_bf16(sum_of(sums, p->gate_bias, output));
-    __m512 up = round_bf16(sum_of(sums + 2 * TILE_WORDS, p->up_bias, output));
-    return _mm512_mul_ps(activate_lanes(gate, p->activation), up);
+INLINE __m512 gate_of(const product_bf16 *p, const float *sums, int64_t output) {
+    return activate_lanes(round_bf16(sum_of(sums, p->gate_bias, output)), p->activation);
+}
+
+INLINE __m512 up_of(const product_bf16 *p, const float *sums, int64_t output) {
+    return round_bf16(sum_of(sums + 2 * TILE_WORDS, p->up_bias, output));
 }
 
 /* The next pair of outputs of 16 rows */
@@ -108,8 +111,11 @@ INLINE void make_pair(pending_t *block) {
     const float *sums = block->sums + half * TILE_WORDS;
     if (p->gate) {
         sums += i * TILE;
-        block->outputs[block->done] = pair_outputs(gated_lanes(p, sums, output),
-                                                   gated_lanes(p, sums + TILE, output + 1));
+        __m512 even = gate_of(p, sums, output), odd = gate_of(p, sums + TILE, output + 1);
+        if (block->keeps) block->outputs[TILE + block->done] = pair_outputs(even, odd);
+        even = _mm512_mul_ps(even, up_of(p, sums, output));
+        odd = _mm512_mul_ps(odd, up_of(p, sums + TILE, output + 1));
+        block->outputs[block->done] = pair_outputs(even, odd);
     } else {
         sums += i / TILE * 2 * TILE_WORDS + i % TILE * TILE;
         block->outputs[block->done] =
@@ -128,16 +134,23 @@ INLINE __m512i add_rows(__m512i row, const bf16 *more) {
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-/* Row i of the first 16 stands beside row i of the second 16 */
-static void store_gated(const pending_t *block, __m512i r[TILE]) {
+/* Where the gate of a row is kept, NULL if it is not */
+INLINE bf16 *place_of(const product_bf16 *p, int64_t row) {
+    return p->places[row] < 0 ? NULL : p->gates + p->places[row] * p->outputs;
+}
+
+/* The outputs, or gates that are kept, of a block; row i of the first 16 stands beside row i of the
+   second 16 */
+static void store_gated(const pending_t *block, __m512i r[TILE], int kept) {
     const product_bf16 *p = block->p;
     turn_words(r);
-    for (int64_t i = 0; i < TILE && block->row + i < p->rows; i++) {
-        bf16 *out = p->out + (block->row + i) * p->stride + block->first;
-        _mm256_storeu_si256((__m256i *)out, _mm512_castsi512_si256(r[i]));
-        if (block->row + TILE + i < p->rows)
-            _mm256_storeu_si256((__m256i *)(out + TILE * p->stride),
-                                _mm512_extracti64x4_epi64(r[i], 1));
+    for (int64_t i = 0; i < SPAN && block->row + i < p->rows; i++) {
+        int64_t row = block->row + i;
+        bf16 *out = kept ? place_of(p, row) : p->out + row * p->stride;
+        if (out)
+            _mm256_storeu_si256((__m256i *)(out + block->first),
+                                i < TILE ? _mm512_castsi512_si256(r[i])
+                                         : _mm512_extracti64x4_epi64(r[i - TILE], 1));
     }
 }
 
@@ -156,7 +169,8 @@ static void finish_block(pending_t *block) {
     while (block->done < block->pairs) make_pair(block);
     if (!block->pairs) return;
     if (block->p->gate) {
-        store_gated(block, block->outputs);
+        store_gated(block, block->outputs, 0);
+        if (block->keeps) store_gated(block, block->outputs + TILE, 1);
     } else {
         store_plain(block, block->outputs, block->row);
         if (block->pairs > TILE) store_plain(block, block->outputs + TILE, block->row + TILE);
@@ -202,6 +216,9 @@ static void compute_block(const product_bf16 *p, int64_t first, int64_t row, ahe
     int64_t pairs = p->gate ? TILE / 2 : TILE;
     pending->p = p, pending->first = first, pending->row = row;
     pending->pairs = p->rows - row > TILE ? 2 * pairs : pairs;
+    pending->keeps = 0;
+    for (int64_t i = row; p->places && i < p->rows && i < row + SPAN; i++)
+        pending->keeps |= p->places[i] >= 0;
 }
 
 /* All rows of one block of outputs, while the weights of the next one come */

@@ -1,0 +1,66 @@
+"""Gates of text tokens are kept by the product that computes them, and found by who asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from corematching import CoreMatching
+from corematching.kernels.native import find_library, find_unit, list_dtypes
+from corematching.methods import firing_rule
+from corematching.runtime.gates import Gates, make_wish
+from tests import models
+
+TEXT = torch.tensor([[True, False, True, True], [False, False, True, True]])
+
+
+def test_a_wish_lists_the_tokens_and_their_places():
+    wish = make_wish(TEXT)
+    assert wish.rows.tolist() == [[0, 2, 3], [2, 3, 0]]  # the last one fills up
+    assert wish.places.tolist() == [0, -1, 1, 2, 5, -1, 3, 4]
+    none = make_wish(torch.zeros(2, 4, dtype=torch.bool))
+    assert none.rows.shape == (2, 0) and none.places.eq(-1).all()
+
+
+def test_only_who_asked_finds_what_was_kept():
+    gates, mlp, wish, x = Gates(), object(), make_wish(TEXT), torch.randn(2, 4, 3)
+    assert gates.make_room(mlp, x, 5) is None and gates.find(mlp, x, wish.rows) is None
+    gates.ask(mlp, wish)
+    assert gates.find(mlp, x, wish.rows) is None  # nothing has run yet
+    assert gates.make_room(object(), x, 5) is None
+    assert gates.make_room(mlp, x[:, :2], 5) is None
+    places, kept = gates.make_room(mlp, x, 5)
+    assert places is wish.places and kept.shape == (2, 3, 5)
+    assert gates.find(mlp, x, wish.rows.clone()) is kept
+    assert gates.find(mlp, x, wish.rows[:, :2]) is None
+    assert gates.find(mlp, x.clone(), wish.rows) is None
+    assert gates.find(object(), x, wish.rows) is None
+    gates.forget()
+    assert gates.make_room(mlp, x, 5) is None and gates.find(mlp, x, wish.rows) is None
+
+
+@pytest.mark.skipif(find_library() is None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_thresholds_are_those_of_a_gate_computed_anew(dtype, monkeypatch):
+    """Also behind the cut, where fewer tokens are left, and in padded batches."""
+    model = models.build("llava").to(dtype)
+    inputs = models.make_inputs("llava", model, batch=2)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    seen, own = [], firing_rule.find_cut
+    monkeypatch.setattr(firing_rule, "find_cut", lambda *args: seen.append(own(*args)) or seen[-1])
+    kept, find = [], Gates.find
+
+    def count(self, *args):
+        kept.append(find(self, *args))
+        return kept[-1]
+
+    for patched in (count, lambda *_: None):
+        monkeypatch.setattr(Gates, "find", patched)
+        with CoreMatching(keep=0.3, layer=1)(model), torch.no_grad():
+            model(**inputs)
+    layers = len(models.build("llava").model.language_model.layers)
+    assert len(kept) == layers and len(seen) == 2 * layers
+    if dtype in list_dtypes(find_unit()) and dtype == torch.bfloat16:
+        assert all(gate is not None for gate in kept)
+    for ours, theirs in zip(seen[:layers], seen[layers:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-6)
