@@ -157,6 +157,24 @@ def test_gates_are_kept_where_they_are_wanted(unit, dtype, rows):
 
 
 @on_units
+@pytest.mark.parametrize("rows", [1, 15, 33, 70])
+def test_norms_in_front_of_products(unit, dtype, rows):
+    x, weight, first = (
+        draw(2, rows, 96, dtype=dtype),
+        draw(96, dtype=dtype),
+        draw(64, 96, dtype=dtype),
+    )
+    second, products, norm = draw(64, 96, dtype=dtype), Products(unit), (weight, 1e-5)
+    normed = normalise(x, *norm)
+    biases, before = [None, draw(64, dtype=dtype)], x.clone()
+    ours = products.several(x, [first, second], biases, norm)
+    assert torch.equal(ours, products.several(normed, [first, second], biases))
+    gated = products.gated(x, first, second, None, None, "silu", None, norm)
+    assert torch.equal(gated, products.gated(normed, first, second, None, None, "silu"))
+    assert torch.equal(x, before)
+
+
+@on_units
 def test_large_gates_neither_overflow_nor_vanish(unit, dtype):
     x, up = torch.ones(3, 32, dtype=dtype), torch.ones(32, 32, dtype=dtype)
     gate = torch.linspace(-400, 400, 32, dtype=torch.float32).to(dtype)[:, None].expand(32, 32)

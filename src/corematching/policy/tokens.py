@@ -85,6 +85,8 @@ def list_rows(tokens: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     """The values (B, T, d) of some tokens, by their places (B, R): (B, R, d)."""
+    if len(rows) == 1:
+        return values.index_select(1, rows[0])
     return values.gather(1, rows.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 

@@ -12,6 +12,7 @@ from corematching.errors import UnsupportedModelError
 from corematching.kernels.native import (
     TILES,
     VECTORS,
+    Norm,
     Products,
     find_unit,
     list_dtypes,
@@ -169,25 +170,29 @@ class NativePrompts:
         output, matrices = attention.o_proj, [attention.o_proj.weight, *_gate_and_up(ffn)]
         if not _is_prompt(x) or not all(self._fits(x, w) and w.is_contiguous() for w in matrices):
             return None
-        normed = normalise(x, norm.weight, norm.variance_epsilon)
-        joint = self._project(attention, normed, angles) if self._fits(x, down.weight) else None
+        first = norm.weight, norm.variance_epsilon
+        joint = self._project(attention, x, angles, first) if self._fits(x, down.weight) else None
         if joint is None:
             return None
         mixed = self._attend.attend(attention, joint, mask, cache, **kwargs)[0]
         x = self._products.linear(mixed, output.weight, output.bias, x)
         norm = layer.post_attention_layernorm
-        normed = run_pre_hooks(ffn.mlp, normalise(x, norm.weight, norm.variance_epsilon))
-        active = run_pre_hooks(down, self._activate(ffn, normed))
+        second = norm.weight, norm.variance_epsilon
+        if ffn.mlp._forward_pre_hooks:
+            active = self._activate(ffn, run_pre_hooks(ffn.mlp, normalise(x, *second)))
+        else:
+            active = self._activate(ffn, x, second)
+        active = run_pre_hooks(down, active)
         return self._products.linear(active, down.weight, down.bias, x)
 
-    def _activate(self, ffn: FFNParts, x: Tensor) -> Tensor:
-        """(B, T, d) to the activations (B, T, F)."""
+    def _activate(self, ffn: FFNParts, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """(B, T, d) to the activations (B, T, F), of normalised x where there is a norm."""
         weights = ffn.dense()
         biases = weights.get("gate_bias"), weights.get("up_bias")
         assert ffn.activation_name is not None
         gate, up = _gate_and_up(ffn)
         kept = self.parts.gates.make_room(ffn.mlp, x, ffn.width)
-        return self._products.gated(x, gate, up, *biases, ffn.activation_name, kept)
+        return self._products.gated(x, gate, up, *biases, ffn.activation_name, kept, norm)
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:
         known = x.dtype == weight.dtype and x.dtype in self._dtypes
@@ -230,7 +235,7 @@ class NativePrompts:
         mixed, weights = self._attend.attend(module, joint, *seen, **kwargs)
         return module.o_proj(mixed), weights
 
-    def _project_jointly(self, module: Any, x: Tensor) -> Tensor | None:
+    def _project_jointly(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
         """(B, T, queries, keys and values, D), not rotated; None where C cannot do that."""
         inputs = _inputs_of(module)
         if not _is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
@@ -238,16 +243,18 @@ class NativePrompts:
         weights = [linear.weight for linear in inputs]
         if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
             return None
-        joint = self._products.several(x, weights, [linear.bias for linear in inputs])
+        joint = self._products.several(x, weights, [linear.bias for linear in inputs], norm)
         return joint.view(*x.shape[:-1], -1, module.head_dim)
 
-    def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
+    def _project(
+        self, module: Any, x: Tensor, angles: Any, norm: Norm | None = None
+    ) -> Tensor | None:
         """(B, T, H + 2G, D), queries, keys and values, rotated; None where C cannot do that."""
         if not _are_angles(angles, x, module.head_dim):
             return None
         if type(module.o_proj) is not nn.Linear:
             return None
-        joint = self._project_jointly(module, x)
+        joint = self._project_jointly(module, x, norm)
         if joint is None:
             return None
         values = module.v_proj.out_features // module.head_dim

@@ -7,6 +7,7 @@ from .pages import leave_file, use_large_pages
 from .products import (
     TILES,
     VECTORS,
+    Norm,
     Products,
     find_unit,
     has_tiles,
@@ -27,6 +28,7 @@ __all__ = [
     "DecodeStep",
     "LayerWeights",
     "NativeKernel",
+    "Norm",
     "Plan",
     "Products",
     "Shape",

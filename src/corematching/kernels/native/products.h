@@ -26,27 +26,32 @@ static void multiply_bf16s(const product_bf16 *products, int count, int threads,
 
 /* out (rows, outputs) = x . up^T + bias (+ residual), or act(x . gate^T) * (x . up^T). On tiles,
    all is bf16, and inputs and outputs are multiples of 32. by_input: up is stored (inputs,
-   outputs), and there is no gate. places (rows): where act(x . gate^T) of a row is kept, or -1. */
+   outputs), and there is no gate. places (rows): where act(x . gate^T) of a row is kept, or -1.
+   norm (inputs), on tiles: x is normalised first, with that weight; or NULL. */
 void cm_multiply(const void *up, const void *gate, const void *up_bias, const void *gate_bias,
                  const void *x, const void *residual, void *out, int64_t rows, int64_t inputs,
                  int64_t outputs, int64_t activation, int by_input, const int32_t *places,
-                 void *gates, int64_t threads, void *scratch, int unit, int is_bf16) {
+                 void *gates, const void *norm, double epsilon, int64_t threads, void *scratch,
+                 int unit, int is_bf16) {
     if (is_bf16) {
         product_bf16 p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
-                          inputs, outputs, outputs, activation, by_input, scratch, places, gates};
+                          inputs, outputs, outputs, activation, by_input, scratch, places, gates,
+                          norm, epsilon};
         multiply_bf16s(&p, 1, (int)threads, unit);
     } else {
         product_float p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
-                           inputs, outputs, outputs, activation, by_input, scratch, places, gates};
+                           inputs, outputs, outputs, activation, by_input, scratch, places, gates,
+                          norm, epsilon};
         multiply_float(&p, 1, (int)threads);
     }
 }
 
-/* out (rows, the sum of the outputs) = x times up to 4 matrices, one beside the other */
+/* out (rows, the sum of the outputs) = x, normalised first on tiles where there is a norm, times up
+   to 4 matrices, one beside the other */
 void cm_multiply_several(const void *const *weights, const void *const *biases,
                          const int64_t *outputs, int64_t count, const void *x, void *out,
-                         int64_t rows, int64_t inputs, int64_t threads, void *scratch, int unit,
-                         int is_bf16) {
+                         int64_t rows, int64_t inputs, const void *norm, double epsilon,
+                         int64_t threads, void *scratch, int unit, int is_bf16) {
     product_bf16 halves[4];
     product_float floats[4];
     int64_t stride = 0, place = 0;
@@ -54,7 +59,8 @@ void cm_multiply_several(const void *const *weights, const void *const *biases,
     for (int64_t i = 0; i < count; place += outputs[i++]) {
         halves[i] = (product_bf16){.up = weights[i], .up_bias = biases[i], .x = x,
                                    .out = (bf16 *)out + place, .rows = rows, .inputs = inputs,
-                                   .outputs = outputs[i], .stride = stride, .scratch = scratch};
+                                   .outputs = outputs[i], .stride = stride, .scratch = scratch,
+                                   .norm = norm, .epsilon = epsilon};
         floats[i] = (product_float){.up = weights[i], .up_bias = biases[i], .x = x,
                                     .out = (float *)out + place, .rows = rows, .inputs = inputs,
                                     .outputs = outputs[i], .stride = stride, .scratch = scratch};

@@ -19,6 +19,8 @@ LINE = 64
 STEP = 32
 """Inputs and outputs of a matrix on tiles come in multiples of this."""
 VECTORS, TILES = "vectors", "tiles"
+Norm = tuple[Tensor, float]
+"""An RMSNorm of Llama's form: its weight (d,), of x's dtype, and its epsilon."""
 UNIT_NUMBERS = {VECTORS: 0, TILES: 1}
 
 
@@ -107,22 +109,31 @@ class Products:
         up_bias: Tensor | None,
         activation: str,
         kept: tuple[Tensor, Tensor] | None = None,
+        norm: Norm | None = None,
     ) -> Tensor:
         """``act(gate(x)) * up(x)``: (..., d) to (..., F); gate and up are (F, d), contiguous.
 
         The gate, its activation, up and the product are rounded as PyTorch's operators round them.
         ``kept`` are places, int32, one for each row of x, and a tensor (n, F) in whose row of that
         number the row's ``act(gate(x))`` is put; -1 for a row that is not wanted.
+        With a ``norm``, x is normalised first.
         """
         number = ACTIVATION_NUMBERS[activation]
-        return self._multiply(x, up, gate, up_bias, gate_bias, number, kept=kept)
+        return self._multiply(x, up, gate, up_bias, gate_bias, number, kept=kept, norm=norm)
 
     def several(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        norm: Norm | None = None,
     ) -> Tensor:
-        """(..., inputs) to (..., sum of the outputs): up to 4 contiguous matrices at once."""
+        """(..., inputs) to (..., sum of the outputs): up to 4 contiguous matrices at once.
+
+        With a ``norm``, x is normalised first.
+        """
         assert self._library is not None
-        x = x.contiguous()
+        x, norm = self._normalise_first(x.contiguous(), norm)
         rows, inputs, count = x.numel() // x.shape[-1], x.shape[-1], len(weights)
         sizes = [weight.shape[0] for weight in weights]
         out = torch.empty(*x.shape[:-1], sum(sizes), dtype=x.dtype)
@@ -130,7 +141,7 @@ class Products:
         self._library.cm_multiply_several(
             pointers(*map(address, weights)), pointers(*map(address, biases)),
             (ctypes.c_int64 * count)(*sizes), count, x.data_ptr(), out.data_ptr(), rows, inputs,
-            threads, *self._how(x, rows, threads),
+            *_describe(norm), threads, *self._how(x, rows, threads),
         )  # fmt: skip
         return out
 
@@ -144,19 +155,26 @@ class Products:
         activation: int,
         residual: Tensor | None = None,
         kept: tuple[Tensor, Tensor] | None = None,
+        norm: Norm | None = None,
     ) -> Tensor:
         assert self._library is not None
-        x = x.contiguous()
+        x, norm = self._normalise_first(x.contiguous(), norm)
         outputs, inputs = up.shape
         rows, threads = x.numel() // inputs, torch.get_num_threads()
         out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
         self._library.cm_multiply(
             up.data_ptr(), address(gate), address(up_bias), address(gate_bias), x.data_ptr(),
             address(residual), out.data_ptr(), rows, inputs, outputs, activation,
-            not up.is_contiguous(), *map(address, kept or (None, None)), threads,
-            *self._how(x, rows, threads),
+            not up.is_contiguous(), *map(address, kept or (None, None)),
+            *_describe(norm), threads, *self._how(x, rows, threads),
         )  # fmt: skip
         return out
+
+    def _normalise_first(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Norm | None]:
+        """What to multiply, and the norm that the product itself applies."""
+        if norm is None or self.unit == TILES:
+            return x, norm
+        return normalise(x, *norm), None
 
     def _how(self, x: Tensor, rows: int, threads: int) -> tuple[int, int, bool]:
         """The address of enough scratch memory, the unit's number, and whether it is bf16."""
@@ -166,6 +184,10 @@ class Products:
         if self._memory.numel() < size:
             self._memory = torch.empty(size, dtype=torch.uint8)
         return (self._memory.data_ptr() + LINE - 1) // LINE * LINE, self._number, is_bf16
+
+
+def _describe(norm: Norm | None) -> tuple[int | None, float]:
+    return (None, 0.0) if norm is None else (norm[0].data_ptr(), norm[1])
 
 
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

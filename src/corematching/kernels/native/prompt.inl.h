@@ -1,16 +1,17 @@
 /* A prompt's norms and rotations. Included once per dtype. */
 
-/* Llama's RMSNorm of every row, rounded where PyTorch's operators round */
+/* Llama's RMSNorm of a row, rounded where PyTorch's operators round */
+static void F(normalise_row)(const W *x, const W *weight, W *out, int64_t n, double epsilon) {
+    float scale = (float)(1.0 / sqrt((double)F(square_row)(x, n) / (double)n + epsilon));
+    for (int64_t i = 0; i < n; i++)
+        out[i] = NARROW(WIDEN(NARROW(WIDEN(x[i]) * scale)) * WIDEN(weight[i]));
+}
+
 static void F(normalise)(const W *x, const W *weight, W *out, int64_t rows, int64_t n,
                          double epsilon, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const W *from = x + row * n;
-        W *to = out + row * n;
-        float scale = (float)(1.0 / sqrt((double)F(square_row)(from, n) / (double)n + epsilon));
-        for (int64_t i = 0; i < n; i++)
-            to[i] = NARROW(WIDEN(NARROW(WIDEN(from[i]) * scale)) * WIDEN(weight[i]));
-    }
+    for (int64_t row = 0; row < rows; row++)
+        F(normalise_row)(x + row * n, weight, out + row * n, n, epsilon);
 }
 
 /* Rotary embedding in place of the first heads of x, (rows, stride), rounded where PyTorch's

@@ -64,6 +64,7 @@ class AttentionStruct(Structure):
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the types of the library's functions."""
+    prepared = [c_void_p, c_double, c_int64, c_void_p, c_int, c_int]  # norm, threads, scratch, unit
     signatures = {
         "cm_step_scratch": (c_int64, [POINTER(StepStruct)]),
         "cm_step": (None, [POINTER(StepStruct), c_int]),
@@ -80,19 +81,11 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "cm_multiply_scratch": (c_int64, [*[c_int64] * 3, c_int, c_int]),
         "cm_multiply": (
             None,
-            [
-                *[c_void_p] * 7,
-                *[c_int64] * 4,
-                c_int,
-                *[c_void_p] * 2,
-                c_int64,
-                c_void_p,
-                *[c_int] * 2,
-            ],
+            [*[c_void_p] * 7, *[c_int64] * 4, c_int, *[c_void_p] * 2, *prepared],
         ),
         "cm_multiply_several": (
             None,
-            [*[c_void_p] * 3, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_int, c_int],
+            [*[c_void_p] * 3, c_int64, *[c_void_p] * 2, *[c_int64] * 2, *prepared],
         ),
         "cm_attend_scratch": (c_int64, [POINTER(AttentionStruct)]),
         "cm_attend": (None, [POINTER(AttentionStruct)]),

@@ -237,18 +237,30 @@ static void compute_outputs(const product_bf16 *p, int64_t block, int is_last,
         compute_block(p, block * (p->gate ? TILE : SPAN), row, ahead, pending);
 }
 
+/* Every so many tiles' rows of x as right operands, normalised first where there is a norm */
+static void pack_prompt(const product_bf16 *p, int64_t thread, int64_t threads) {
+    int64_t tiles = (p->rows + SPAN - 1) / SPAN * 2, panel = p->inputs * TILE;
+    bf16 *normed = (bf16 *)(packed_of(p) + tiles / 2 * panel + thread * panel);
+    for (int64_t tile = thread; tile < tiles; tile += threads) {
+        int64_t first = tile * TILE, rows = p->rows - first < TILE ? p->rows - first : TILE;
+        const bf16 *x = p->x + first * p->inputs;
+        for (int64_t i = 0; p->norm && i < rows; i++)
+            normalise_row_bf16(x + i * p->inputs, p->norm, normed + i * p->inputs, p->inputs,
+                               p->epsilon);
+        pack_rows(p->norm ? normed : x, rows, p->inputs, p->inputs, 0,
+                  packed_of(p) + tile * panel / 2);
+    }
+}
+
 /* Several products of the same x, of which the first has the scratch memory */
 static void multiply_rows(const product_bf16 *products, int count, int num_threads) {
     const product_bf16 *p = products;
-    int64_t tiles = (p->rows + SPAN - 1) / SPAN * 2;
 #pragma omp parallel num_threads(num_threads)
     {
         int64_t first, last, thread = omp_get_thread_num(), threads = omp_get_num_threads();
         float sums[4 * TILE_WORDS] __attribute__((aligned(LINE)));
         pending_t pending = {.sums = sums};
-        for (int64_t tile = thread; tile < tiles; tile += threads)
-            pack_rows(p->x, p->rows, p->inputs, p->inputs, tile,
-                      packed_of(p) + tile * TILE * p->inputs / 2);
+        pack_prompt(p, thread, threads);
         load_tile_config();
 #pragma omp barrier
         for (int i = 0; i < count; i++) {
