@@ -1,4 +1,4 @@
-"""Products of prompts: PyTorch's linear layer against ours, in turn, as a Markdown table.
+"""Products and attention of prompts: PyTorch's against ours, in turn, as a Markdown table.
 
 python benchmarks/prompt_products.py [--threads 1] [--rounds 60] [--hidden 576 --width 1536]
 """
@@ -12,7 +12,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from corematching.kernels.native import Products, find_unit, refuse_product
+from corematching.kernels.native import (
+    Products,
+    TiledAttention,
+    find_unit,
+    refuse_attention,
+    refuse_product,
+)
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -32,11 +38,39 @@ def compare(rows: int, outputs: int, inputs: int, dtype: torch.dtype, rounds: in
     if unit is not None and refuse_product(weight, unit) is None:
         products = Products(unit)
         ways.append(lambda: products.linear(x, weight, None))
+    return find_rates(ways, 2.0 * rows * outputs * inputs, rounds)
+
+
+def compare_attention(
+    rows: int, heads: int, groups: int, dtype: torch.dtype, rounds: int
+) -> list[str]:
+    """The same for causal attention of heads of 64 numbers, over pairs that are seen."""
+    size = 64
+    query, key, value = (
+        torch.randn(1, rows, count, size).to(dtype).transpose(1, 2)
+        for count in (heads, groups, groups)
+    )
+
+    def attend() -> object:
+        repeat = heads // groups
+        keys, values = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+        return mixed.transpose(1, 2).contiguous()
+
+    ways: list[Callable[[], object]] = [attend]
+    if refuse_attention(query, key, value, None) is None:
+        tiled = TiledAttention()
+        ways.append(lambda: tiled.attend(query, key, value, None, size**-0.5, True))
+    return find_rates(ways, 2.0 * rows * (rows + 1) * heads * size, rounds)
+
+
+def find_rates(ways: list[Callable[[], object]], flops: float, rounds: int) -> list[str]:
+    """GFLOP/s of each way, the best of so many in turn."""
     best = [
         min(times)
         for times in zip(*([time_once(way) for way in ways] for _ in range(rounds)), strict=True)
     ]
-    rates = [f"{2e-9 * rows * outputs * inputs / seconds:.0f}" for seconds in best]
+    rates = [f"{1e-9 * flops / seconds:.0f}" for seconds in best]
     return rates + ["-"] * (2 - len(rates))
 
 
@@ -56,6 +90,12 @@ def run(args: argparse.Namespace) -> None:
                 for cell in compare(rows, outputs, inputs, dtype, args.rounds)
             ]
             print(f"| {rows} | {outputs} x {inputs} | " + " | ".join(cells) + " |")
+        cells = [
+            cell
+            for dtype in DTYPES
+            for cell in compare_attention(rows, args.heads, args.groups, dtype, args.rounds)
+        ]
+        print(f"| {rows} | attention, {args.heads} heads | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
@@ -64,5 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--rows", type=int, nargs="+", default=[60, 300, 640])
     parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--heads", type=int, default=9, help="of 64 numbers each")
+    parser.add_argument("--groups", type=int, default=3, help="keys and values, which heads share")
     parser.add_argument("--width", type=int, default=1536)
     run(parser.parse_args())

@@ -17,6 +17,11 @@ typedef struct {
     double scaling;
 } attention_t;
 
+#if defined(CM_HAS_TILES)
+#define LOWEST (-3.0e38f)
+#define HIDDEN (-1.0e38f) /* what a mask adds to a hidden key's score, or less */
+#define LOG2_E 1.44269504f
+
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /* Bytes of a thread's scratch memory: scores, weights and the sums of 32 queries, and a copy of
@@ -28,14 +33,9 @@ INLINE int64_t attention_bytes(const attention_t *a) {
 
 /* Bytes of scratch memory, on a cache line, that cm_attend needs */
 int64_t cm_attend_scratch(const attention_t *a) {
-    int64_t packed = a->batch * a->groups * round_up(a->stored, SPAN) * a->size * 2;
+    int64_t packed = a->batch * a->groups * round_up(a->stored, SPAN) * a->size;
     return 2 * packed * (int64_t)sizeof(bf16) + a->threads * attention_bytes(a) + LINE;
 }
-
-#if defined(CM_HAS_TILES)
-#define LOWEST (-3.0e38f)
-#define HIDDEN (-1.0e38f) /* what a mask adds to a hidden key's score, or less */
-#define LOG2_E 1.44269504f
 
 /* Values [32 * chunk, ...) of a head as right operands: a tile of (key pairs, 16 numbers) for every
    16 numbers of a value */
@@ -250,5 +250,6 @@ void cm_attend(const attention_t *a) {
     }
 }
 #else
+int64_t cm_attend_scratch(const attention_t *a) { return (void)a, 0; }
 void cm_attend(const attention_t *a) { (void)a; }
 #endif

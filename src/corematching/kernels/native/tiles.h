@@ -285,7 +285,8 @@ typedef struct {
 
 static packing_t begin_packing(const product_bf16 *p, int64_t first, int64_t inputs,
                                uint32_t *out) {
-    packing_t packing = {p->up + first, 0, inputs, p->outputs, out};
+    packing_t packing = {.weight = p->up + first, .inputs = inputs, .outputs = p->outputs,
+                         .out = out};
     uint16_t low[DEPTH], high[DEPTH];
     for (int i = 0; i < DEPTH; i++) {
         low[i] = (uint16_t)(i / 2 + i % 2 * DEPTH);
