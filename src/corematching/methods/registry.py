@@ -115,7 +115,8 @@ def text_at_budget(text: str, share: float) -> str:
     """The text of the same method at another budget: ``fastv`` to ``fastv:keep=0.1``.
 
     The share becomes the method's budget: that of the image tokens if the method drops some, else
-    that of the neurons. One that the text states already stays, and the other is set.
+    that of the neurons. One that the text states already stays, and the other is set. Neurons at a
+    budget are computed at that share: none of them is left out by ``firing`` unless the text says so.
 
     Raises
     ------
@@ -134,7 +135,11 @@ def text_at_budget(text: str, share: float) -> str:
             f"method '{text}' has no parameter that a budget could set{stated}: "
             + ("leave that out of the method" if stated else "run it without --budget")
         )
-    return f"{text}{',' if params else ':'}{open_ones[0]}={share}"
+    added = {open_ones[0]: str(share)}
+    if "beta" in added and "firing" in entry.parameters and "firing" not in params:
+        added["firing"] = "none"
+    parts = ",".join(f"{key}={value}" for key, value in added.items())
+    return f"{text}{',' if params else ':'}{parts}"
 
 
 def _find_name(name: str) -> str:
