@@ -116,7 +116,7 @@ def text_at_budget(text: str, share: float) -> str:
 
     The share becomes the method's budget: that of the image tokens if the method drops some, else
     that of the neurons. One that the text states already stays, and the other is set. Neurons at a
-    budget are computed at that share: none of them is left out by ``firing`` unless the text says so.
+    budget are all computed, unless the text states ``firing``.
 
     Raises
     ------
