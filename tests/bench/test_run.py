@@ -84,6 +84,26 @@ def test_contenders_take_turns(bench, workload, write_peers):
     assert turns == ["dense", SPARSE] * 2
 
 
+def test_a_turn_begins_with_a_request_that_does_not_count(workload, write_peers, monkeypatch):
+    asked, answer = [], MethodContender._answer
+
+    def note(self, number, new_tokens):
+        asked.append((number, new_tokens))
+        return answer(self, number, new_tokens)
+
+    monkeypatch.setattr(MethodContender, "_answer", note)
+    ours = MethodContender(SPARSE, method_from_text(SPARSE), workload, TOKENS)
+    peer = make_peer(write_peers(), workload)
+    ask = peer._ask
+    monkeypatch.setattr(peer, "_ask", lambda *request: asked.append(request) or ask(*request))
+    for contender, first in ((ours, 0), (peer, 1_000_000)):
+        contender.start()
+        asked.clear()
+        contender.take_turn(3)
+        contender.stop()
+        assert asked == [(first, 1), (6, 1), (7, TOKENS)]
+
+
 def test_a_failing_peer_is_named_and_the_others_go_on(bench, workload, write_peers):
     board = bench(make_peer(write_peers(fails_at=4), workload))
     assert [entry["name"] for entry in board["contenders"]] == ["dense", SPARSE]
