@@ -181,6 +181,10 @@ class NeuronChoice:
     output_threshold : Tensor or None
         (B,) float: per decoded token, a kept neuron goes on to ``down`` only if its activation's
         magnitude reaches it.
+    later : callable or None
+        ``later()`` gives further attributes by name. It is called once, when a token is about to be
+        decoded, so that the first token, which comes from the prompt, need not wait for them. What
+        it holds on to stays in memory until then: little, or nothing at all.
     """
 
     indices: Tensor
@@ -188,6 +192,15 @@ class NeuronChoice:
     input_threshold: Tensor | None = None
     gate_threshold: Tensor | None = None
     output_threshold: Tensor | None = None
+    later: Callable[[], dict[str, Tensor]] | None = None
+
+    def settle(self) -> NeuronChoice:
+        """This choice, with what was left for later."""
+        if self.later is not None:
+            found, self.later = self.later(), None
+            for name, value in found.items():
+                setattr(self, name, value)
+        return self
 
 
 @runtime_checkable

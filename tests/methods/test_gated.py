@@ -7,7 +7,13 @@ import torch
 
 from corematching import CoreMatching, Griffin, Magnitude, NeuronRule, Uniform
 from corematching.errors import ConfigError
-from corematching.methods import Sparsifier, method_from_dict, method_from_text, text_at_budget
+from corematching.methods import (
+    Sparsifier,
+    gated_rule,
+    method_from_dict,
+    method_from_text,
+    text_at_budget,
+)
 from corematching.methods.gated_rule import GatedRule
 from corematching.protocol import ACTIVATIONS, GATE, KEPT, NeuronPolicy
 from tests.models import build, make_inputs
@@ -42,15 +48,25 @@ def test_by_hand():
     view = make_view(["tti"], activations, gate=show_rows(gate))
     rule = GatedRule(Magnitude(share=0.5), Uniform(0.5, multiple=1), firing=0.5)
     choice = rule.choose(view, 2)
+    assert choice.gate_threshold is None  # it waits for the first token
+    assert choice.settle() is choice and choice.later is None
     assert choice.indices.tolist() == [[1, 3]] and choice.mean is None
     fires = gate[0, :2, [1, 3]].abs() >= choice.gate_threshold
     assert fires.tolist() == [[False, False], [True, True]]
     assert choice.input_threshold is None and choice.output_threshold is None
     # the image token's gates (99, 99) count too: the largest half are 99, 99, 7
     every = GatedRule(Magnitude(share=0.5), Uniform(0.5), firing=0.5, calibrate_over="all")
-    assert 5 < float(every.choose(view, 2).gate_threshold) <= 7
-    full = GatedRule(Magnitude(share=0.5), Uniform(0.5), firing=1.0).choose(view, 2)
+    assert 5 < float(every.choose(view, 2).settle().gate_threshold) <= 7
+    full = GatedRule(Magnitude(share=0.5), Uniform(0.5), firing=1.0).choose(view, 2).settle()
     assert full.gate_threshold.tolist() == [0]
+
+
+def test_large_gates_do_not_wait(monkeypatch):
+    view = make_view(["tt"], torch.ones(1, 2, 4), gate=show_rows(torch.rand(1, 2, 4)))
+    rule = GatedRule(Magnitude(share=0.5), Uniform(0.5), firing=0.5)
+    monkeypatch.setattr(gated_rule, "MOST_KEPT", 7)
+    choice = rule.choose(view, 2)
+    assert choice.later is None and choice.gate_threshold.shape == (1,)
 
 
 def test_a_layer_that_keeps_all_is_gated_without_a_score():
@@ -60,7 +76,7 @@ def test_a_layer_that_keeps_all_is_gated_without_a_score():
 
     gate = torch.tensor([[[1.0, -2, 3, -4]], [[-8.0, 7, 6, 5]]])
     view = make_view(["t", "t"], torch.zeros(2, 1, 4), gate=show_rows(gate))
-    choice = GatedRule(Unused(), Uniform(1.0), compensate=True, firing=0.5).choose(view, 4)
+    choice = GatedRule(Unused(), Uniform(1.0), compensate=True, firing=0.5).choose(view, 4).settle()
     assert choice.indices.tolist() == [[0, 1, 2, 3]] * 2 and choice.mean is None
     assert (gate[:, 0].abs() >= choice.gate_threshold[:, None]).tolist() == [
         [False, False, True, True],

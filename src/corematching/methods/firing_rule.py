@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -51,7 +52,8 @@ class FiringRule(NeuronDropper):
 
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
         """All ``count`` neurons, with thresholds."""
-        return NeuronChoice(indices=list_every(view, count), **self.thresholds(view))
+        found = functools.partial(self.thresholds, view)
+        return NeuronChoice(indices=list_every(view, count), later=found).settle()
 
     def calibrate(self, view: PrefillView, values: Tensor | None, what: str) -> Tensor:
         """(B,), the smallest magnitude of a view's part, (B, T, F), that stays; see `find_cut`."""
@@ -94,10 +96,22 @@ def find_gate_cut(
     ConfigError
         When the view shows no gate.
     """
+    gate, present = show_gate(view, over)
+    return find_cut(gate, present, share, neurons)
+
+
+def show_gate(view: PrefillView, over: str) -> tuple[Tensor, Tensor]:
+    """The gates (B, R, F) of some tokens, and which of them are no filler, (B, R) bool.
+
+    Raises
+    ------
+    ConfigError
+        When the view shows no gate.
+    """
     if view.gate is None:
         raise _missing(view, GATE)
     rows, present = list_chosen(view, over)
-    return find_cut(view.gate(rows), present, share, neurons)
+    return view.gate(rows), present
 
 
 def _missing(view: PrefillView, what: str) -> ConfigError:

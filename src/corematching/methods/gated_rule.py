@@ -7,12 +7,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from corematching.methods.firing_rule import find_gate_cut, list_every
+from corematching.methods.firing_rule import list_every, show_gate
 from corematching.methods.sparsifier import NeuronRule
 from corematching.policy.base import read_activations
 from corematching.policy.check import check_share
+from corematching.policy.thresholds import find_cut
 from corematching.policy.tokens import check_over
 from corematching.protocol import ACTIVATIONS, GATE, NeuronChoice, PrefillView
+
+MOST_KEPT = 1 << 20
+"""Numbers of a layer's gate that wait for the first token, at most: 2 MB in bf16."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class GatedRule(NeuronRule, name="gated-rule"):
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
         """Choose ``count`` neurons of the view's layer for each sample, and their threshold.
 
+        The threshold is found when the first token is there, unless that would keep much in memory.
+
         Raises
         ------
         ConfigError
@@ -65,5 +71,10 @@ class GatedRule(NeuronRule, name="gated-rule"):
         else:
             choice = super().choose(view, count)
             among = choice.indices
-        choice.gate_threshold = find_gate_cut(view, self.calibrate_over, self.firing, among)
-        return choice
+        gate, present = show_gate(view, self.calibrate_over)
+
+        def find() -> dict[str, Tensor]:
+            return {"gate_threshold": find_cut(gate, present, self.firing, among)}
+
+        choice.later = find
+        return choice if gate.numel() <= MOST_KEPT else choice.settle()

@@ -124,7 +124,7 @@ class RememberingCache(Cache):
 
 def _move_choice(choice: NeuronChoice, move: Any) -> NeuronChoice:
     moved: dict[str, Any] = {
-        name: None if part is None else move(part) for name, part in vars(choice).items()
+        name: None if part is None else move(part) for name, part in vars(choice.settle()).items()
     }
     return NeuronChoice(**moved)
 

@@ -193,19 +193,10 @@ class SparseFFN:
                 f"expected means ({indices.shape[0]}, {self.width}), got {tuple(mean.shape)}: "
                 "a policy must give one mean per neuron, 0 on the kept ones"
             )
-        limits = (choice.input_threshold, choice.gate_threshold, choice.output_threshold)
-        if any(x is not None and x.shape != indices.shape[:1] for x in limits):
-            raise ConfigError(
-                f"expected thresholds ({indices.shape[0]},): a policy must give one per sample"
-            )
-        if choice.gate_threshold is not None and not self.parts.gated:
-            raise ConfigError(
-                f"{type(self.mlp).__name__} has no gate to compare with a threshold: use a method "
-                "without a rule on the gate (CoreMatching: firing=None), or a policy that gives "
-                "output_threshold"
-            )
+        self._check_limits(choice)
         self.clear()
-        if self.count < self.width or any(x is not None for x in limits):
+        limits = (choice.input_threshold, choice.gate_threshold, choice.output_threshold)
+        if self.count < self.width or choice.later or any(x is not None for x in limits):
             self._taken = choice
 
     def gather(self, copies: bool = False) -> None:
@@ -222,12 +213,27 @@ class SparseFFN:
         """
         if self._taken is not None:
             choice, self._taken = self._taken, None
+            self._check_limits(choice.settle())
             with torch.inference_mode(False), torch.no_grad():
                 self._settle(choice)
             self.active = True
         copies = copies and not (self._kernel is not None and self._kernel.traceable)
         if self.active and not self._copied and (copies or self.plan is None):
             self._copy_neurons()
+
+    def _check_limits(self, choice: NeuronChoice) -> None:
+        """Refuse thresholds that are not one per sample, or on a gate that there is not."""
+        limits = (choice.input_threshold, choice.gate_threshold, choice.output_threshold)
+        if any(x is not None and x.shape != choice.indices.shape[:1] for x in limits):
+            raise ConfigError(
+                f"expected thresholds ({len(choice.indices)},): a policy must give one per sample"
+            )
+        if choice.gate_threshold is not None and not self.parts.gated:
+            raise ConfigError(
+                f"{type(self.mlp).__name__} has no gate to compare with a threshold: use a method "
+                "without a rule on the gate (CoreMatching: firing=None), or a policy that gives "
+                "output_threshold"
+            )
 
     def clear(self) -> None:
         """Run every token on all neurons until the next choice; the buffers stay for reuse."""
