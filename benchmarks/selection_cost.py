@@ -4,14 +4,16 @@
     python benchmarks/selection_cost.py prefill             # SceneVLM, its example picture
     python benchmarks/selection_cost.py prefill --method paper --dtype float32
 
-``layer`` times every rule on random activations against one decoder layer's matrix products;
-``prefill`` sums the seconds spent in a method's rules and divides by the report's prefill seconds.
-Medians; run it on a machine that does nothing else.
+``layer`` times every rule on random activations against one decoder layer's matrix products, the
+gate computed anew (prompts on tiles keep it). ``prefill`` sums the seconds spent in a method's rules
+and divides by the report's prefill seconds; ``later`` is what waits for the first token, and is done
+in front of the first decode step. Medians; run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -32,10 +34,10 @@ SYSTEM_TOKENS = 35
 
 
 class Timed:
-    """A policy that adds up the seconds of its choices."""
+    """A policy that adds up the seconds of its choices, and of what they leave for later."""
 
     def __init__(self, policy: Any) -> None:
-        self.policy, self.seconds = policy, 0.0
+        self.policy, self.seconds, self.later = policy, 0.0, 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)
@@ -44,7 +46,15 @@ class Timed:
         start = time.perf_counter()
         choice = self.policy.choose(*args)
         self.seconds += time.perf_counter() - start
+        if getattr(choice, "later", None) is not None:
+            choice.later = functools.partial(self._settle, choice.later)
         return choice
+
+    def _settle(self, later: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        start = time.perf_counter()
+        found = later()
+        self.later += time.perf_counter() - start
+        return found
 
 
 def time_calls(call: Callable[[], Any], repeats: int) -> float:
@@ -106,7 +116,9 @@ def measure_layer(args: argparse.Namespace) -> None:
         method = make()
         count = method.neurons.counts(32, args.width)[16]
         rules = {
-            "neurons": lambda method=method, count=count: method.neurons.choose(view, count),
+            "neurons": lambda method=method, count=count: method.neurons.choose(
+                view, count
+            ).settle(),
             "tokens": lambda method=method: method.tokens.choose(view),
         }
         for part, rule in rules.items():
@@ -134,10 +146,10 @@ def measure_prefill(args: argparse.Namespace) -> None:
     for _ in range(args.repeats + 1):
         tokens, neurons = Timed(method.tokens), Timed(method.neurons)
         with torch.inference_mode(), Sparsifier(tokens=tokens, neurons=neurons)(model) as run:
-            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
             prefill = run.report.prefill_seconds
-        rows.append((prefill, tokens.seconds, neurons.seconds))
-    for column, name in enumerate(("prefill", "tokens", "neurons")):
+        rows.append((prefill, tokens.seconds, neurons.seconds, neurons.later))
+    for column, name in enumerate(("prefill", "tokens", "neurons", "later")):
         seconds = statistics.median(row[column] for row in rows[1:])
         share = statistics.median(row[column] / row[0] for row in rows[1:])
         print(f"{name:8} {seconds * 1e3:8.1f} ms  {share:6.1%} of the prefill")
