@@ -5,9 +5,9 @@
     python benchmarks/selection_cost.py prefill --method paper --dtype float32
 
 ``layer`` times every rule on random activations against one decoder layer's matrix products, the
-gate computed anew (prompts on tiles keep it). ``prefill`` sums the seconds spent in a method's rules
-and divides by the report's prefill seconds; ``later`` is what waits for the first token, and is done
-in front of the first decode step. Medians; run it on a machine that does nothing else.
+gate computed anew (prompts on tiles keep it). ``prefill`` sums the seconds spent in a method's
+rules and divides by the report's prefill seconds; ``later`` is what waits for the first token, and
+is done in front of the first decode step. Medians; run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
