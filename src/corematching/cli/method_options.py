@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from corematching.errors import ConfigError
-from corematching.methods import METHODS, method_by_name, method_from_text
+from corematching.methods import METHODS, add_parameters, method_by_name, method_from_text
 from corematching.policy.component import canonical
 
 PARAMETERS = {
@@ -42,10 +41,7 @@ def build_method(text: str, options: dict[str, Any]) -> Any:
     name = text.partition(":")[0]
     check_options(name, values)
     given = {PARAMETERS[key]: value for key, value in values.items()}
-    if "beta" in given and takes(name, "firing") and "firing=" not in text:
-        given["firing"] = None  # the share that was asked for is the one that is computed
-    parts = ",".join(f"{key}={json.dumps(value)}" for key, value in given.items())
-    return method_from_text(f"{text}{',' if ':' in text else ':'}{parts}")
+    return method_from_text(add_parameters(text, given))
 
 
 def build_text_method(text: str, options: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 from corematching.methods.corematching import CoreMatching
 from corematching.methods.registry import (
     METHODS,
+    add_parameters,
     method_by_name,
     method_from_text,
     method_names,
@@ -33,6 +34,7 @@ __all__ = [
     "NeuronRule",
     "Sparsifier",
     "TokenRule",
+    "add_parameters",
     "method_by_name",
     "method_from_dict",
     "method_from_text",

@@ -115,8 +115,8 @@ def text_at_budget(text: str, share: float) -> str:
     """The text of the same method at another budget: ``fastv`` to ``fastv:keep=0.1``.
 
     The share becomes the method's budget: that of the image tokens if the method drops some, else
-    that of the neurons. One that the text states already stays, and the other is set. Neurons at a
-    budget are all computed, unless the text states ``firing``.
+    that of the neurons. One that the text states already stays, and the other is set; see
+    `add_parameters`.
 
     Raises
     ------
@@ -135,11 +135,21 @@ def text_at_budget(text: str, share: float) -> str:
             f"method '{text}' has no parameter that a budget could set{stated}: "
             + ("leave that out of the method" if stated else "run it without --budget")
         )
-    added = {open_ones[0]: str(share)}
-    if "beta" in added and "firing" in entry.parameters and "firing" not in params:
-        added["firing"] = "none"
-    parts = ",".join(f"{key}={value}" for key, value in added.items())
-    return f"{text}{',' if params else ':'}{parts}"
+    return add_parameters(text, {open_ones[0]: share})
+
+
+def add_parameters(text: str, given: Mapping[str, Any]) -> str:
+    """The text of a method with further parameters.
+
+    Neurons at a given share, ``beta``, are all computed: ``firing`` is none unless it is stated.
+    """
+    name, params = _split_text(text)
+    known = METHODS[_find_name(name)].parameters
+    added = dict(given)
+    if "beta" in added and "firing" in known and "firing" not in params:
+        added.setdefault("firing", None)
+    parts = (f"{key}={write_value(value)}" for key, value in added.items())
+    return f"{text}{',' if params else ':'}{','.join(parts)}"
 
 
 def _find_name(name: str) -> str:
@@ -159,6 +169,11 @@ def _split_text(text: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"'{part}' in method '{text}': write it as param=value")
         params[key.strip()] = read_value(value.strip())
     return name, params
+
+
+def write_value(value: Any) -> str:
+    """What `read_value` reads as this value."""
+    return "none" if value is None else json.dumps(value)
 
 
 def read_value(text: str) -> Any:

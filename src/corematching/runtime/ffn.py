@@ -195,8 +195,8 @@ class SparseFFN:
             )
         self._check_limits(choice)
         self.clear()
-        limits = (choice.input_threshold, choice.gate_threshold, choice.output_threshold)
-        if self.count < self.width or choice.later or any(x is not None for x in limits):
+        limited = any(x is not None for x in _limits_of(choice))
+        if self.count < self.width or choice.later or limited:
             self._taken = choice
 
     def gather(self, copies: bool = False) -> None:
@@ -223,7 +223,7 @@ class SparseFFN:
 
     def _check_limits(self, choice: NeuronChoice) -> None:
         """Refuse thresholds that are not one per sample, or on a gate that there is not."""
-        limits = (choice.input_threshold, choice.gate_threshold, choice.output_threshold)
+        limits = _limits_of(choice)
         if any(x is not None and x.shape != choice.indices.shape[:1] for x in limits):
             raise ConfigError(
                 f"expected thresholds ({len(choice.indices)},): a policy must give one per sample"
@@ -289,8 +289,7 @@ class SparseFFN:
     def _settle(self, choice: NeuronChoice) -> None:
         """Turn a choice into sets of neurons, and give them to the kernel."""
         device = self.parts.down.weight.device
-        limits = [choice.input_threshold, choice.gate_threshold, choice.output_threshold]
-        limits = [None if x is None else x.to(device, torch.float32) for x in limits]
+        limits = [None if x is None else x.to(device, torch.float32) for x in _limits_of(choice)]
         indices = choice.indices.to(device)
         step = indices.shape[0] // _count_sets([indices, *(x for x in limits if x is not None)])
         own = (None if x is None else x[::step] for x in limits)
@@ -336,6 +335,10 @@ class SparseFFN:
         else:
             bias = F.linear(mean.to(down.weight), down.weight, down.bias)
         self._bias = None if bias is None else _refill(self._bias, bias)
+
+
+def _limits_of(choice: NeuronChoice) -> tuple[Tensor | None, ...]:
+    return choice.input_threshold, choice.gate_threshold, choice.output_threshold
 
 
 def _fields(limits: Thresholds) -> tuple[Tensor | None, ...]:

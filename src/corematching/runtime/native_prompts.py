@@ -80,9 +80,9 @@ class NativePrompts:
                 self._wrap(module, self._linear, module)
             elif self.unit == VECTORS and type(module) in CONVOLUTIONS:
                 self._wrap(module, _run_convolution, module)
-        for module in tower:
+        for module in tower if self.unit == TILES else ():
             attention = TowerAttention(module, self._project_jointly, self._attend)
-            if self.unit == TILES and attention.is_known():
+            if attention.is_known():
                 self._wrap(module, attention.forward)
         final = getattr(self.parts.decoder, "norm", None)
         norms = list(filter(_is_norm, [*layers, final]))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .build import find_library
-from .products import LINE, STEP, has_tiles
+from .products import STEP, Scratch, has_tiles
 from .structs import AttentionStruct
 
-NO_MASK, FLAGS, SUMMANDS = range(3)
-MASKS = {torch.bool: FLAGS, torch.bfloat16: SUMMANDS}
+MASKS = {torch.bool: 1, torch.bfloat16: 2}
+"""The numbers of `FLAGS` and `SUMMANDS` in the C code; 0 is no mask."""
 MOST_KEYS = 8192
 """A block of queries sees all keys at once; more of them would leave the processor's caches."""
 
@@ -54,7 +54,7 @@ class TiledAttention:
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._scratch = Scratch()
 
     def attend(
         self,
@@ -100,9 +100,6 @@ class TiledAttention:
             how.mask, how.mask_kind = mask.data_ptr(), MASKS[mask.dtype]
             steps = [mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2)]
             how.step_mask = (ctypes.c_int64 * 2)(*steps)
-        needed = library.cm_attend_scratch(ctypes.byref(how))
-        if self._memory.numel() < needed:
-            self._memory = torch.empty(needed, dtype=torch.uint8)
-        how.scratch = (self._memory.data_ptr() + LINE - 1) // LINE * LINE
+        how.scratch = self._scratch.reserve(library.cm_attend_scratch(ctypes.byref(how)))
         library.cm_attend(ctypes.byref(how))
         return out

@@ -41,7 +41,7 @@ void cm_multiply(const void *up, const void *gate, const void *up_bias, const vo
     } else {
         product_float p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
                            inputs, outputs, outputs, activation, by_input, scratch, places, gates,
-                          norm, epsilon};
+                           norm, epsilon};
         multiply_float(&p, 1, (int)threads);
     }
 }

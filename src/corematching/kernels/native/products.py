@@ -72,6 +72,19 @@ def refuse_product(weight: Tensor, unit: str) -> str | None:
     return None if has_tiles() else "there are no matrix tiles"
 
 
+class Scratch:
+    """Memory that grows as needed and is kept, for one thread at a time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size: int) -> int:
+        """Where the first cache line begins in ``size`` bytes of memory."""
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return (self._memory.data_ptr() + LINE - 1) // LINE * LINE
+
+
 class Products:
     """Multiplies the rows of prompts with matrices that `refuse_product` does not refuse.
 
@@ -88,7 +101,7 @@ class Products:
         self.unit = unit
         self._number = UNIT_NUMBERS[unit]
         self._library = find_library()
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._scratch = Scratch()
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
@@ -181,9 +194,7 @@ class Products:
         assert self._library is not None
         is_bf16 = x.dtype == torch.bfloat16
         size = self._library.cm_multiply_scratch(rows, x.shape[-1], threads, self._number, is_bf16)
-        if self._memory.numel() < size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
-        return (self._memory.data_ptr() + LINE - 1) // LINE * LINE, self._number, is_bf16
+        return self._scratch.reserve(size), self._number, is_bf16
 
 
 def _describe(norm: Norm | None) -> tuple[int | None, float]:

@@ -121,24 +121,10 @@ def pick_highest(scores: Tensor, count: int) -> Tensor | None:
 def find_size(
     values: Tensor, tokens: Tensor, neurons: Tensor | None, ranks: Tensor
 ) -> Tensor | None:
-    """The ``ranks``-th smallest magnitude of each sample.
+    """The ``ranks``-th smallest magnitude of each sample, (B,) float32; 0 where the rank is.
 
-    Parameters
-    ----------
-    values : Tensor
-        (B, T, F), float32 or bfloat16.
-    tokens : Tensor
-        (B, T) bool, the tokens that count.
-    neurons : Tensor or None
-        (B, K) long, the neurons that count; None: all.
-    ranks : Tensor
-        (B,) long, from 1; 0 for a sample without tokens.
-
-    Returns
-    -------
-    Tensor or None
-        (B,) float32; 0 where the rank is. None where the C code cannot run: no compiler, another
-        device or dtype, values that are not contiguous, or one that counts is not finite.
+    None where the C code cannot run: no compiler, another device or dtype, values that are not
+    contiguous, or one that counts is not finite.
     """
     library = _library_for(values, *DTYPES)
     if library is None:

@@ -22,7 +22,7 @@ typedef struct {
 #define HIDDEN (-1.0e38f) /* what a mask adds to a hidden key's score, or less */
 #define LOG2_E 1.44269504f
 
-INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+INLINE int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 /* Bytes of a thread's scratch memory: scores, weights and the sums of 32 queries, and a copy of
    queries where fewer are left */
@@ -56,29 +56,35 @@ static void pack_values(const bf16 *values, int64_t stored, int64_t stride, int6
     }
 }
 
+/* out (32, 32), `width` floats between its rows = 32 rows of x, `stride` numbers apart, times two
+   columns of right operands, whose tiles are `step` words apart */
+INLINE void multiply_square(const bf16 *x, int64_t stride, int64_t inputs, const uint32_t *left,
+                            const uint32_t *right, int64_t step, float *out, int64_t width) {
+    int64_t row_bytes = stride * (int64_t)sizeof(bf16), out_bytes = width * (int64_t)sizeof(float);
+    CLEAR_SUMS;
+    for (int64_t k = 0; k < inputs; k += DEPTH, left += step, right += step) {
+        _tile_loadd(4, x + k, row_bytes);
+        _tile_loadd(6, left, LINE);
+        _tile_loadd(7, right, LINE);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, x + TILE * stride + k, row_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, out, out_bytes);
+    _tile_stored(1, out + TILE, out_bytes);
+    _tile_stored(2, out + TILE * width, out_bytes);
+    _tile_stored(3, out + TILE * width + TILE, out_bytes);
+}
+
 /* scores (32, keys) of 32 queries `stride` numbers apart with packed keys */
 static void score_keys(const bf16 *queries, int64_t stride, const uint32_t *keys, int64_t size,
                        int64_t count, float *scores, int64_t width) {
-    int64_t row_bytes = stride * (int64_t)sizeof(bf16), out_bytes = width * (int64_t)sizeof(float);
     int64_t tile_words = TILE * size / 2;
-    for (int64_t s = 0; s < count; s += SPAN) {
-        const uint32_t *left = keys + s / TILE * tile_words, *right = left + tile_words;
-        CLEAR_SUMS;
-        for (int64_t k = 0; k < size; k += DEPTH, left += TILE_WORDS, right += TILE_WORDS) {
-            _tile_loadd(4, queries + k, row_bytes);
-            _tile_loadd(6, left, LINE);
-            _tile_loadd(7, right, LINE);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, queries + TILE * stride + k, row_bytes);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, scores + s, out_bytes);
-        _tile_stored(1, scores + s + TILE, out_bytes);
-        _tile_stored(2, scores + s + TILE * width, out_bytes);
-        _tile_stored(3, scores + s + TILE * width + TILE, out_bytes);
-    }
+    for (int64_t s = 0; s < count; s += SPAN, keys += 2 * tile_words)
+        multiply_square(queries, stride, size, keys, keys + tile_words, TILE_WORDS, scores + s,
+                        width);
 }
 
 INLINE __mmask16 first_lanes(int64_t count) {
@@ -90,6 +96,16 @@ INLINE const char *mask_row(const attention_t *a, int64_t sample, int64_t row) {
     return (const char *)a->mask + (sample * a->step_mask[0] + row * a->step_mask[1]) * bytes;
 }
 
+INLINE __mmask16 load_flags(const char *mask, int64_t s, __mmask16 on) {
+    __m128i flags = _mm_maskz_loadu_epi8(on, mask + s);
+    return _mm_mask_test_epi8_mask(on, flags, flags);
+}
+
+INLINE __m512 load_summands(const char *mask, int64_t s, __mmask16 on) {
+    __m256i more = _mm256_maskz_loadu_epi16(on, (const bf16 *)mask + s);
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(more), 16);
+}
+
 /* How many keys a query has to look at: behind them all are hidden. Where every key is, all of them
    count alike. */
 static int64_t count_seen(const attention_t *a, int64_t sample, int64_t row) {
@@ -99,14 +115,11 @@ static int64_t count_seen(const attention_t *a, int64_t sample, int64_t row) {
     for (; end > 0; end = (end - 1) / TILE * TILE) {
         int64_t from = (end - 1) / TILE * TILE;
         __mmask16 on = first_lanes(end - from), shown;
-        if (a->mask_kind == FLAGS) {
-            __m128i flags = _mm_maskz_loadu_epi8(on, mask + from);
-            shown = _mm_mask_test_epi8_mask(on, flags, flags);
-        } else {
-            __m256i more = _mm256_maskz_loadu_epi16(on, (const bf16 *)mask + from);
-            __m512 x = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(more), 16);
-            shown = _mm512_mask_cmp_ps_mask(on, x, _mm512_set1_ps(HIDDEN), _CMP_NLE_UQ);
-        }
+        if (a->mask_kind == FLAGS)
+            shown = load_flags(mask, from, on);
+        else
+            shown = _mm512_mask_cmp_ps_mask(on, load_summands(mask, from, on),
+                                            _mm512_set1_ps(HIDDEN), _CMP_NLE_UQ);
         if (shown) return end;
     }
     return seen;
@@ -117,13 +130,10 @@ INLINE __m512 mask_lanes(const attention_t *a, __m512 x, const char *mask, int64
                          __mmask16 on) {
     __m512 unit = _mm512_set1_ps(LOG2_E), lowest = _mm512_set1_ps(LOWEST);
     x = _mm512_mul_ps(x, _mm512_set1_ps((float)a->scaling * LOG2_E));
-    if (a->mask_kind == FLAGS) {
-        __m128i flags = _mm_maskz_loadu_epi8(on, mask + s);
-        on = _mm_mask_test_epi8_mask(on, flags, flags);
-    } else {
-        __m256i more = _mm256_maskz_loadu_epi16(on, (const bf16 *)mask + s);
-        x = _mm512_fmadd_ps((__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(more), 16), unit, x);
-    }
+    if (a->mask_kind == FLAGS)
+        on = load_flags(mask, s, on);
+    else
+        x = _mm512_fmadd_ps(load_summands(mask, s, on), unit, x);
     return _mm512_mask_mov_ps(lowest, on, _mm512_max_ps(lowest, x));
 }
 
@@ -156,25 +166,9 @@ static float weigh_keys(const attention_t *a, float *scores, const char *mask, i
 /* sums (32, size) of packed values under weights (32, keys), `width` numbers apart */
 static void sum_values(const bf16 *weights, const uint32_t *values, int64_t size, int64_t count,
                        int64_t width, float *sums) {
-    int64_t row_bytes = width * (int64_t)sizeof(bf16), out_bytes = size * (int64_t)sizeof(float);
-    for (int64_t d = 0; d < size; d += SPAN) {
-        CLEAR_SUMS;
-        for (int64_t s = 0; s < count; s += DEPTH) {
-            const uint32_t *right = values + (s / DEPTH * size + d) * TILE;
-            _tile_loadd(4, weights + s, row_bytes);
-            _tile_loadd(6, right, LINE);
-            _tile_loadd(7, right + TILE_WORDS, LINE);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, weights + TILE * width + s, row_bytes);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, sums + d, out_bytes);
-        _tile_stored(1, sums + d + TILE, out_bytes);
-        _tile_stored(2, sums + TILE * size + d, out_bytes);
-        _tile_stored(3, sums + TILE * size + d + TILE, out_bytes);
-    }
+    for (int64_t d = 0; d < size; d += SPAN, values += 2 * TILE_WORDS)
+        multiply_square(weights, width, count, values, values + TILE_WORDS, size * TILE, sums + d,
+                        size);
 }
 
 /* Queries [first, first + 32) of a head */
@@ -218,7 +212,7 @@ static void attend_block(const attention_t *a, int64_t sample, int64_t head, int
 /* Tiles are configured; the sizes are multiples of 32 */
 void cm_attend(const attention_t *a) {
     int64_t width = round_up(a->stored, SPAN), sets = a->batch * a->groups, chunks = width / DEPTH;
-    int64_t blocks = (a->length + SPAN - 1) / SPAN, words = width * a->size / 2;
+    int64_t blocks = ceil_div(a->length, SPAN), words = width * a->size / 2;
     uint32_t *keys = a->scratch, *values = keys + sets * words;
     char *rest = (char *)(values + sets * words);
 #pragma omp parallel num_threads((int)a->threads)

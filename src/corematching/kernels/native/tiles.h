@@ -184,7 +184,7 @@ static void multiply_block(const bf16 *first, const bf16 *second, const uint32_t
                            int64_t rows, int64_t inputs, ahead_t ahead[2],
                            pending_t *before) {
     int64_t stride = inputs * (int64_t)sizeof(bf16), steps = inputs / DEPTH;
-    int64_t each = (before->pairs + steps - 1) / steps;
+    int64_t each = ceil_div(before->pairs, steps);
     const uint32_t *right = left + TILE * inputs / 2;
     CLEAR_SUMS;
     for (int64_t k = 0; k < inputs; k += DEPTH, left += TILE_WORDS, right += TILE_WORDS) {
@@ -239,7 +239,7 @@ static void compute_outputs(const product_bf16 *p, int64_t block, int is_last,
 
 /* Every so many tiles' rows of x as right operands, normalised first where there is a norm */
 static void pack_prompt(const product_bf16 *p, int64_t thread, int64_t threads) {
-    int64_t tiles = (p->rows + SPAN - 1) / SPAN * 2, panel = p->inputs * TILE;
+    int64_t tiles = ceil_div(p->rows, SPAN) * 2, panel = p->inputs * TILE;
     bf16 *normed = (bf16 *)(packed_of(p) + tiles / 2 * panel + thread * panel);
     for (int64_t tile = thread; tile < tiles; tile += threads) {
         int64_t first = tile * TILE, rows = p->rows - first < TILE ? p->rows - first : TILE;
