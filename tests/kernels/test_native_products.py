@@ -74,6 +74,13 @@ def test_products(unit, dtype, rows, inputs, outputs, by_input):
     check_product(unit, dtype, rows, inputs, outputs, by_input)
 
 
+@on_units
+@pytest.mark.parametrize("rows", [3, 50])
+@pytest.mark.parametrize("by_input", [False, True])
+def test_products_larger_than_a_panel(unit, dtype, rows, by_input):
+    check_product(unit, dtype, rows, 800, 1376, by_input)
+
+
 @compiled
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 7, 400])

@@ -4,11 +4,12 @@ enum { VECTORS, TILES };
 
 /* Bytes of scratch memory, on a cache line, that cm_multiply needs */
 int64_t cm_multiply_scratch(int64_t rows, int64_t inputs, int64_t threads, int unit, int is_bf16) {
-    int64_t line = LINE / sizeof(float), floats;
-    if (unit == TILES)
-        floats = ((rows + 31) / 32 + 2 * threads) * 16 * inputs;
-    else
-        floats = (is_bf16 ? rows * wide_stride(inputs) : 0) + threads * THREAD_FLOATS;
+    int64_t line = LINE / sizeof(float);
+    int64_t floats = (is_bf16 ? rows * wide_stride(inputs) : 0) + threads * THREAD_FLOATS;
+#if defined(CM_HAS_TILES)
+    if (unit == TILES) floats = count_tiled_floats(rows, inputs, threads);
+#endif
+    (void)unit;
     return (floats + line) * (int64_t)sizeof(float);
 }
 

@@ -14,7 +14,6 @@
 #define DEPTH 32 /* inputs that a tile holds */
 #define SPAN 32  /* outputs, and rows, that are computed at a time */
 #define TILE_WORDS (TILE * TILE)
-#define AHEAD_INPUTS 48 /* between the inputs that are packed and those fetched */
 
 /* Tile registers 0 to 3 hold sums, 4 and 5 left operands, 6 and 7 right ones */
 #define CLEAR_SUMS     \
@@ -103,21 +102,23 @@ INLINE __m512 up_of(const product_bf16 *p, const float *sums, int64_t output) {
     return round_bf16(sum_of(sums + 2 * TILE_WORDS, p->up_bias, output));
 }
 
-/* The next pair of outputs of 16 rows */
+/* The next pair of outputs of 16 rows; a row, or two, that they will be written to is fetched */
 INLINE void make_pair(pending_t *block) {
     const product_bf16 *p = block->p;
-    int64_t per_tile = p->gate ? TILE / 2 : TILE, half = block->done / per_tile;
-    int64_t i = block->done % per_tile * 2, output = block->first + i;
-    const float *sums = block->sums + half * TILE_WORDS;
+    int64_t per_tile = p->gate ? TILE / 2 : TILE, half = block->done >= per_tile;
+    int64_t i = (block->done - half * per_tile) * 2, output = block->first + i;
+    int64_t rows = TILE / per_tile, row = block->row + block->done * rows;
+    for (int64_t more = 0; more < rows; more++)
+        __builtin_prefetch(p->out + (row + more) * p->stride + block->first, 1);
+    const float *sums = block->sums + half * TILE_WORDS + i * TILE;
     if (p->gate) {
-        sums += i * TILE;
         __m512 even = gate_of(p, sums, output), odd = gate_of(p, sums + TILE, output + 1);
         if (block->keeps) block->outputs[TILE + block->done] = pair_outputs(even, odd);
         even = _mm512_mul_ps(even, up_of(p, sums, output));
         odd = _mm512_mul_ps(odd, up_of(p, sums + TILE, output + 1));
         block->outputs[block->done] = pair_outputs(even, odd);
     } else {
-        sums += i / TILE * 2 * TILE_WORDS + i % TILE * TILE;
+        if (i >= TILE) sums += TILE_WORDS; /* behind those of the other rows */
         block->outputs[block->done] =
             pair_outputs(sum_of(sums, p->up_bias, output),
                          sum_of(sums + TILE, p->up_bias, output + 1));
@@ -189,13 +190,13 @@ static void multiply_block(const bf16 *first, const bf16 *second, const uint32_t
     CLEAR_SUMS;
     for (int64_t k = 0; k < inputs; k += DEPTH, left += TILE_WORDS, right += TILE_WORDS) {
         _tile_loadd(4, first + k, stride);
-        _tile_loadd(6, left, LINE);
+        _tile_stream_loadd(6, left, LINE);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(5, second + k, stride);
         fetch_ahead(ahead);
         _tile_dpbf16ps(2, 5, 6);
         if (rows > TILE) {
-            _tile_loadd(7, right, LINE);
+            _tile_stream_loadd(7, right, LINE);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -274,108 +275,12 @@ static void multiply_rows(const product_bf16 *products, int count, int num_threa
     }
 }
 
-/* A matrix stored by input, (inputs, outputs), of which 32 outputs become right operands, two tiles
-   for every 32 inputs, two inputs at a time */
-typedef struct {
-    const bf16 *weight;
-    int64_t input, inputs, outputs;
-    uint32_t *out;
-    __m512i low, high; /* where the first and the last 16 outputs of two inputs stand */
-} packing_t;
+#include "tiles_by_input.h"
 
-static packing_t begin_packing(const product_bf16 *p, int64_t first, int64_t inputs,
-                               uint32_t *out) {
-    packing_t packing = {.weight = p->up + first, .inputs = inputs, .outputs = p->outputs,
-                         .out = out};
-    uint16_t low[DEPTH], high[DEPTH];
-    for (int i = 0; i < DEPTH; i++) {
-        low[i] = (uint16_t)(i / 2 + i % 2 * DEPTH);
-        high[i] = (uint16_t)(low[i] + TILE);
-    }
-    packing.low = _mm512_loadu_si512(low), packing.high = _mm512_loadu_si512(high);
-    return packing;
-}
-
-INLINE void pack_inputs(packing_t *packing, int64_t pairs) {
-    for (; pairs > 0 && packing->input < packing->inputs; pairs--, packing->input += 2) {
-        int64_t k = packing->input;
-        const bf16 *row = packing->weight + k * packing->outputs;
-        uint32_t *to = packing->out + k / DEPTH * 2 * TILE_WORDS + k % DEPTH / 2 * TILE;
-        __builtin_prefetch(row + AHEAD_INPUTS * packing->outputs);
-        __builtin_prefetch(row + (AHEAD_INPUTS + 1) * packing->outputs);
-        __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + packing->outputs);
-        _mm512_store_si512(to, _mm512_permutex2var_epi16(even, packing->low, odd));
-        _mm512_store_si512(to + TILE_WORDS, _mm512_permutex2var_epi16(even, packing->high, odd));
-    }
-}
-
-/* 16 outputs of a row, number `which` of the 64 that a block's sums hold */
-INLINE void store_by_input(const product_bf16 *p, int64_t first, int64_t row, int64_t which,
-                           const float *sums) {
-    int64_t tile = which / TILE, i = which % TILE;
-    int64_t at = row + tile / 2 * TILE + i, output = first + tile % 2 * TILE;
-    if (at >= p->rows) return;
-    __m512 sum = _mm512_loadu_ps(sums + which * TILE);
-    if (p->up_bias) sum = _mm512_add_ps(sum, (__m512)load_bf16(p->up_bias + output));
-    if (p->residual)
-        sum = _mm512_add_ps(round_bf16(sum),
-                            (__m512)load_bf16(p->residual + at * p->outputs + output));
-    bf16 *out = p->out + at * p->stride + output;
-    _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(sum));
-}
-
-/* Rows [row, row + 32) of 32 outputs; rows of x beyond its end are read from `tail`. Meanwhile the
-   next outputs are packed. */
-static void by_input_block(const product_bf16 *p, const uint32_t *packed, const bf16 *tail,
-                           int64_t first, int64_t row, packing_t *next, float *sums) {
-    int64_t stride = p->inputs * (int64_t)sizeof(bf16), full = p->rows / TILE * TILE;
-    int64_t pairs = ceil_div(TILE, ceil_div(p->rows, SPAN)); /* for every 32 inputs */
-    const bf16 *upper = row < full ? p->x + row * p->inputs : tail;
-    const bf16 *lower = row + TILE < full ? p->x + (row + TILE) * p->inputs : tail;
-    int half = p->rows - row <= TILE;
-    CLEAR_SUMS;
-    for (int64_t k = 0; k < p->inputs; k += DEPTH, packed += 2 * TILE_WORDS) {
-        _tile_loadd(4, upper + k, stride);
-        _tile_loadd(6, packed, LINE);
-        _tile_loadd(7, packed + TILE_WORDS, LINE);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        pack_inputs(next, pairs);
-        if (half) continue;
-        _tile_loadd(5, lower + k, stride);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    STORE_SUMS(sums);
-    for (int64_t i = 0; i < (half ? 2 : 4) * TILE; i++) store_by_input(p, first, row, i, sums);
-}
-
-/* up is (inputs, outputs) */
-static void multiply_rows_by_input(const product_bf16 *p, int threads) {
-    int64_t full = p->rows / TILE * TILE, panel = p->inputs * TILE;
-    bf16 *tail = (bf16 *)packed_of(p);
-    memset(tail, 0, sizeof(bf16) * (size_t)(TILE * p->inputs));
-    memcpy(tail, p->x + full * p->inputs, sizeof(bf16) * (size_t)((p->rows - full) * p->inputs));
-#pragma omp parallel num_threads(threads)
-    {
-        int64_t first, last, thread = omp_get_thread_num(), count = omp_get_num_threads();
-        float sums[4 * TILE_WORDS] __attribute__((aligned(LINE)));
-        uint32_t *here = packed_of(p) + TILE * p->inputs / 2 + 2 * thread * panel;
-        uint32_t *there = here + panel;
-        load_tile_config();
-        split_bf16(p->outputs / SPAN, (int)thread, (int)count, &first, &last);
-        packing_t packing = begin_packing(p, first * SPAN, first < last ? p->inputs : 0, here);
-        for (int64_t block = first; block < last; block++) {
-            pack_inputs(&packing, p->inputs);
-            int64_t left = block + 1 < last ? p->inputs : 0;
-            packing = begin_packing(p, (block + 1) * SPAN, left, there);
-            for (int64_t row = 0; row < p->rows; row += SPAN)
-                by_input_block(p, here, tail, block * SPAN, row, &packing, sums);
-            uint32_t *done = here;
-            here = there, there = done;
-        }
-        _tile_release();
-    }
+/* Floats of scratch memory for products in either order */
+INLINE int64_t count_tiled_floats(int64_t rows, int64_t inputs, int64_t threads) {
+    int64_t packed = (ceil_div(rows, SPAN) + 2 * threads) * TILE * inputs;
+    return packed + threads * count_floats_by_input(rows);
 }
 #endif
 

@@ -1,0 +1,161 @@
+/* Products with a matrix that is stored by input, (inputs, outputs), on matrix tiles. Part of
+   tiles.h.
+
+   Rows of x are left operands as they lie in memory. Of the weights, 32 outputs become right
+   operands, two tiles for every 32 inputs, two inputs side by side. A thread takes its outputs in
+   panels that stay in the second-level cache; the next one is packed, in the order of memory, while
+   this one is multiplied, and sums wait in memory for the panel of the next inputs. */
+
+#define PANEL_INPUTS 256
+#define PANEL_BLOCKS 10 /* of 32 outputs */
+#define PANEL_WORDS (PANEL_INPUTS / 2 * PANEL_BLOCKS * SPAN)
+#define AHEAD_LINES 96 /* between the weights that are packed and those fetched */
+#define LOAD_SUMS(sums)                              \
+    do {                                             \
+        _tile_loadd(0, sums, LINE);                  \
+        _tile_loadd(1, sums + TILE_WORDS, LINE);     \
+        _tile_loadd(2, sums + 2 * TILE_WORDS, LINE); \
+        _tile_loadd(3, sums + 3 * TILE_WORDS, LINE); \
+    } while (0)
+
+/* Outputs [first, first + 32 * blocks) and inputs [input, input + inputs) */
+typedef struct {
+    int64_t first, blocks, input, inputs;
+} panel_t;
+
+/* A thread's outputs, in blocks of 32, as panels */
+typedef struct {
+    int64_t first, last, groups, parts;
+} panels_t;
+
+static panels_t list_panels(const product_bf16 *p, int thread, int threads) {
+    panels_t panels = {.parts = ceil_div(p->inputs, PANEL_INPUTS)};
+    split_bf16(p->outputs / SPAN, thread, threads, &panels.first, &panels.last);
+    panels.groups = ceil_div(panels.last - panels.first, PANEL_BLOCKS);
+    return panels;
+}
+
+/* Panel number n: all inputs of some outputs, then those of the next; empty behind the last */
+static panel_t find_panel(const product_bf16 *p, const panels_t *panels, int64_t n) {
+    int64_t steps = p->inputs / DEPTH, part = n % panels->parts, group = n / panels->parts;
+    if (group >= panels->groups) return (panel_t){.blocks = 1};
+    int64_t count = panels->last - panels->first, first = count * group / panels->groups;
+    int64_t from = steps * part / panels->parts, to = steps * (part + 1) / panels->parts;
+    return (panel_t){.first = (panels->first + first) * SPAN,
+                     .blocks = count * (group + 1) / panels->groups - first,
+                     .input = from * DEPTH, .inputs = (to - from) * DEPTH};
+}
+
+/* A panel on its way into right operands: those of all blocks for 32 inputs stand together */
+typedef struct {
+    const bf16 *weight;
+    uint32_t *out;
+    int64_t input, inputs, block, blocks, outputs, ahead;
+} packing_t;
+
+static packing_t begin_packing(const product_bf16 *p, panel_t panel, uint32_t *out) {
+    return (packing_t){.weight = p->up + panel.input * p->outputs + panel.first, .out = out,
+                       .inputs = panel.inputs, .blocks = panel.blocks, .outputs = p->outputs,
+                       .ahead = ceil_div(AHEAD_LINES, 2 * panel.blocks) * 2 * p->outputs};
+}
+
+/* Two inputs of so many blocks more */
+INLINE void pack_inputs(packing_t *packing, int64_t blocks) {
+    for (; blocks > 0 && packing->input < packing->inputs; blocks--) {
+        int64_t k = packing->input, tiles = k / DEPTH * packing->blocks + packing->block;
+        const bf16 *row = packing->weight + k * packing->outputs + packing->block * SPAN;
+        uint32_t *to = packing->out + tiles * 2 * TILE_WORDS + k % DEPTH / 2 * TILE;
+        __builtin_prefetch(row + packing->ahead, 0, 2);
+        __builtin_prefetch(row + packing->ahead + packing->outputs, 0, 2);
+        __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + packing->outputs);
+        _mm512_store_si512(to, _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(to + TILE_WORDS, _mm512_unpackhi_epi16(even, odd));
+        if (++packing->block == packing->blocks) packing->block = 0, packing->input += 2;
+    }
+}
+
+/* 32 outputs of a row, rounded; its sums stand in two tiles */
+INLINE void store_by_input(const product_bf16 *p, int64_t row, int64_t output,
+                           const float *sums) {
+    __m512i four = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), more = _mm512_set1_epi64(4);
+    __m512i even = _mm512_load_si512(sums), odd = _mm512_load_si512(sums + TILE_WORDS);
+    __m512 low = (__m512)_mm512_permutex2var_epi64(even, four, odd);
+    __m512 high = (__m512)_mm512_permutex2var_epi64(even, _mm512_add_epi64(four, more), odd);
+    if (p->up_bias) {
+        low = _mm512_add_ps(low, (__m512)load_bf16(p->up_bias + output));
+        high = _mm512_add_ps(high, (__m512)load_bf16(p->up_bias + output + TILE));
+    }
+    __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (p->residual) rounded = add_rows(rounded, p->residual + row * p->outputs + output);
+    _mm512_storeu_si512(p->out + row * p->stride + output, rounded);
+}
+
+/* Rows [row, row + 32) of x times 32 outputs of a panel, added to the sums there; rows beyond the
+   end of x are read from `tail`. Meanwhile the next panel is packed. */
+INLINE void by_input_block(const product_bf16 *p, const panel_t *panel, int64_t block,
+                           const uint32_t *packed, const bf16 *tail, int64_t row,
+                           packing_t *next, float *sums) {
+    int64_t stride = p->inputs * (int64_t)sizeof(bf16), full = p->rows / TILE * TILE;
+    int64_t each = ceil_div(TILE, ceil_div(p->rows, SPAN));
+    const bf16 *upper = (row < full ? p->x + row * p->inputs : tail) + panel->input;
+    const bf16 *lower = (row + TILE < full ? p->x + (row + TILE) * p->inputs : tail) + panel->input;
+    int half = p->rows - row <= TILE;
+    packed += block * 2 * TILE_WORDS;
+    if (panel->input)
+        LOAD_SUMS(sums);
+    else
+        CLEAR_SUMS;
+    for (int64_t k = 0; k < panel->inputs; k += DEPTH, packed += panel->blocks * 2 * TILE_WORDS) {
+        _tile_loadd(4, upper + k, stride);
+        _tile_stream_loadd(6, packed, LINE);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_stream_loadd(7, packed + TILE_WORDS, LINE);
+        _tile_dpbf16ps(1, 4, 7);
+        pack_inputs(next, each);
+        if (half) continue;
+        _tile_loadd(5, lower + k, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    STORE_SUMS(sums);
+    if (panel->input + panel->inputs < p->inputs) return;
+    for (int64_t i = 0; i < SPAN && row + i < p->rows; i++)
+        store_by_input(p, row + i, panel->first + block * SPAN,
+                       sums + i / TILE * 2 * TILE_WORDS + i % TILE * TILE);
+}
+
+/* Floats of a thread: two panels, and the sums of one */
+INLINE int64_t count_floats_by_input(int64_t rows) {
+    return 2 * PANEL_WORDS + ceil_div(rows, SPAN) * SPAN * PANEL_BLOCKS * SPAN;
+}
+
+/* up is (inputs, outputs) */
+static void multiply_rows_by_input(const product_bf16 *p, int num_threads) {
+    int64_t full = p->rows / TILE * TILE;
+    bf16 *tail = (bf16 *)packed_of(p);
+    memset(tail, 0, sizeof(bf16) * (size_t)(TILE * p->inputs));
+    memcpy(tail, p->x + full * p->inputs, sizeof(bf16) * (size_t)((p->rows - full) * p->inputs));
+#pragma omp parallel num_threads(num_threads)
+    {
+        int thread = omp_get_thread_num();
+        panels_t panels = list_panels(p, thread, omp_get_num_threads());
+        uint32_t *here = packed_of(p) + TILE * p->inputs / 2;
+        here += thread * count_floats_by_input(p->rows);
+        uint32_t *there = here + PANEL_WORDS;
+        float *sums = (float *)(there + PANEL_WORDS);
+        load_tile_config();
+        packing_t packing = begin_packing(p, find_panel(p, &panels, 0), here);
+        for (int64_t n = 0; n < panels.groups * panels.parts; n++) {
+            panel_t panel = find_panel(p, &panels, n);
+            pack_inputs(&packing, panel.inputs * panel.blocks);
+            packing = begin_packing(p, find_panel(p, &panels, n + 1), there);
+            for (int64_t row = 0; row < p->rows; row += SPAN)
+                for (int64_t block = 0; block < panel.blocks; block++)
+                    by_input_block(p, &panel, block, here, tail, row, &packing,
+                                   sums + (row * panel.blocks + block * SPAN) * SPAN);
+            uint32_t *done = here;
+            here = there, there = done;
+        }
+        _tile_release();
+    }
+}
