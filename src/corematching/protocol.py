@@ -10,7 +10,7 @@ d hidden size, F intermediate neurons of the FFN, H attention heads, K kept neur
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -168,8 +168,8 @@ class NeuronChoice:
 
     Attributes
     ----------
-    indices : Tensor
-        (B, K) long, ascending.
+    indices : Tensor or None
+        (B, K) long, ascending. None as long as it is left for later.
     mean : Tensor or None
         (B, F), what stands in for each dropped neuron (its mean over the prompt), 0 on kept ones;
         the runtime folds it into one bias vector, ``down_proj @ mean``. None: dropped ones count 0.
@@ -187,12 +187,12 @@ class NeuronChoice:
         it holds on to stays in memory until then: little, or nothing at all.
     """
 
-    indices: Tensor
+    indices: Tensor | None = None
     mean: Tensor | None = None
     input_threshold: Tensor | None = None
     gate_threshold: Tensor | None = None
     output_threshold: Tensor | None = None
-    later: Callable[[], dict[str, Tensor]] | None = None
+    later: Callable[[], Mapping[str, Tensor | None]] | None = None
 
     def settle(self) -> NeuronChoice:
         """This choice, with what was left for later."""

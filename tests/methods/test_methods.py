@@ -140,7 +140,7 @@ def test_every_named_method_chooses(name):  # the oracle needs the scenes that a
         assert not (choice.keep & ~view.valid).any()
         assert (choice.keep & view.image).any(1).all()
     if method.neurons is not None:
-        indices = method.neurons.choose(view, 12).indices
+        indices = method.neurons.choose(view, 12).settle().indices
         assert indices.shape == (2, 12)
         assert (indices.diff(dim=1) > 0).all() and indices.max() < 32
 

@@ -92,8 +92,10 @@ def test_neuron_rule_by_hand():
     a = [[[3.0, -4.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0], [6.0, 0.0, 8.0, 0.0]]]
     view = make_view(["tit"], a)
     bare = NeuronRule(Griffin(), Uniform(0.5, multiple=1)).choose(view, 2)
+    assert bare.indices is None  # the ranking waits for the first token
+    bare.settle()
     assert bare.indices.tolist() == [[0, 2]] and bare.mean is None
-    with_mean = NeuronRule(Griffin(), Uniform(0.5), compensate=True).choose(view, 2)
+    with_mean = NeuronRule(Griffin(), Uniform(0.5), compensate=True).choose(view, 2).settle()
     assert with_mean.mean is not None
     torch.testing.assert_close(with_mean.mean, torch.tensor([[0.0, -4 / 3, 0.0, 0.0]]))
 

@@ -7,6 +7,7 @@ from corematching.errors import ConfigError
 from corematching.policy.amounts import count_of, counts_of, layers_of
 from corematching.policy.compensation import average_dropped
 from corematching.policy.core import count_activations, pick_core_neurons, pick_top
+from corematching.policy.passes import sum_tokens
 from corematching.policy.shuffle import hash_uniform
 
 
@@ -55,13 +56,14 @@ def test_no_positive_activation_anywhere_still_gives_neurons():
 def test_average_of_the_dropped_by_hand():
     a = torch.tensor([[[1.0, 2.0, 3.0], [3.0, 4.0, 5.0], [float("nan"), 0.0, 7.0]]])
     tokens = torch.tensor([[True, True, False]])
-    mean = average_dropped(a, tokens, torch.tensor([[1]]))
+    mean = average_dropped(sum_tokens(a, tokens), tokens, torch.tensor([[1]]))
     assert mean.tolist() == [[2.0, 0.0, 4.0]]
 
 
 def test_average_of_half_precision_is_taken_in_float32():
     a = torch.full((1, 5000, 2), 1.0, dtype=torch.bfloat16)
-    mean = average_dropped(a, torch.ones(1, 5000).bool(), torch.tensor([[0]]))
+    tokens = torch.ones(1, 5000).bool()
+    mean = average_dropped(sum_tokens(a, tokens), tokens, torch.tensor([[0]]))
     assert mean.tolist() == [[0.0, 1.0]]
 
 

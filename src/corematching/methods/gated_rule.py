@@ -65,16 +65,14 @@ class GatedRule(NeuronRule, name="gated-rule"):
         ConfigError
             When the view shows no gate.
         """
-        among: Tensor | None = None
-        if count == read_activations(view).shape[-1]:
-            choice = NeuronChoice(indices=list_every(view, count))
-        else:
-            choice = super().choose(view, count)
-            among = choice.indices
         gate, present = show_gate(view, self.calibrate_over)
+        thinned = count < read_activations(view).shape[-1]
+        core = super().choose(view, count) if thinned else NeuronChoice(list_every(view, count))
 
-        def find() -> dict[str, Tensor]:
-            return {"gate_threshold": find_cut(gate, present, self.firing, among)}
+        def find() -> dict[str, Tensor | None]:
+            among = core.settle().indices
+            cut = find_cut(gate, present, self.firing, among if thinned else None)
+            return {"indices": among, "mean": core.mean, "gate_threshold": cut}
 
-        choice.later = find
+        choice = NeuronChoice(later=find)
         return choice if gate.numel() <= MOST_KEPT else choice.settle()

@@ -18,6 +18,7 @@ from corematching.policy.check import check_bool, check_depth
 from corematching.policy.compensation import average_dropped
 from corematching.policy.component import Component
 from corematching.policy.core import pick_top
+from corematching.policy.passes import sum_tokens
 from corematching.policy.proportional import count_alike
 from corematching.policy.schedules import Schedule
 from corematching.protocol import (
@@ -147,12 +148,19 @@ class NeuronRule(NeuronDropper, name="neuron-rule"):
         return self.schedule.counts(num_layers, width)
 
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
-        """Choose ``count`` neurons of the view's layer for each sample."""
-        indices = pick_top(self.score(view), count)
-        mean: Tensor | None = None
-        if self.compensate:
-            mean = average_dropped(read_activations(view), view.valid, indices)
-        return NeuronChoice(indices=indices, mean=mean)
+        """Choose ``count`` neurons of the view's layer for each sample.
+
+        Scores, and sums over the tokens, are taken now; the ranking waits for the first token.
+        """
+        scores, tokens = self.score(view), view.valid
+        total = sum_tokens(read_activations(view), tokens) if self.compensate else None
+
+        def rank() -> dict[str, Tensor | None]:
+            indices = pick_top(scores, count)
+            mean = None if total is None else average_dropped(total, tokens, indices)
+            return {"indices": indices, "mean": mean}
+
+        return NeuronChoice(later=rank)
 
 
 class Installable(Component, kind="method"):

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from corematching.policy.passes import sum_tokens
 
-
-def average_dropped(activations: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
+def average_dropped(total: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
     """Each dropped neuron's mean activation over the prompt, 0 on the kept ones.
 
     Parameters
     ----------
-    activations : Tensor
-        (B, T, F).
+    total : Tensor
+        (B, F) float32, the sum of the activations over the tokens.
     tokens : Tensor
-        (B, T) bool, the tokens that the mean is taken over.
+        (B, T) bool, those tokens.
     indices : Tensor
         (B, K) long, the kept neurons.
 
@@ -24,5 +22,5 @@ def average_dropped(activations: Tensor, tokens: Tensor, indices: Tensor) -> Ten
     Tensor
         (B, F), float32.
     """
-    mean = sum_tokens(activations, tokens) / tokens.sum(1, keepdim=True).clamp(min=1)
+    mean = total / tokens.sum(1, keepdim=True).clamp(min=1)
     return mean.scatter(1, indices, 0.0)

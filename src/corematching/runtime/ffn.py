@@ -182,18 +182,8 @@ class SparseFFN:
         ConfigError
             The choice has another number of neurons than ``count``, or a mean of another shape.
         """
-        indices, mean = choice.indices, choice.mean
-        if indices.dim() != 2 or indices.shape[1] != self.count:
-            raise ConfigError(
-                f"expected neuron indices (batch, {self.count}), got {tuple(indices.shape)}: "
-                "a policy must choose as many neurons as it was asked for"
-            )
-        if mean is not None and mean.shape != (indices.shape[0], self.width):
-            raise ConfigError(
-                f"expected means ({indices.shape[0]}, {self.width}), got {tuple(mean.shape)}: "
-                "a policy must give one mean per neuron, 0 on the kept ones"
-            )
-        self._check_limits(choice)
+        if choice.indices is not None:
+            self._check(choice.indices, choice)
         self.clear()
         limited = any(x is not None for x in _limits_of(choice))
         if self.count < self.width or choice.later or limited:
@@ -212,21 +202,37 @@ class SparseFFN:
             not where that kernel runs in compiled code as well.
         """
         if self._taken is not None:
-            choice, self._taken = self._taken, None
-            self._check_limits(choice.settle())
+            choice, self._taken = self._taken.settle(), None
+            if choice.indices is None:
+                raise ConfigError("a policy must choose neurons, at once or with 'later'")
+            self._check(choice.indices, choice)
             with torch.inference_mode(False), torch.no_grad():
-                self._settle(choice)
+                self._settle(choice.indices, choice)
             self.active = True
         copies = copies and not (self._kernel is not None and self._kernel.traceable)
         if self.active and not self._copied and (copies or self.plan is None):
             self._copy_neurons()
 
-    def _check_limits(self, choice: NeuronChoice) -> None:
-        """Refuse thresholds that are not one per sample, or on a gate that there is not."""
-        limits = _limits_of(choice)
-        if any(x is not None and x.shape != choice.indices.shape[:1] for x in limits):
+    def _check(self, indices: Tensor, choice: NeuronChoice) -> None:
+        """Refuse another number of neurons, or of means, than asked for, and unfit thresholds.
+
+        Thresholds have to be one per sample, and on a gate only if there is one.
+        """
+        if indices.dim() != 2 or indices.shape[1] != self.count:
             raise ConfigError(
-                f"expected thresholds ({len(choice.indices)},): a policy must give one per sample"
+                f"expected neuron indices (batch, {self.count}), got {tuple(indices.shape)}: "
+                "a policy must choose as many neurons as it was asked for"
+            )
+        mean = choice.mean
+        if mean is not None and mean.shape != (indices.shape[0], self.width):
+            raise ConfigError(
+                f"expected means ({indices.shape[0]}, {self.width}), got {tuple(mean.shape)}: "
+                "a policy must give one mean per neuron, 0 on the kept ones"
+            )
+        limits = _limits_of(choice)
+        if any(x is not None and x.shape != indices.shape[:1] for x in limits):
+            raise ConfigError(
+                f"expected thresholds ({len(indices)},): a policy must give one per sample"
             )
         if choice.gate_threshold is not None and not self.parts.gated:
             raise ConfigError(
@@ -286,11 +292,11 @@ class SparseFFN:
         fits = kernel.max_batch is None or x.shape[0] <= kernel.max_batch
         return fits and x.dtype == self.parts.down.weight.dtype
 
-    def _settle(self, choice: NeuronChoice) -> None:
+    def _settle(self, indices: Tensor, choice: NeuronChoice) -> None:
         """Turn a choice into sets of neurons, and give them to the kernel."""
         device = self.parts.down.weight.device
         limits = [None if x is None else x.to(device, torch.float32) for x in _limits_of(choice)]
-        indices = choice.indices.to(device)
+        indices = indices.to(device)
         step = indices.shape[0] // _count_sets([indices, *(x for x in limits if x is not None)])
         own = (None if x is None else x[::step] for x in limits)
         self._limits = Thresholds(

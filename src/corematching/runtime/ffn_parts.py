@@ -121,6 +121,11 @@ class FFNParts:
         """Whether there is a gate."""
         return self._gate is not None or self._fused is not None
 
+    def list_linears(self) -> list[nn.Linear]:
+        """The linear layers that there are."""
+        linears = (self._gate, self._up, self.down)
+        return [linear for linear in linears if linear is not None]
+
     def dense(self) -> dict[str, Tensor]:
         """What a choice gathers from, by its name in `CompactWeights`: views, no copies."""
         rows: dict[str, Tensor | None] = {"down": self.down.weight}

@@ -12,7 +12,6 @@ from corematching.errors import UnsupportedModelError
 from corematching.kernels.native import (
     TILES,
     VECTORS,
-    Norm,
     Products,
     find_unit,
     list_dtypes,
@@ -23,8 +22,9 @@ from corematching.kernels.native import (
 
 from .checks import Parts
 from .ffn_parts import FFNParts
-from .hooks import HookWatch, run_pre_hooks
+from .hooks import HookWatch
 from .native_attention import PromptAttention, is_close, uses_sdpa
+from .native_layer import LlamaLayer, activate
 from .native_tower import TowerAttention
 from .patches import InstancePatches
 
@@ -97,7 +97,8 @@ class NativePrompts:
                 self._wrap(module, self._attention, module, HookWatch(_inputs_of(module)))
             if ffns and self._layers_are_llamas(ffns[0], norms):
                 for layer, ffn in zip(self.parts.layers, ffns, strict=True):
-                    self._wrap(layer, self._layer, layer, ffn, _watch_layer(layer, ffn))
+                    whole = self._join(layer, ffn)
+                    self._wrap(layer, self._layer, whole, _watch_layer(layer, ffn))
 
     def remove(self) -> None:
         """Put every forward back."""
@@ -107,7 +108,7 @@ class NativePrompts:
         self._patches.wrap(owner, "forward", functools.partial(around, *args))
 
     def _layers_are_llamas(self, ffn: FFNParts, norms: list[Any]) -> bool:
-        """Whether the layers are of one form, and that form computes what `_run_layer` does."""
+        """Whether the layers are of one form, and that form computes what `LlamaLayer` does."""
         first: Any = self.parts.layers[0]
         for layer in self.parts.layers:
             names = {name for name, _ in layer.named_children()}
@@ -118,7 +119,7 @@ class NativePrompts:
         x, angles = self._make_probe(first.self_attn)
         with torch.inference_mode(False), torch.no_grad():
             theirs = first(x, position_embeddings=angles, attention_mask=None)
-            ours = self._run_layer(first, ffn, x, None, None, angles)
+            ours = self._join(first, ffn).run(x, None, None, angles)
         theirs = theirs[0] if isinstance(theirs, tuple) else theirs
         return ours is not None and is_close(ours, theirs)
 
@@ -133,10 +134,12 @@ class NativePrompts:
             places[:, 2:] += 6
             return x, decoder.rotary_emb(x, places)
 
+    def _join(self, layer: Any, ffn: FFNParts) -> LlamaLayer:
+        return LlamaLayer(layer, ffn, self._products, self._attend, self.parts.gates)
+
     def _layer(
         self,
-        layer: Any,
-        ffn: FFNParts,
+        whole: LlamaLayer,
         hooks: HookWatch,
         original: Any,
         hidden_states: Tensor,
@@ -145,60 +148,27 @@ class NativePrompts:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Any:
-        known = uses_sdpa(layer.self_attn) and not hooks.sees_any()
-        seen = attention_mask, past_key_values, position_embeddings
-        out = self._run_layer(layer, ffn, hidden_states, *seen, **kwargs) if known else None
+        x, angles = hidden_states, position_embeddings
+        attention = whole.layer.self_attn
+        known = _is_prompt(x) and self._takes(x) and not hooks.sees_any()
+        known = known and uses_sdpa(attention) and _are_angles(angles, x, attention.head_dim)
+        out = whole.run(x, attention_mask, past_key_values, angles, **kwargs) if known else None
         if out is not None:
             return out
         return original(
-            hidden_states, attention_mask=attention_mask, past_key_values=past_key_values,
-            position_embeddings=position_embeddings, **kwargs,
+            x, attention_mask=attention_mask, past_key_values=past_key_values,
+            position_embeddings=angles, **kwargs,
         )  # fmt: skip
 
-    def _run_layer(
-        self,
-        layer: Any,
-        ffn: FFNParts,
-        x: Tensor,
-        mask: Any,
-        cache: Any,
-        angles: Any,
-        **kwargs: Any,
-    ) -> Tensor | None:
-        """Llama's layer, with the residual added where the products are rounded; None: C cannot."""
-        attention, norm, down = layer.self_attn, layer.input_layernorm, ffn.down
-        output, matrices = attention.o_proj, [attention.o_proj.weight, *_gate_and_up(ffn)]
-        if not _is_prompt(x) or not all(self._fits(x, w) and w.is_contiguous() for w in matrices):
-            return None
-        first = norm.weight, norm.variance_epsilon
-        joint = self._project(attention, x, angles, first) if self._fits(x, down.weight) else None
-        if joint is None:
-            return None
-        mixed = self._attend.attend(attention, joint, mask, cache, **kwargs)[0]
-        x = self._products.linear(mixed, output.weight, output.bias, x)
-        norm = layer.post_attention_layernorm
-        second = norm.weight, norm.variance_epsilon
-        if ffn.mlp._forward_pre_hooks:
-            active = self._activate(ffn, run_pre_hooks(ffn.mlp, normalise(x, *second)))
-        else:
-            active = self._activate(ffn, x, second)
-        active = run_pre_hooks(down, active)
-        return self._products.linear(active, down.weight, down.bias, x)
-
-    def _activate(self, ffn: FFNParts, x: Tensor, norm: Norm | None = None) -> Tensor:
-        """(B, T, d) to the activations (B, T, F), of normalised x where there is a norm."""
-        weights = ffn.dense()
-        biases = weights.get("gate_bias"), weights.get("up_bias")
-        assert ffn.activation_name is not None
-        gate, up = _gate_and_up(ffn)
-        kept = self.parts.gates.make_room(ffn.mlp, x, ffn.width)
-        return self._products.gated(x, gate, up, *biases, ffn.activation_name, kept, norm)
+    def _takes(self, x: Tensor) -> bool:
+        """Whether x is of a dtype that C multiplies faster, and has rows enough for it."""
+        few = x.dtype == torch.float32 and x.numel() < FEWEST_FLOAT_ROWS * x.shape[-1]
+        return x.dtype in self._dtypes and not few
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:
-        known = x.dtype == weight.dtype and x.dtype in self._dtypes
-        if x.dtype == torch.float32 and x.numel() < FEWEST_FLOAT_ROWS * x.shape[-1]:
+        if x.dtype != weight.dtype or not self._takes(x):
             return False
-        return known and refuse_product(weight, self._products.unit) is None
+        return refuse_product(weight, self._products.unit) is None
 
     def _linear(self, module: Any, original: Any, x: Tensor) -> Tensor:
         if not _is_plain(x) or not self._fits(x, module.weight):
@@ -207,10 +177,13 @@ class NativePrompts:
 
     def _ffn(self, ffn: FFNParts, hooks: HookWatch, original: Any, x: Tensor, *args: Any) -> Any:
         """Gate, activation and up at once; the down projection is called as a module."""
-        known = not args and _is_prompt(x) and not hooks.sees_any()
-        if not known or not all(self._fits(x, w) and w.is_contiguous() for w in _gate_and_up(ffn)):
+        if args or not _is_prompt(x) or hooks.sees_any():
             return original(x, *args)
-        return ffn.down(self._activate(ffn, x))
+        weights = ffn.dense()
+        both = weights["gate"], weights["up"]
+        if not all(self._fits(x, weight) and weight.is_contiguous() for weight in both):
+            return original(x, *args)
+        return ffn.down(activate(self._products, self.parts.gates, ffn, weights, x))
 
     def _attention(
         self,
@@ -235,7 +208,7 @@ class NativePrompts:
         mixed, weights = self._attend.attend(module, joint, *seen, **kwargs)
         return module.o_proj(mixed), weights
 
-    def _project_jointly(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
+    def _project_jointly(self, module: Any, x: Tensor) -> Tensor | None:
         """(B, T, queries, keys and values, D), not rotated; None where C cannot do that."""
         inputs = _inputs_of(module)
         if not _is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
@@ -243,18 +216,16 @@ class NativePrompts:
         weights = [linear.weight for linear in inputs]
         if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
             return None
-        joint = self._products.several(x, weights, [linear.bias for linear in inputs], norm)
+        joint = self._products.several(x, weights, [linear.bias for linear in inputs])
         return joint.view(*x.shape[:-1], -1, module.head_dim)
 
-    def _project(
-        self, module: Any, x: Tensor, angles: Any, norm: Norm | None = None
-    ) -> Tensor | None:
+    def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
         """(B, T, H + 2G, D), queries, keys and values, rotated; None where C cannot do that."""
         if not _are_angles(angles, x, module.head_dim):
             return None
         if type(module.o_proj) is not nn.Linear:
             return None
-        joint = self._project_jointly(module, x, norm)
+        joint = self._project_jointly(module, x)
         if joint is None:
             return None
         values = module.v_proj.out_features // module.head_dim
@@ -299,11 +270,6 @@ def _are_known(ffns: list[FFNParts]) -> bool:
     except UnsupportedModelError:
         return False
     return all(ffn.gated and ffn.activation_name for ffn in ffns)
-
-
-def _gate_and_up(ffn: FFNParts) -> tuple[Tensor, Tensor]:
-    weights = ffn.dense()
-    return weights["gate"], weights["up"]
 
 
 def _watch_layer(layer: Any, ffn: FFNParts) -> HookWatch:

@@ -1,0 +1,170 @@
+"""A decoder layer of Llama's form in a few calls of C."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from corematching.kernels.native import Norm, Products, normalise, refuse_product, rotate
+
+from .ffn_parts import FFNParts
+from .gates import Gates
+from .hooks import run_pre_hooks
+from .native_attention import PromptAttention
+
+
+@dataclass
+class Weights:
+    """What a layer multiplies with, as long as nobody replaces a module or a parameter.
+
+    Attributes
+    ----------
+    found : list
+        The dict and the name under which each module and parameter was found, and what it was.
+    places : list
+        Where the parameters' numbers lay.
+    """
+
+    found: list[tuple[dict[str, Any], str, Any]]
+    places: list[tuple[Tensor, int]]
+    inputs: list[Tensor]
+    input_biases: list[Tensor | None]
+    output: Tensor
+    output_bias: Tensor | None
+    ffn: dict[str, Tensor]
+    down_bias: Tensor | None
+    norms: tuple[Norm, Norm]
+
+    def are_current(self) -> bool:
+        """Whether all modules and parameters are still the same, and where they were."""
+        same = all(owner.get(name) is part for owner, name, part in self.found)
+        return same and all(part.data_ptr() == place for part, place in self.places)
+
+
+class LlamaLayer:
+    """Runs prompts through a layer, with the residuals added where the products are rounded.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        A decoder layer of Llama's form.
+    ffn : FFNParts
+        The parts of its FFN.
+    products : Products
+        Multiplies.
+    attention : PromptAttention
+        Attends.
+    gates : Gates
+        Who wants to see the FFN's gates.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        ffn: FFNParts,
+        products: Products,
+        attention: PromptAttention,
+        gates: Gates,
+    ) -> None:
+        self.layer: Any = layer
+        self.ffn, self._gates = ffn, gates
+        self._products, self._attend = products, attention
+        self._weights: Weights | None = None
+
+    def run(self, x: Tensor, mask: Any, cache: Any, angles: Any, **kwargs: Any) -> Tensor | None:
+        """(B, T, d) to (B, T, d), or None where C cannot do it.
+
+        Parameters
+        ----------
+        x : Tensor
+            Several tokens of each sample, on the CPU, that nobody wants a graph of.
+        mask, cache : object
+            As the layer gets them.
+        angles : tuple of Tensor
+            Cosines and sines, (B or 1, T, D) each, of x's dtype.
+        """
+        weights = self._find_weights()
+        if weights is None or x.dtype != weights.output.dtype:
+            return None
+        attention, products = self.layer.self_attn, self._products
+        first, second = weights.norms
+        joint = products.several(x, weights.inputs, weights.input_biases, first)
+        joint = joint.view(*x.shape[:-1], -1, attention.head_dim)
+        values = weights.inputs[2].shape[0] // attention.head_dim
+        cos, sin = angles
+        rotate(joint, cos, sin, joint.shape[2] - values)
+        mixed = self._attend.attend(attention, joint, mask, cache, **kwargs)[0]
+        x = products.linear(mixed, weights.output, weights.output_bias, x)
+        if self.ffn.mlp._forward_pre_hooks:
+            normed = run_pre_hooks(self.ffn.mlp, normalise(x, *second))
+            active = activate(products, self._gates, self.ffn, weights.ffn, normed)
+        else:
+            active = activate(products, self._gates, self.ffn, weights.ffn, x, second)
+        active = run_pre_hooks(self.ffn.down, active)
+        return products.linear(active, weights.ffn["down"], weights.down_bias, x)
+
+    def _find_weights(self) -> Weights | None:
+        """The weights, or None if C cannot multiply with them."""
+        if self._weights is None or not self._weights.are_current():
+            weights = self._list_weights()
+            self._weights = weights if weights is not None and self._fit(weights) else None
+        return self._weights
+
+    def _fit(self, weights: Weights) -> bool:
+        every = [*weights.inputs, weights.output, *weights.ffn.values()]
+        matrices = [part for part in every if part.ndim == 2]
+        if any(refuse_product(part, self._products.unit) is not None for part in matrices):
+            return False
+        norms = [weight for weight, _ in weights.norms]
+        if len({part.dtype for part in (*matrices, *norms)}) > 1:
+            return False
+        return all(part.is_contiguous() for part in matrices if part is not weights.ffn["down"])
+
+    def _list_weights(self) -> Weights | None:
+        """What stands in the layer now; None if that is no longer plain."""
+        layer, ffn = self.layer, self.ffn
+        attention = layer.self_attn
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        linears = {attention.o_proj, *inputs, *ffn.list_linears()}
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        modules = linears.union(norms)
+        owners = [owner._modules for owner in (layer, attention, ffn.mlp)]
+        found = [(o, n, m) for o in owners for n, m in o.items() if m in modules]
+        if len(found) < len(modules) or any(type(linear) is not nn.Linear for linear in linears):
+            return None
+        parameters = [module._parameters for module in modules]
+        found += [(o, n, o.get(n)) for o in parameters for n in ("weight", "bias")]
+        tensors = [part for _, _, part in found if isinstance(part, Tensor)]
+        first, second = ((norm.weight, norm.variance_epsilon) for norm in norms)
+        return Weights(
+            found=found,
+            places=[(part, part.data_ptr()) for part in tensors],
+            inputs=[linear.weight for linear in inputs],
+            input_biases=[linear.bias for linear in inputs],
+            output=attention.o_proj.weight,
+            output_bias=attention.o_proj.bias,
+            ffn=ffn.dense(),
+            down_bias=ffn.down.bias,
+            norms=(first, second),
+        )
+
+
+def activate(
+    products: Products,
+    gates: Gates,
+    ffn: FFNParts,
+    weights: dict[str, Tensor],
+    x: Tensor,
+    norm: Norm | None = None,
+) -> Tensor:
+    """(B, T, d) to the activations (B, T, F) of a gated FFN, of normalised x where there is a norm.
+
+    ``weights`` are those of `FFNParts.dense`.
+    """
+    biases = weights.get("gate_bias"), weights.get("up_bias")
+    assert ffn.activation_name is not None
+    kept = gates.make_room(ffn.mlp, x, ffn.width)
+    gate, up = weights["gate"], weights["up"]
+    return products.gated(x, gate, up, *biases, ffn.activation_name, kept, norm)
