@@ -114,6 +114,21 @@ def test_residuals_are_added_to_the_rounded_product(unit, dtype, by_input):
 
 
 @on_units
+@pytest.mark.parametrize("name", [*FUNCTIONS, "quick_gelu"])
+def test_an_activation_is_applied_to_the_rounded_product(unit, dtype, name):
+    x, weight = draw(37, 64, dtype=dtype), draw(96, 64, scale=0.5, dtype=dtype)
+    bias, residual = draw(96, dtype=dtype), draw(37, 96, dtype=dtype)
+    products = Products(unit)
+    plain = products.linear(x, weight, bias)
+    function = FUNCTIONS.get(name, lambda x: x * torch.sigmoid(1.702 * x))
+    active = products.linear(x, weight, bias, activation=name)
+    error, _ = differ(active, function(plain))
+    assert error < (1e-3 if dtype == BF16 else 1e-6)
+    added = products.linear(x, weight, bias, residual, name)
+    assert torch.equal(added, active + residual)
+
+
+@on_units
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("rows", [2, 16, 40])
 @pytest.mark.parametrize("bias", [False, True])

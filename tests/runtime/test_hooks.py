@@ -25,7 +25,7 @@ def test_any_hook_is_seen(hook):
 
 def test_a_named_function_is_passed_over_and_a_nameless_one_is_not():
     module = nn.Linear(2, 2)
-    watch = HookWatch([module], ignored="watched")
+    watch = HookWatch([module], ignored=["watched"])
     module.register_forward_pre_hook(watched)
     assert not watch.sees_any()
     module.register_forward_hook(functools.partial(watched, 1))

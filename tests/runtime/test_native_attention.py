@@ -17,6 +17,7 @@ from transformers import (
 from corematching import CoreMatching, Sparsifier
 from corematching.kernels.native import TiledAttention, has_tiles
 from corematching.runtime.hooks import COUNTING, HookWatch, show_result
+from corematching.runtime.native_tower import TowerLayer
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
 
@@ -37,6 +38,19 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(TiledAttention, "attend", attend)
     return seen
+
+
+@pytest.fixture
+def layers(monkeypatch):
+    """What the layers of towers give that run in one piece; None where one did not."""
+    given, own = [], TowerLayer._run
+
+    def run(self, x, mask):
+        given.append(own(self, x, mask))
+        return given[-1]
+
+    monkeypatch.setattr(TowerLayer, "_run", run)
+    return given
 
 
 @pytest.fixture
@@ -90,11 +104,13 @@ def test_a_prompt_that_gets_shorter_attends_as_elsewhere(llava, calls):
     assert is_close(ours, theirs)
 
 
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu", "gelu_pytorch_tanh", "tanh"])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_towers(kind, llava, calls):
+def test_towers(kind, act, llava, calls, layers):
+    size = VISION | {"hidden_act": act}
     build = {
-        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
-        "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False)),
+        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**size)),
+        "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**size, vision_use_head=False)),
     }[kind]
     torch.manual_seed(2)
     llava.model.vision_tower = build().to(torch.bfloat16).eval()
@@ -107,8 +123,9 @@ def test_towers(kind, llava, calls):
     dense = see()
     with Sparsifier()(llava):
         calls.clear()
+        layers.clear()
         ours = see()
-        assert len(calls) == 3
+        assert len(calls) == 3 and len(layers) == (0 if act == "tanh" else 3)
     assert is_close(ours, dense)
     calls.clear()
     assert torch.equal(see(), dense) and not calls
@@ -135,6 +152,20 @@ def test_hooks_in_a_tower_see_what_they_always_see(llava, calls):
     assert len(calls) == 6  # two layers of the tower, four of the decoder
 
 
+@pytest.mark.parametrize("place", ["mlp", "mlp.activation_fn", "mlp.fc2", "self_attn.out_proj"])
+def test_a_layer_of_a_tower_with_a_hook_inside_runs_as_it_is(place, llava, layers):
+    seen, inputs = [], ask(llava)
+    layer = llava.model.vision_tower.encoder.layers[1]
+    dense = last_logits(llava, inputs)
+    with Sparsifier()(llava):
+        hook = layer.get_submodule(place).register_forward_hook(lambda *args: seen.append(args[2]))
+        layers.clear()
+        ours = last_logits(llava, inputs)
+        hook.remove()
+    assert len(seen) == 1 and len(layers) == 2
+    assert is_close(ours, dense)
+
+
 def test_eager_towers_stay_eager(llava, calls):
     llava.model.vision_tower.config._attn_implementation = "eager"
     with Sparsifier()(llava):
@@ -150,7 +181,7 @@ def test_results_are_shown_to_hooks_that_only_count():
         shapes.append((args[0].shape, out.shape))
 
     count.__name__ = COUNTING
-    watch = HookWatch([module], ignored=COUNTING)
+    watch = HookWatch([module], ignored=[COUNTING])
     module.register_forward_hook(count)
     assert not watch.sees_any()
     show_result(module, torch.zeros(2, 3), torch.zeros(2, 5))

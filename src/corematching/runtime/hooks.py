@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+CAPTURING = "output_capturing_hook"
+"""Hooks of this name are transformers' own; behind an attention they collect its weights."""
 COUNTING = "_count"
 """Hooks of this name only read the shape of what a layer gives: `show_result` serves them."""
 
@@ -17,21 +19,24 @@ class HookWatch:
     Parameters
     ----------
     modules : iterable of nn.Module
-    ignored : str
-        Functions of this name do not count.
+    ignored : iterable of str
+        Functions of these names do not count.
     called : iterable of nn.Module
         Modules whose hooks in front of them the caller runs (`run_pre_hooks`): only those behind
         them count.
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], ignored: str = "", called: Iterable[nn.Module] = ()
+        self,
+        modules: Iterable[nn.Module],
+        ignored: Iterable[str] = (),
+        called: Iterable[nn.Module] = (),
     ) -> None:
         self._hooks: list[Any] = [
             hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)
         ]
         self._hooks += [m._forward_hooks for m in called]
-        self._ignored = ignored
+        self._ignored = frozenset(ignored)
 
     def sees_any(self) -> bool:
         """Whether there are hooks on these modules, or on all modules there are."""
@@ -43,7 +48,7 @@ class HookWatch:
         if not self._ignored:
             return True
         every = (hook for hooks in self._hooks for hook in hooks.values())
-        return any(getattr(hook, "__name__", "") != self._ignored for hook in every)
+        return any(getattr(hook, "__name__", "") not in self._ignored for hook in every)
 
 
 def run_pre_hooks(module: nn.Module, x: Tensor) -> Tensor:

@@ -13,22 +13,13 @@ from .ffn_parts import FFNParts
 from .gates import Gates
 from .hooks import run_pre_hooks
 from .native_attention import PromptAttention
+from .watch import Watch
 
 
 @dataclass
 class Weights:
-    """What a layer multiplies with, as long as nobody replaces a module or a parameter.
+    """What a layer multiplies with."""
 
-    Attributes
-    ----------
-    found : list
-        The dict and the name under which each module and parameter was found, and what it was.
-    places : list
-        Where the parameters' numbers lay.
-    """
-
-    found: list[tuple[dict[str, Any], str, Any]]
-    places: list[tuple[Tensor, int]]
     inputs: list[Tensor]
     input_biases: list[Tensor | None]
     output: Tensor
@@ -36,11 +27,6 @@ class Weights:
     ffn: dict[str, Tensor]
     down_bias: Tensor | None
     norms: tuple[Norm, Norm]
-
-    def are_current(self) -> bool:
-        """Whether all modules and parameters are still the same, and where they were."""
-        same = all(owner.get(name) is part for owner, name, part in self.found)
-        return same and all(part.data_ptr() == place for part, place in self.places)
 
 
 class LlamaLayer:
@@ -71,6 +57,7 @@ class LlamaLayer:
         self.layer: Any = layer
         self.ffn, self._gates = ffn, gates
         self._products, self._attend = products, attention
+        self._watch = Watch()
         self._weights: Weights | None = None
 
     def run(self, x: Tensor, mask: Any, cache: Any, angles: Any, **kwargs: Any) -> Tensor | None:
@@ -106,10 +93,11 @@ class LlamaLayer:
         return products.linear(active, weights.ffn["down"], weights.down_bias, x)
 
     def _find_weights(self) -> Weights | None:
-        """The weights, or None if C cannot multiply with them."""
-        if self._weights is None or not self._weights.are_current():
+        """The weights, or None if C cannot multiply with them; looked at again after a change."""
+        if not self._watch.unchanged():
             weights = self._list_weights()
             self._weights = weights if weights is not None and self._fit(weights) else None
+            self._watch = Watch([self.layer])
         return self._weights
 
     def _fit(self, weights: Weights) -> bool:
@@ -129,18 +117,10 @@ class LlamaLayer:
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
         linears = {attention.o_proj, *inputs, *ffn.list_linears()}
         norms = layer.input_layernorm, layer.post_attention_layernorm
-        modules = linears.union(norms)
-        owners = [owner._modules for owner in (layer, attention, ffn.mlp)]
-        found = [(o, n, m) for o in owners for n, m in o.items() if m in modules]
-        if len(found) < len(modules) or any(type(linear) is not nn.Linear for linear in linears):
+        if any(type(x) is not nn.Linear for x in linears) or not linears <= set(layer.modules()):
             return None
-        parameters = [module._parameters for module in modules]
-        found += [(o, n, o.get(n)) for o in parameters for n in ("weight", "bias")]
-        tensors = [part for _, _, part in found if isinstance(part, Tensor)]
         first, second = ((norm.weight, norm.variance_epsilon) for norm in norms)
         return Weights(
-            found=found,
-            places=[(part, part.data_ptr()) for part in tensors],
             inputs=[linear.weight for linear in inputs],
             input_biases=[linear.bias for linear in inputs],
             output=attention.o_proj.weight,

@@ -25,7 +25,7 @@ from .ffn_parts import FFNParts
 from .hooks import HookWatch
 from .native_attention import PromptAttention, is_close, uses_sdpa
 from .native_layer import LlamaLayer, activate
-from .native_tower import TowerAttention
+from .native_tower import TowerAttention, TowerLayer
 from .patches import InstancePatches
 
 FEWEST_ROWS = 2
@@ -81,9 +81,7 @@ class NativePrompts:
             elif self.unit == VECTORS and type(module) in CONVOLUTIONS:
                 self._wrap(module, _run_convolution, module)
         for module in tower if self.unit == TILES else ():
-            attention = TowerAttention(module, self._project_jointly, self._attend)
-            if attention.is_known():
-                self._wrap(module, attention.forward)
+            self._install_in_tower(module)
         final = getattr(self.parts.decoder, "norm", None)
         norms = list(filter(_is_norm, [*layers, final]))
         for norm in norms:
@@ -99,6 +97,17 @@ class NativePrompts:
                 for layer, ffn in zip(self.parts.layers, ffns, strict=True):
                     whole = self._join(layer, ffn)
                     self._wrap(layer, self._layer, whole, _watch_layer(layer, ffn))
+
+    def _install_in_tower(self, module: nn.Module) -> None:
+        attention = TowerAttention(module, self._project_jointly, self._attend)
+        if attention.is_known():
+            self._wrap(module, attention.forward)
+        inner = getattr(module, "self_attn", None)
+        if isinstance(inner, nn.Module):
+            attention = TowerAttention(inner, self._project_jointly, self._attend)
+            layer = TowerLayer(module, attention, self._products)
+            if attention.is_known() and layer.is_known():
+                self._wrap(module, layer.forward)
 
     def remove(self) -> None:
         """Put every forward back."""

@@ -1,4 +1,4 @@
-"""Attention of vision towers in C, on a CPU's tiles."""
+"""Layers of vision towers, and their attention, in C, on a CPU's tiles."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hooks import COUNTING, HookWatch, show_result
+from corematching.kernels import activation_name
+from corematching.kernels.native import TILES, Products, refuse_product
+
+from .hooks import CAPTURING, COUNTING, HookWatch, show_result
 from .native_attention import ONLY_SDPA, PromptAttention, is_close, uses_sdpa
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+LAYER_PARTS = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
 NOT_HERE = (*ONLY_SDPA, "is_causal", "output_attentions")
 """What a call may ask for that only the module's own forward does."""
 
@@ -38,7 +42,7 @@ class TowerAttention:
         self.module: Any = module
         self._project, self._attention = project, attention
         self._inputs = [getattr(module, name, module) for name in PROJECTIONS[:3]]
-        self._hooks = HookWatch(self._inputs, ignored=COUNTING)
+        self._hooks = HookWatch(self._inputs, ignored=[COUNTING])
 
     def is_known(self) -> bool:
         """Whether the module has this form, and computes what `forward` does."""
@@ -64,18 +68,103 @@ class TowerAttention:
         self, original: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
         """(B, T, d) to (B, T, d) and no weights, or what the module's own forward gives."""
-        asked = any(kwargs.get(name) for name in NOT_HERE)
-        known = uses_sdpa(self.module) and not self._hooks.sees_any() and not asked
-        out = self._see(hidden_states, attention_mask) if known else None
+        out = self._see(hidden_states, attention_mask) if self.may_run(kwargs) else None
         if out is None:
             return original(hidden_states, attention_mask=attention_mask, **kwargs)
         return out, None
 
+    def may_run(self, kwargs: dict[str, Any]) -> bool:
+        """Whether nobody asks for, or looks at, what only the module's own forward has."""
+        asked = any(kwargs.get(name) for name in NOT_HERE)
+        return uses_sdpa(self.module) and not self._hooks.sees_any() and not asked
+
     def _see(self, x: Tensor, mask: Any) -> Tensor | None:
+        mixed = self.mix(x, mask)
+        return None if mixed is None else self.module.out_proj(mixed)
+
+    def mix(self, x: Tensor, mask: Any) -> Tensor | None:
+        """(B, T, d) to what the output projection gets, (B, T, d); None where C cannot do it."""
         joint = self._project(self.module, x)
         if joint is None:
             return None
         parts = joint.flatten(2).chunk(len(self._inputs), -1)
         for linear, part in zip(self._inputs, parts, strict=True):
             show_result(linear, x, part)
-        return self.module.out_proj(self._attention.attend_to_patches(self.module, joint, mask))
+        return self._attention.attend_to_patches(self.module, joint, mask)
+
+
+class TowerLayer:
+    """A layer of CLIP's and SigLIP's towers: products add the residuals and apply the activation.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        What may be such a layer.
+    attention : TowerAttention
+        Of its attention; known.
+    products : Products
+        Multiplies, on tiles.
+    """
+
+    def __init__(self, layer: nn.Module, attention: TowerAttention, products: Products) -> None:
+        self.layer: Any = layer
+        self._attention, self._products = attention, products
+        self._activation = ""
+        self._hooks = HookWatch(())
+
+    def is_known(self) -> bool:
+        """Whether the layer has this form, and computes what `forward` does."""
+        layer = self.layer
+        mlp = getattr(layer, "mlp", None)
+        if set(dict(layer.named_children())) != LAYER_PARTS or mlp is None:
+            return False
+        linears = [getattr(mlp, name, None) for name in ("fc1", "fc2")]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            return False
+        self._activation = _name_activation(getattr(mlp, "activation_fn", None))
+        counted = [layer.self_attn.out_proj, *linears]
+        inner = [module for module in mlp.modules() if module not in linears]
+        self._hooks = HookWatch([layer.self_attn, *inner, *counted], ignored=(COUNTING, CAPTURING))
+        with torch.inference_mode(False), torch.no_grad():
+            width, dtype = mlp.fc1.in_features, mlp.fc1.weight.dtype
+            x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
+            ours = self._run(x, None) if self._activation else None
+            return ours is not None and is_close(ours, layer(x, None))
+
+    def forward(
+        self, original: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """(B, T, d) to (B, T, d), or what the layer's own forward gives."""
+        known = self._attention.may_run(kwargs) and not self._hooks.sees_any()
+        out = self._run(hidden_states, attention_mask) if known else None
+        return original(hidden_states, attention_mask, **kwargs) if out is None else out
+
+    def _run(self, x: Tensor, mask: Any) -> Tensor | None:
+        layer, mlp = self.layer, self.layer.mlp
+        weights = [linear.weight for linear in (layer.self_attn.out_proj, mlp.fc1, mlp.fc2)]
+        if any(not w.is_contiguous() or refuse_product(w, TILES) is not None for w in weights):
+            return None
+        mixed = self._attention.mix(layer.layer_norm1(x), mask)
+        if mixed is None:
+            return None
+        x = self._multiply(layer.self_attn.out_proj, mixed, x)
+        active = self._multiply(mlp.fc1, layer.layer_norm2(x), None, self._activation)
+        return self._multiply(mlp.fc2, active, x)
+
+    def _multiply(
+        self, linear: Any, x: Tensor, residual: Tensor | None, activation: str | None = None
+    ) -> Tensor:
+        out = self._products.linear(x, linear.weight, linear.bias, residual, activation)
+        show_result(linear, x, out)
+        return out
+
+
+def _name_activation(function: Any) -> str:
+    """The name of an activation function that C knows; "" of any other."""
+    if function is None:
+        return ""
+    x = torch.linspace(-6.0, 6.0, 97)
+    with torch.inference_mode(False), torch.no_grad():
+        if torch.allclose(function(x), x * torch.sigmoid(1.702 * x), atol=1e-5):
+            return "quick_gelu"
+    return activation_name(function) or ""

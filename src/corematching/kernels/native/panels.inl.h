@@ -3,7 +3,7 @@
 
 #define IN_WORD ((int64_t)(sizeof(uint32_t) / sizeof(W)))
 
-/* What one call computes: act(gate) * up where there is a gate, else up, both of x */
+/* What one call computes: act(gate) * up where there is a gate, else act(up), both of x */
 typedef struct {
     const W *up, *gate, *up_bias, *gate_bias; /* (outputs, inputs), (outputs) or NULL */
     const W *x;                               /* (rows, inputs) */
@@ -81,6 +81,10 @@ static void F(finish_row)(const F(product) *p, int64_t row, int64_t first, int64
                           float *sums) {
     W *out = p->out + row * p->stride + first;
     F(add_bias)(p->up_bias ? p->up_bias + first : NULL, n, sums);
+    if (p->activation != NO_ACTIVATION) {
+        for (int64_t i = 0; i < n; i++) sums[i] = WIDEN(NARROW(sums[i]));
+        activate(sums, n, p->activation);
+    }
     if (p->residual) {
         const W *more = p->residual + row * p->outputs + first;
         for (int64_t i = 0; i < n; i++)

@@ -25,9 +25,9 @@ static void multiply_bf16s(const product_bf16 *products, int count, int threads,
     (void)unit;
 }
 
-/* out (rows, outputs) = x . up^T + bias (+ residual), or act(x . gate^T) * (x . up^T). On tiles,
+/* out (rows, outputs) = act(x . up^T + bias) (+ residual), or act(x . gate^T) * (x . up^T). On tiles,
    all is bf16, and inputs and outputs are multiples of 32. by_input: up is stored (inputs,
-   outputs), and there is no gate. places (rows): where act(x . gate^T) of a row is kept, or -1.
+   outputs), and there is no gate, nor, on tiles, an activation. places (rows): where act(x . gate^T) of a row is kept, or -1.
    norm (inputs), on tiles: x is normalised first, with that weight; or NULL. */
 void cm_multiply(const void *up, const void *gate, const void *up_bias, const void *gate_bias,
                  const void *x, const void *residual, void *out, int64_t rows, int64_t inputs,
@@ -61,10 +61,12 @@ void cm_multiply_several(const void *const *weights, const void *const *biases,
         halves[i] = (product_bf16){.up = weights[i], .up_bias = biases[i], .x = x,
                                    .out = (bf16 *)out + place, .rows = rows, .inputs = inputs,
                                    .outputs = outputs[i], .stride = stride, .scratch = scratch,
-                                   .norm = norm, .epsilon = epsilon};
+                                   .activation = NO_ACTIVATION, .norm = norm,
+                                   .epsilon = epsilon};
         floats[i] = (product_float){.up = weights[i], .up_bias = biases[i], .x = x,
                                     .out = (float *)out + place, .rows = rows, .inputs = inputs,
-                                    .outputs = outputs[i], .stride = stride, .scratch = scratch};
+                                    .outputs = outputs[i], .stride = stride, .scratch = scratch,
+                                    .activation = NO_ACTIVATION};
     }
     if (is_bf16)
         multiply_bf16s(halves, (int)count, (int)threads, unit);

@@ -13,7 +13,7 @@ from corematching.devices import multiplies
 
 from .build import find_library
 from .kernel import address, refuse_matrix
-from .structs import ACTIVATION_NUMBERS
+from .structs import ACTIVATION_NUMBERS, NO_ACTIVATION
 
 LINE = 64
 STEP = 32
@@ -104,14 +104,22 @@ class Products:
         self._scratch = Scratch()
 
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor:
         """(..., inputs) to (..., outputs), for a weight stored in either order.
 
-        ``residual``, of the output's shape, is added to the rounded result.
+        The rounded result may go through an activation, if the weight is stored by output;
+        ``residual``, of the output's shape, is added to what is then rounded again.
         """
+        assert activation is None or weight.is_contiguous()
         residual = None if residual is None else residual.contiguous()
-        return self._multiply(x, weight, None, bias, None, 0, residual)
+        number = NO_ACTIVATION if activation is None else ACTIVATION_NUMBERS[activation]
+        return self._multiply(x, weight, None, bias, None, number, residual)
 
     def gated(
         self,

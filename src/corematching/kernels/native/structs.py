@@ -6,7 +6,8 @@ import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 
 MAX_BATCH = 16
-ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+NO_ACTIVATION = -1
+ACTIVATION_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "quick_gelu": 4}
 
 
 def _pointers(names: str) -> list[tuple[str, type]]:

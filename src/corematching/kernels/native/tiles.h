@@ -119,9 +119,13 @@ INLINE void make_pair(pending_t *block) {
         block->outputs[block->done] = pair_outputs(even, odd);
     } else {
         if (i >= TILE) sums += TILE_WORDS; /* behind those of the other rows */
-        block->outputs[block->done] =
-            pair_outputs(sum_of(sums, p->up_bias, output),
-                         sum_of(sums + TILE, p->up_bias, output + 1));
+        __m512 even = sum_of(sums, p->up_bias, output);
+        __m512 odd = sum_of(sums + TILE, p->up_bias, output + 1);
+        if (p->activation != NO_ACTIVATION) {
+            even = activate_lanes(round_bf16(even), p->activation);
+            odd = activate_lanes(round_bf16(odd), p->activation);
+        }
+        block->outputs[block->done] = pair_outputs(even, odd);
     }
     block->done++;
 }

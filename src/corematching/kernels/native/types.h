@@ -7,7 +7,7 @@
 
 #define MAX_BATCH 16
 
-enum { SILU, GELU, GELU_TANH, RELU };
+enum { NO_ACTIVATION = -1, SILU, GELU, GELU_TANH, RELU, QUICK_GELU };
 
 typedef struct {
     const void *up, *gate, *up_bias, *gate_bias; /* (width, hidden); gate may be NULL */

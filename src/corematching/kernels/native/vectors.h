@@ -100,7 +100,9 @@ INLINE void activate(float *x, int64_t n, int64_t activation) {
             float u = 1.59576912f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
             x[i] = x[i] / (1.0f + exp_fast(-u));
         }
-    } else {
+    } else if (activation == QUICK_GELU) {
+        for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1.0f + exp_fast(-1.702f * x[i]));
+    } else if (activation == RELU) {
         for (int64_t i = 0; i < n; i++) x[i] = x[i] > 0 ? x[i] : 0;
     }
 }

@@ -20,16 +20,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..cache import logarithms_of
 from ..checks import Parts
 from ..ffn import SparseFFN
-from ..hooks import HookWatch
+from ..hooks import CAPTURING, HookWatch
 from ..patches import InstancePatches
+from ..watch import Watch
 from .buffers import CacheBuffers
 from .frame import Frame, make_frame, show_columns
 from .plain import embed_step, is_plain_step
-from .watch import Watch
 
 log = logging.getLogger(__name__)
 
-CAPTURING = "output_capturing_hook"
 MOST_ROOM = 1024
 """Columns for new tokens that a buffer has at first, however many are allowed."""
 STRIDE = 128
@@ -107,7 +106,9 @@ class GraphSteps:
         self._watch = Watch()
         modules = [module for layer in parts.layers for module in layer.modules()]
         final = getattr(parts.decoder, "norm", None)
-        self._hooks = HookWatch([*modules, *([] if final is None else [final])], ignored=CAPTURING)
+        self._hooks = HookWatch(
+            [*modules, *([] if final is None else [final])], ignored=[CAPTURING]
+        )
 
     def install(self) -> None:
         """Replace the decoder's forward on its instance."""

@@ -15,17 +15,15 @@ from ..cache import logarithms_of
 from ..checks import Parts
 from ..ffn import SparseFFN
 from ..ffn_parts import FFNParts
-from ..hooks import HookWatch
+from ..hooks import CAPTURING, HookWatch
 from ..patches import InstancePatches
+from ..watch import Watch
 from .buffers import CacheBuffers
 from .layout import Layout, OddDecoderError, read_layout
 from .plain import embed_step, is_plain_step
 from .probe import agrees
-from .watch import Watch
 
 log = logging.getLogger(__name__)
-
-CAPTURING = "output_capturing_hook"
 
 
 class NativeSteps:
@@ -116,7 +114,7 @@ class NativeSteps:
             len(layout.layers), shape.kv_heads, shape.head_dim, layout.final_norm.dtype
         )
         modules = [m for layer in self.parts.layers for m in layer.modules()]
-        self._hooks = HookWatch([*modules, self._decoder.norm], ignored=CAPTURING)
+        self._hooks = HookWatch([*modules, self._decoder.norm], ignored=[CAPTURING])
 
     @property
     def form(self) -> tuple[str, ...]:

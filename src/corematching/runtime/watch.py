@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Watch:
@@ -23,10 +23,9 @@ class Watch:
             (m._modules, name, child) for m in every for name, child in m._modules.items()
         ]
         self._parameters: list[tuple[dict[str, Any], str, int]] = [
-            (m._parameters, name, parameter.data_ptr())
+            (m._parameters, name, _place(parameter))
             for m in every
             for name, parameter in m._parameters.items()
-            if parameter is not None
         ]
 
     def unchanged(self) -> bool:
@@ -37,7 +36,10 @@ class Watch:
             if children.get(name) is not child:
                 return False
         for parameters, name, place in self._parameters:
-            parameter = parameters.get(name)
-            if parameter is None or parameter.data_ptr() != place:
+            if _place(parameters.get(name)) != place:
                 return False
         return True
+
+
+def _place(parameter: Tensor | None) -> int:
+    return 0 if parameter is None else parameter.data_ptr()
