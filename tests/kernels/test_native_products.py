@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from corematching.kernels.native import (
     TILES,
     VECTORS,
+    Norm,
     Products,
     find_library,
     find_size,
@@ -179,20 +180,24 @@ def test_gates_are_kept_where_they_are_wanted(unit, dtype, rows):
 
 
 @on_units
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("rows", [1, 15, 33, 70])
-def test_norms_in_front_of_products(unit, dtype, rows):
+def test_norms_in_front_of_products(unit, dtype, rows, shifted):
     x, weight, first = (
         draw(2, rows, 96, dtype=dtype),
         draw(96, dtype=dtype),
         draw(64, 96, dtype=dtype),
     )
-    second, products, norm = draw(64, 96, dtype=dtype), Products(unit), (weight, 1e-5)
-    normed = normalise(x, *norm)
+    second, products = draw(64, 96, dtype=dtype), Products(unit)
+    norm = Norm(weight, 1e-5, draw(96, dtype=dtype) if shifted else None)
+    normed = normalise(x, norm)
     biases, before = [None, draw(64, dtype=dtype)], x.clone()
     ours = products.several(x, [first, second], biases, norm)
     assert torch.equal(ours, products.several(normed, [first, second], biases))
     gated = products.gated(x, first, second, None, None, "silu", None, norm)
     assert torch.equal(gated, products.gated(normed, first, second, None, None, "silu"))
+    plain = products.linear(x, first, None, norm=norm)
+    assert torch.equal(plain, products.linear(normed, first, None))
     assert torch.equal(x, before)
 
 
@@ -270,7 +275,19 @@ def test_norms(dtype, shape):
     norm.weight.data = draw(shape[-1], dtype=dtype)
     x = draw(*shape, scale=3.0, dtype=dtype)
     with torch.no_grad():
-        error, unequal = differ(normalise(x, norm.weight, 1e-5), norm(x))
+        error, unequal = differ(normalise(x, Norm(norm.weight, 1e-5)), norm(x))
+    assert error < (1e-6 if dtype == torch.float32 else 1e-3)
+    assert unequal < 0.02 or dtype == torch.float32
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("shape", [(1, 7, 33), (2, 40, 576)])
+def test_layer_norms(dtype, shape):
+    x, width = 4 + draw(*shape, scale=3.0, dtype=dtype), shape[-1]
+    weight, bias = draw(width, dtype=dtype), draw(width, dtype=dtype)
+    theirs = F.layer_norm(x, [width], weight, bias, 1e-5)
+    error, unequal = differ(normalise(x, Norm(weight, 1e-5, bias)), theirs)
     assert error < (1e-6 if dtype == torch.float32 else 1e-3)
     assert unequal < 0.02 or dtype == torch.float32
 

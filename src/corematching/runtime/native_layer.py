@@ -85,7 +85,7 @@ class LlamaLayer:
         mixed = self._attend.attend(attention, joint, mask, cache, **kwargs)[0]
         x = products.linear(mixed, weights.output, weights.output_bias, x)
         if self.ffn.mlp._forward_pre_hooks:
-            normed = run_pre_hooks(self.ffn.mlp, normalise(x, *second))
+            normed = run_pre_hooks(self.ffn.mlp, normalise(x, second))
             active = activate(products, self._gates, self.ffn, weights.ffn, normed)
         else:
             active = activate(products, self._gates, self.ffn, weights.ffn, x, second)
@@ -105,7 +105,7 @@ class LlamaLayer:
         matrices = [part for part in every if part.ndim == 2]
         if any(refuse_product(part, self._products.unit) is not None for part in matrices):
             return False
-        norms = [weight for weight, _ in weights.norms]
+        norms = [norm.weight for norm in weights.norms]
         if len({part.dtype for part in (*matrices, *norms)}) > 1:
             return False
         return all(part.is_contiguous() for part in matrices if part is not weights.ffn["down"])
@@ -119,7 +119,7 @@ class LlamaLayer:
         norms = layer.input_layernorm, layer.post_attention_layernorm
         if any(type(x) is not nn.Linear for x in linears) or not linears <= set(layer.modules()):
             return None
-        first, second = ((norm.weight, norm.variance_epsilon) for norm in norms)
+        first, second = (Norm(norm.weight, norm.variance_epsilon) for norm in norms)
         return Weights(
             inputs=[linear.weight for linear in inputs],
             input_biases=[linear.bias for linear in inputs],

@@ -12,6 +12,7 @@ from corematching.errors import UnsupportedModelError
 from corematching.kernels.native import (
     TILES,
     VECTORS,
+    Norm,
     Products,
     find_unit,
     list_dtypes,
@@ -217,7 +218,7 @@ class NativePrompts:
         mixed, weights = self._attend.attend(module, joint, *seen, **kwargs)
         return module.o_proj(mixed), weights
 
-    def _project_jointly(self, module: Any, x: Tensor) -> Tensor | None:
+    def _project_jointly(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
         """(B, T, queries, keys and values, D), not rotated; None where C cannot do that."""
         inputs = _inputs_of(module)
         if not _is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
@@ -225,7 +226,7 @@ class NativePrompts:
         weights = [linear.weight for linear in inputs]
         if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
             return None
-        joint = self._products.several(x, weights, [linear.bias for linear in inputs])
+        joint = self._products.several(x, weights, [linear.bias for linear in inputs], norm)
         return joint.view(*x.shape[:-1], -1, module.head_dim)
 
     def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
@@ -267,7 +268,7 @@ def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:
     weight = module.weight
     if not _is_plain(x) or x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
         return original(x)
-    return normalise(x, weight, module.variance_epsilon)
+    return normalise(x, Norm(weight, module.variance_epsilon))
 
 
 def _are_known(ffns: list[FFNParts]) -> bool:
@@ -343,4 +344,4 @@ def _is_norm(module: Any) -> bool:
         return False
     with torch.inference_mode(False), torch.no_grad():
         x = 3 * torch.sin(torch.arange(2 * weight.shape[0]).float()).to(weight.dtype).view(2, -1)
-        return is_close(normalise(x, weight, epsilon), module(x))
+        return is_close(normalise(x, Norm(weight, epsilon)), module(x))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from corematching.kernels import activation_name
-from corematching.kernels.native import TILES, Products, refuse_product
+from corematching.kernels.native import TILES, Norm, Products, refuse_product
 
 from .hooks import CAPTURING, COUNTING, HookWatch, show_result
 from .native_attention import ONLY_SDPA, PromptAttention, is_close, uses_sdpa
@@ -28,7 +28,8 @@ class TowerAttention:
     module : nn.Module
         What may be such an attention.
     project : callable
-        ``project(module, x)`` gives (B, T, 3H, D), queries, keys and values; None where it cannot.
+        ``project(module, x, norm)`` gives (B, T, 3H, D), queries, keys and values of x, normalised
+        first where there is a norm; None where it cannot.
     attention : PromptAttention
         Does the rest.
     """
@@ -36,7 +37,7 @@ class TowerAttention:
     def __init__(
         self,
         module: nn.Module,
-        project: Callable[[Any, Tensor], Tensor | None],
+        project: Callable[[Any, Tensor, Norm | None], Tensor | None],
         attention: PromptAttention,
     ) -> None:
         self.module: Any = module
@@ -82,9 +83,9 @@ class TowerAttention:
         mixed = self.mix(x, mask)
         return None if mixed is None else self.module.out_proj(mixed)
 
-    def mix(self, x: Tensor, mask: Any) -> Tensor | None:
+    def mix(self, x: Tensor, mask: Any, norm: Norm | None = None) -> Tensor | None:
         """(B, T, d) to what the output projection gets, (B, T, d); None where C cannot do it."""
-        joint = self._project(self.module, x)
+        joint = self._project(self.module, x, norm)
         if joint is None:
             return None
         parts = joint.flatten(2).chunk(len(self._inputs), -1)
@@ -124,7 +125,8 @@ class TowerLayer:
         self._activation = _name_activation(getattr(mlp, "activation_fn", None))
         counted = [layer.self_attn.out_proj, *linears]
         inner = [module for module in mlp.modules() if module not in linears]
-        self._hooks = HookWatch([layer.self_attn, *inner, *counted], ignored=(COUNTING, CAPTURING))
+        inner += [layer.self_attn, layer.layer_norm1, layer.layer_norm2]
+        self._hooks = HookWatch([*inner, *counted], ignored=[COUNTING, CAPTURING])
         with torch.inference_mode(False), torch.no_grad():
             width, dtype = mlp.fc1.in_features, mlp.fc1.weight.dtype
             x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
@@ -144,19 +146,31 @@ class TowerLayer:
         weights = [linear.weight for linear in (layer.self_attn.out_proj, mlp.fc1, mlp.fc2)]
         if any(not w.is_contiguous() or refuse_product(w, TILES) is not None for w in weights):
             return None
-        mixed = self._attention.mix(layer.layer_norm1(x), mask)
+        norms = [_read_norm(norm, x) for norm in (layer.layer_norm1, layer.layer_norm2)]
+        if None in norms:
+            return None
+        mixed = self._attention.mix(x, mask, norms[0])
         if mixed is None:
             return None
         x = self._multiply(layer.self_attn.out_proj, mixed, x)
-        active = self._multiply(mlp.fc1, layer.layer_norm2(x), None, self._activation)
+        active = self._multiply(mlp.fc1, x, activation=self._activation, norm=norms[1])
         return self._multiply(mlp.fc2, active, x)
 
     def _multiply(
-        self, linear: Any, x: Tensor, residual: Tensor | None, activation: str | None = None
+        self, linear: Any, x: Tensor, residual: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        out = self._products.linear(x, linear.weight, linear.bias, residual, activation)
+        out = self._products.linear(x, linear.weight, linear.bias, residual, **kwargs)
         show_result(linear, x, out)
         return out
+
+
+def _read_norm(norm: Any, x: Tensor) -> Norm | None:
+    """A LayerNorm over x's last dimension, in x's dtype; None for anything else."""
+    if type(norm) is not nn.LayerNorm or norm.normalized_shape != x.shape[-1:]:
+        return None
+    if norm.weight is None or norm.bias is None or norm.weight.dtype != x.dtype:
+        return None
+    return Norm(norm.weight, norm.eps, norm.bias)
 
 
 def _name_activation(function: Any) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .build import find_library
 from .products import STEP, Scratch, has_tiles
-from .structs import AttentionStruct
+from .structs import AttentionStruct, integers
 
 MASKS = {torch.bool: 1, torch.bfloat16: 2}
 """The numbers of `FLAGS` and `SUMMANDS` in the C code; 0 is no mask."""
@@ -45,6 +45,10 @@ def _refuse_mask(mask: Tensor, query: Tensor, key: Tensor) -> str | None:
     if not fits or (mask.stride(-1) != 1 and mask.shape[-1] > 1):
         return "the mask has another shape"
     return None
+
+
+def _list_steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    return integers(*x.stride()[:3])
 
 
 class TiledAttention:
@@ -94,12 +98,10 @@ class TiledAttention:
             batch=batch, heads=heads, groups=key.shape[1], length=length, stored=key.shape[2],
             size=size, causal=causal, threads=torch.get_num_threads(), scaling=scaling,
         )  # fmt: skip
-        for name, x in (("step_query", query), ("step_key", key), ("step_value", value)):
-            setattr(how, name, (ctypes.c_int64 * 3)(*x.stride()[:3]))
+        how.step_query, how.step_key, how.step_value = map(_list_steps, (query, key, value))
         if mask is not None:
             how.mask, how.mask_kind = mask.data_ptr(), MASKS[mask.dtype]
-            steps = [mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2)]
-            how.step_mask = (ctypes.c_int64 * 2)(*steps)
+            how.step_mask = integers(*(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2)))
         how.scratch = self._scratch.reserve(library.cm_attend_scratch(ctypes.byref(how)))
         library.cm_attend(ctypes.byref(how))
         return out

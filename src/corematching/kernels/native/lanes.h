@@ -31,23 +31,28 @@ INLINE __m512 exp2_lanes(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+/* 1 / x, to 24 bits */
+INLINE __m512 invert_lanes(__m512 x) {
+    __m512 guess = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(2.0f)));
+}
+
 /* x / (1 + exp(-slope)) */
 INLINE __m512 gate_lanes(__m512 x, __m512 slope) {
     __m512 below = exp_lanes(_mm512_sub_ps(_mm512_setzero_ps(), slope));
-    below = _mm512_add_ps(below, _mm512_set1_ps(1.0f));
-    __m512 guess = _mm512_rcp14_ps(below);
-    guess = _mm512_mul_ps(guess, _mm512_fnmadd_ps(below, guess, _mm512_set1_ps(2.0f)));
-    return _mm512_mul_ps(x, guess);
+    return _mm512_mul_ps(x, invert_lanes(_mm512_add_ps(below, _mm512_set1_ps(1.0f))));
 }
 
-/* 1 - erf(x) of 0 or more, to 1.2e-7 of it (W. J. Cody's form, in Numerical Recipes) */
+/* 1 - erf(x) of 0 or more, to 1.5e-7 (Abramowitz and Stegun, 7.1.26) */
 INLINE __m512 erfc_lanes(__m512 x) {
-    static const float parts[] = {0.17087277f, -0.82215223f, 1.48851587f,  -1.13520398f, 0.27886807f,
-                                  -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f, -1.26551223f};
-    __m512 one = _mm512_set1_ps(1.0f), sum = _mm512_set1_ps(parts[0]);
-    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(x, _mm512_set1_ps(0.5f), one));
-    for (int i = 1; i < 10; i++) sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(parts[i]));
-    return _mm512_mul_ps(t, exp_lanes(_mm512_fnmadd_ps(x, x, sum)));
+    __m512 one = _mm512_set1_ps(1.0f), sum = _mm512_set1_ps(1.061405429f);
+    __m512 t = invert_lanes(_mm512_fmadd_ps(x, _mm512_set1_ps(0.3275911f), one));
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(-1.453152027f));
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(1.421413741f));
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(-0.284496736f));
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(0.254829592f));
+    __m512 below = exp_lanes(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(x, x)));
+    return _mm512_mul_ps(_mm512_mul_ps(sum, t), below);
 }
 
 /* x / 2 * (1 + erf(x / sqrt(2))) */

@@ -14,8 +14,9 @@ typedef struct {
     void *scratch;
     const int32_t *places; /* (rows), where a row's gate is kept, or -1; NULL: none is */
     W *gates;              /* (places, outputs), act(gate) of the rows that are kept */
-    const W *norm;         /* (inputs), RMSNorm's weight: x is normalised first; NULL: it is not */
-    double epsilon;        /* RMSNorm's; only tiles normalise */
+    const W *norm;         /* (inputs), a norm's weight: x is normalised first; NULL: it is not */
+    const W *shift;        /* (inputs), a LayerNorm's bias; NULL: it is an RMSNorm */
+    double epsilon;        /* the norm's; only tiles normalise */
 } F(product);
 
 /* What the rows of x are in fp32: where they lie, and the floats between them */

@@ -28,21 +28,22 @@ static void multiply_bf16s(const product_bf16 *products, int count, int threads,
 /* out (rows, outputs) = act(x . up^T + bias) (+ residual), or act(x . gate^T) * (x . up^T). On tiles,
    all is bf16, and inputs and outputs are multiples of 32. by_input: up is stored (inputs,
    outputs), and there is no gate, nor, on tiles, an activation. places (rows): where act(x . gate^T) of a row is kept, or -1.
-   norm (inputs), on tiles: x is normalised first, with that weight; or NULL. */
+   norm (inputs), on tiles: x is normalised first, with that weight, and shift (inputs), if it is
+   a LayerNorm; or NULL. */
 void cm_multiply(const void *up, const void *gate, const void *up_bias, const void *gate_bias,
                  const void *x, const void *residual, void *out, int64_t rows, int64_t inputs,
                  int64_t outputs, int64_t activation, int by_input, const int32_t *places,
-                 void *gates, const void *norm, double epsilon, int64_t threads, void *scratch,
-                 int unit, int is_bf16) {
+                 void *gates, const void *norm, const void *shift, double epsilon, int64_t threads,
+                 void *scratch, int unit, int is_bf16) {
     if (is_bf16) {
         product_bf16 p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
                           inputs, outputs, outputs, activation, by_input, scratch, places, gates,
-                          norm, epsilon};
+                          norm, shift, epsilon};
         multiply_bf16s(&p, 1, (int)threads, unit);
     } else {
         product_float p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
                            inputs, outputs, outputs, activation, by_input, scratch, places, gates,
-                           norm, epsilon};
+                           norm, shift, epsilon};
         multiply_float(&p, 1, (int)threads);
     }
 }
@@ -51,8 +52,8 @@ void cm_multiply(const void *up, const void *gate, const void *up_bias, const vo
    to 4 matrices, one beside the other */
 void cm_multiply_several(const void *const *weights, const void *const *biases,
                          const int64_t *outputs, int64_t count, const void *x, void *out,
-                         int64_t rows, int64_t inputs, const void *norm, double epsilon,
-                         int64_t threads, void *scratch, int unit, int is_bf16) {
+                         int64_t rows, int64_t inputs, const void *norm, const void *shift,
+                         double epsilon, int64_t threads, void *scratch, int unit, int is_bf16) {
     product_bf16 halves[4];
     product_float floats[4];
     int64_t stride = 0, place = 0;
@@ -61,7 +62,7 @@ void cm_multiply_several(const void *const *weights, const void *const *biases,
         halves[i] = (product_bf16){.up = weights[i], .up_bias = biases[i], .x = x,
                                    .out = (bf16 *)out + place, .rows = rows, .inputs = inputs,
                                    .outputs = outputs[i], .stride = stride, .scratch = scratch,
-                                   .activation = NO_ACTIVATION, .norm = norm,
+                                   .activation = NO_ACTIVATION, .norm = norm, .shift = shift,
                                    .epsilon = epsilon};
         floats[i] = (product_float){.up = weights[i], .up_bias = biases[i], .x = x,
                                     .out = (float *)out + place, .rows = rows, .inputs = inputs,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,12 @@ from corematching.devices import multiplies
 
 from .build import find_library
 from .kernel import address, refuse_matrix
-from .structs import ACTIVATION_NUMBERS, NO_ACTIVATION
+from .structs import ACTIVATION_NUMBERS, NO_ACTIVATION, integers, pointers
 
 LINE = 64
 STEP = 32
 """Inputs and outputs of a matrix on tiles come in multiples of this."""
 VECTORS, TILES = "vectors", "tiles"
-Norm = tuple[Tensor, float]
-"""An RMSNorm of Llama's form: its weight (d,), of x's dtype, and its epsilon."""
 UNIT_NUMBERS = {VECTORS: 0, TILES: 1}
 
 
@@ -72,6 +70,23 @@ def refuse_product(weight: Tensor, unit: str) -> str | None:
     return None if has_tiles() else "there are no matrix tiles"
 
 
+class Norm(NamedTuple):
+    """An RMSNorm of Llama's form or, with a shift, PyTorch's LayerNorm.
+
+    Attributes
+    ----------
+    weight : Tensor
+        (d,), of x's dtype.
+    epsilon : float
+    shift : Tensor or None
+        (d,), the LayerNorm's bias.
+    """
+
+    weight: Tensor
+    epsilon: float
+    shift: Tensor | None = None
+
+
 class Scratch:
     """Memory that grows as needed and is kept, for one thread at a time."""
 
@@ -110,16 +125,18 @@ class Products:
         bias: Tensor | None,
         residual: Tensor | None = None,
         activation: str | None = None,
+        norm: Norm | None = None,
     ) -> Tensor:
         """(..., inputs) to (..., outputs), for a weight stored in either order.
 
-        The rounded result may go through an activation, if the weight is stored by output;
-        ``residual``, of the output's shape, is added to what is then rounded again.
+        With a ``norm``, x is normalised first; the rounded result may go through an activation;
+        both only if the weight is stored by output. ``residual``, of the output's shape, is added
+        to what is then rounded again.
         """
-        assert activation is None or weight.is_contiguous()
+        assert weight.is_contiguous() or (activation is None and norm is None)
         residual = None if residual is None else residual.contiguous()
         number = NO_ACTIVATION if activation is None else ACTIVATION_NUMBERS[activation]
-        return self._multiply(x, weight, None, bias, None, number, residual)
+        return self._multiply(x, weight, None, bias, None, number, residual, norm=norm)
 
     def gated(
         self,
@@ -158,10 +175,10 @@ class Products:
         rows, inputs, count = x.numel() // x.shape[-1], x.shape[-1], len(weights)
         sizes = [weight.shape[0] for weight in weights]
         out = torch.empty(*x.shape[:-1], sum(sizes), dtype=x.dtype)
-        pointers, threads = ctypes.c_void_p * count, torch.get_num_threads()
+        threads = torch.get_num_threads()
         self._library.cm_multiply_several(
             pointers(*map(address, weights)), pointers(*map(address, biases)),
-            (ctypes.c_int64 * count)(*sizes), count, x.data_ptr(), out.data_ptr(), rows, inputs,
+            integers(*sizes), count, x.data_ptr(), out.data_ptr(), rows, inputs,
             *_describe(norm), threads, *self._how(x, rows, threads),
         )  # fmt: skip
         return out
@@ -195,7 +212,7 @@ class Products:
         """What to multiply, and the norm that the product itself applies."""
         if norm is None or self.unit == TILES:
             return x, norm
-        return normalise(x, *norm), None
+        return normalise(x, norm), None
 
     def _how(self, x: Tensor, rows: int, threads: int) -> tuple[int, int, bool]:
         """The address of enough scratch memory, the unit's number, and whether it is bf16."""
@@ -205,20 +222,23 @@ class Products:
         return self._scratch.reserve(size), self._number, is_bf16
 
 
-def _describe(norm: Norm | None) -> tuple[int | None, float]:
-    return (None, 0.0) if norm is None else (norm[0].data_ptr(), norm[1])
+def _describe(norm: Norm | None) -> tuple[int | None, int | None, float]:
+    if norm is None:
+        return None, None, 0.0
+    return norm.weight.data_ptr(), address(norm.shift), norm.epsilon
 
 
-def normalise(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Llama's RMSNorm of every row: (..., d) to (..., d), float32 or bfloat16."""
+def normalise(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of every row: (..., d) to (..., d), float32 or bfloat16."""
     library = find_library()
     assert library is not None
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
     library.cm_normalise(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, epsilon,
-        torch.get_num_threads(), x.dtype == torch.bfloat16,
+        x.data_ptr(), norm.weight.data_ptr(), address(norm.shift), out.data_ptr(),
+        x.numel() // width, width, norm.epsilon, torch.get_num_threads(),
+        x.dtype == torch.bfloat16,
     )  # fmt: skip
     return out
 

@@ -11,12 +11,13 @@ void cm_sum_rows(const void *values, const uint8_t *tokens, int64_t kind, float 
         sum_rows_float(values, tokens, kind, factors, out, batch, length, n, (int)threads);
 }
 
-void cm_normalise(const void *x, const void *weight, void *out, int64_t rows, int64_t n,
-                  double epsilon, int64_t threads, int is_bf16) {
+/* Llama's RMSNorm, or PyTorch's LayerNorm where there is a shift */
+void cm_normalise(const void *x, const void *weight, const void *shift, void *out, int64_t rows,
+                  int64_t n, double epsilon, int64_t threads, int is_bf16) {
     if (is_bf16)
-        normalise_bf16(x, weight, out, rows, n, epsilon, (int)threads);
+        normalise_bf16(x, weight, shift, out, rows, n, epsilon, (int)threads);
     else
-        normalise_float(x, weight, out, rows, n, epsilon, (int)threads);
+        normalise_float(x, weight, shift, out, rows, n, epsilon, (int)threads);
 }
 
 void cm_rotate(void *x, const void *cosine, const void *sine, int64_t rows, int64_t stride,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 
 MAX_BATCH = 16
@@ -63,9 +64,22 @@ class AttentionStruct(Structure):
     ]
 
 
+@functools.lru_cache(maxsize=4096)
+def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    """Numbers as C has them; not to be changed, since the same call gives the same ones."""
+    return (c_int64 * len(values))(*values)
+
+
+@functools.lru_cache(maxsize=4096)
+def pointers(*places: int | None) -> ctypes.Array[ctypes.c_void_p]:
+    """Places in memory as C has them; not to be changed."""
+    return (c_void_p * len(places))(*places)
+
+
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the types of the library's functions."""
-    prepared = [c_void_p, c_double, c_int64, c_void_p, c_int, c_int]  # norm, threads, scratch, unit
+    norm = [c_void_p, c_void_p, c_double]
+    prepared = [*norm, c_int64, c_void_p, c_int, c_int]  # threads, scratch, unit, dtype
     signatures = {
         "cm_step_scratch": (c_int64, [POINTER(StepStruct)]),
         "cm_step": (None, [POINTER(StepStruct), c_int]),
@@ -95,7 +109,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "cm_find_size": (c_int, [*[c_void_p] * 5, *[c_int64] * 4, c_int]),
         "cm_pick_top": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),
         "cm_rotate": (None, [*[c_void_p] * 3, *[c_int64] * 6, c_int]),
-        "cm_normalise": (None, [*[c_void_p] * 3, c_int64, c_int64, c_double, c_int64, c_int]),
+        "cm_normalise": (None, [*[c_void_p] * 4, c_int64, c_int64, c_double, c_int64, c_int]),
         "cm_sum_rows": (
             None,
             [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, *[c_int64] * 4, c_int],

@@ -250,8 +250,8 @@ static void pack_prompt(const product_bf16 *p, int64_t thread, int64_t threads) 
         int64_t first = tile * TILE, rows = p->rows - first < TILE ? p->rows - first : TILE;
         const bf16 *x = p->x + first * p->inputs;
         for (int64_t i = 0; p->norm && i < rows; i++)
-            normalise_row_bf16(x + i * p->inputs, p->norm, normed + i * p->inputs, p->inputs,
-                               p->epsilon);
+            normalise_row_bf16(x + i * p->inputs, p->norm, p->shift, normed + i * p->inputs,
+                               p->inputs, p->epsilon);
         pack_rows(p->norm ? normed : x, rows, p->inputs, p->inputs, 0,
                   packed_of(p) + tile * panel / 2);
     }
