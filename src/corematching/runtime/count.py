@@ -76,6 +76,7 @@ class Record:
     vision_flops: int = 0
     vision_inside: bool = False
     tally: Tally | None = None
+    settled: int = -1
     kernel: str = "torch"
     decode_bytes: int = 0
     dense_decode_bytes: int = 0

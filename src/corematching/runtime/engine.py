@@ -170,8 +170,9 @@ class Engine:
 
     def settle(self, record: Record) -> None:
         """Note what the decode steps of the latest record have read."""
-        if record is not self._counting or record.tally is None:
+        if record is not self._counting or record.tally is None or record.settled == record.steps:
             return
+        record.settled = record.steps
         if self.offload is not None:
             self.offload.measure(record.memory)
         now, before = self.backend.count(), record.tally
