@@ -76,10 +76,33 @@ def test_products(unit, dtype, rows, inputs, outputs, by_input):
 
 
 @on_units
-@pytest.mark.parametrize("rows", [3, 50])
+@pytest.mark.parametrize("size", [(3, 800, 1376), (50, 800, 1376), (300, 800, 96)])
 @pytest.mark.parametrize("by_input", [False, True])
-def test_products_larger_than_a_panel(unit, dtype, rows, by_input):
-    check_product(unit, dtype, rows, 800, 1376, by_input)
+def test_products_that_caches_do_not_hold(unit, dtype, size, by_input):
+    check_product(unit, dtype, *size, by_input)
+
+
+@tiled
+def test_rows_do_not_depend_on_the_others():
+    x, weight, gate = draw(2, 300, 2048), draw(64, 2048, scale=0.02), draw(64, 2048, scale=0.02)
+    norm, residual = Norm(draw(2048), 1e-5), draw(2, 300, 64)
+    places = torch.full((600,), -1, dtype=torch.int32)
+    places[[5, 310, 599]] = torch.arange(3, dtype=torch.int32)
+    kept = torch.zeros(3, 64, dtype=BF16)
+    products = Products(TILES)
+    plain = products.linear(x, weight, None, residual, "gelu")
+    several = products.several(x, [weight, gate], [None, None], norm)
+    gated = products.gated(x, gate, weight, None, None, "silu", (places, kept), norm)
+    for row, place in ((5, 0), (310, 1), (599, 2)):
+        one, own = x.view(600, -1)[row : row + 2], torch.zeros(1, 64, dtype=BF16)
+        more = residual.view(600, -1)[row : row + 2]
+        alone = torch.tensor([0] + [-1] * (len(one) - 1), dtype=torch.int32)
+        first = products.gated(one, gate, weight, None, None, "silu", (alone, own), norm)[0]
+        assert torch.equal(first, gated.view(600, -1)[row]) and torch.equal(own[0], kept[place])
+        first = products.several(one, [weight, gate], [None, None], norm)[0]
+        assert torch.equal(first, several.view(600, -1)[row])
+        first = products.linear(one, weight, None, more, "gelu")[0]
+        assert torch.equal(first, plain.view(600, -1)[row])
 
 
 @compiled

@@ -67,6 +67,8 @@ static void add_products(const float *x, int64_t stride, const float *panel, int
     }
 }
 
+#define MOST_PRODUCTS 4 /* of the same x at once */
+
 /* How the outputs of a product are dealt to threads: groups of panels, and chunks of rows */
 typedef struct {
     int64_t panels, groups, chunks, chunk_rows;

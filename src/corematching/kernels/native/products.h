@@ -15,10 +15,10 @@ int64_t cm_multiply_scratch(int64_t rows, int64_t inputs, int64_t threads, int u
 
 static void multiply_bf16s(const product_bf16 *products, int count, int threads, int unit) {
 #if defined(CM_HAS_TILES)
-    if (unit == TILES && products->by_input)
-        multiply_rows_by_input(products, threads);
+    if (unit == TILES && packs_weights(products))
+        for (int i = 0; i < count; i++) multiply_panels(products + i, threads);
     else if (unit == TILES)
-        multiply_rows(products, count, threads);
+        multiply_tiles(products, count, threads);
     else
 #endif
         multiply_bf16(products, count, threads);
@@ -27,9 +27,9 @@ static void multiply_bf16s(const product_bf16 *products, int count, int threads,
 
 /* out (rows, outputs) = act(x . up^T + bias) (+ residual), or act(x . gate^T) * (x . up^T). On tiles,
    all is bf16, and inputs and outputs are multiples of 32. by_input: up is stored (inputs,
-   outputs), and there is no gate, nor, on tiles, an activation. places (rows): where act(x . gate^T) of a row is kept, or -1.
-   norm (inputs), on tiles: x is normalised first, with that weight, and shift (inputs), if it is
-   a LayerNorm; or NULL. */
+   outputs), and there is no gate, nor, on tiles, a norm. places (rows): where act(x . gate^T) of a
+   row is kept, or -1. norm (inputs), on tiles: x is normalised first, with that weight, and shift
+   (inputs), if it is a LayerNorm; or NULL. */
 void cm_multiply(const void *up, const void *gate, const void *up_bias, const void *gate_bias,
                  const void *x, const void *residual, void *out, int64_t rows, int64_t inputs,
                  int64_t outputs, int64_t activation, int by_input, const int32_t *places,
@@ -54,8 +54,8 @@ void cm_multiply_several(const void *const *weights, const void *const *biases,
                          const int64_t *outputs, int64_t count, const void *x, void *out,
                          int64_t rows, int64_t inputs, const void *norm, const void *shift,
                          double epsilon, int64_t threads, void *scratch, int unit, int is_bf16) {
-    product_bf16 halves[4];
-    product_float floats[4];
+    product_bf16 halves[MOST_PRODUCTS];
+    product_float floats[MOST_PRODUCTS];
     int64_t stride = 0, place = 0;
     for (int64_t i = 0; i < count; i++) stride += outputs[i];
     for (int64_t i = 0; i < count; place += outputs[i++]) {

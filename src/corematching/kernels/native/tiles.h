@@ -14,6 +14,8 @@
 #define DEPTH 32 /* inputs that a tile holds */
 #define SPAN 32  /* outputs, and rows, that are computed at a time */
 #define TILE_WORDS (TILE * TILE)
+#define MOST_PACKED (1 << 20) /* bytes of x */
+#define FEWEST_PACKED 96      /* rows of x, whatever their bytes */
 
 /* Tile registers 0 to 3 hold sums, 4 and 5 left operands, 6 and 7 right ones */
 #define CLEAR_SUMS     \
@@ -279,12 +281,31 @@ static void multiply_rows(const product_bf16 *products, int count, int num_threa
     }
 }
 
-#include "tiles_by_input.h"
+/* The same, so many rows at a time that what is packed of them stays in the second-level cache */
+static void multiply_tiles(const product_bf16 *products, int count, int num_threads) {
+    int64_t inputs = products->inputs, rows = products->rows, bytes = inputs * (int64_t)sizeof(bf16);
+    int64_t most = MOST_PACKED / bytes > FEWEST_PACKED ? MOST_PACKED / bytes : FEWEST_PACKED;
+    int64_t each = ceil_div(ceil_div(rows, ceil_div(rows, most)), SPAN) * SPAN;
+    for (int64_t from = 0; from < rows; from += each) {
+        product_bf16 some[MOST_PRODUCTS];
+        for (int i = 0; i < count; i++) {
+            some[i] = products[i];
+            some[i].rows = rows - from < each ? rows - from : each;
+            some[i].x += from * inputs;
+            some[i].out += from * some[i].stride;
+            if (some[i].residual) some[i].residual += from * some[i].outputs;
+            if (some[i].places) some[i].places += from;
+        }
+        multiply_rows(some, count, num_threads);
+    }
+}
 
-/* Floats of scratch memory for products in either order */
+#include "tiled_panels.h"
+
+/* Floats of scratch memory for products of either kind */
 INLINE int64_t count_tiled_floats(int64_t rows, int64_t inputs, int64_t threads) {
     int64_t packed = (ceil_div(rows, SPAN) + 2 * threads) * TILE * inputs;
-    return packed + threads * count_floats_by_input(rows);
+    return packed + threads * count_panel_floats(rows);
 }
 #endif
 
