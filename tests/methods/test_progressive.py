@@ -8,6 +8,7 @@ import torch
 from corematching import CoreMatching, Knee, Norm, Ratio, TokenRule
 from corematching.errors import ConfigError
 from corematching.methods import method_from_dict, method_from_text, text_at_budget
+from corematching.methods.corematching import ONE_CUT, STAGES
 from corematching.methods.staged import StagedRule
 from corematching.policy import TextOverlap
 from tests.models import FAMILIES, build, image_mask, make_inputs
@@ -160,3 +161,14 @@ def test_a_batch_chooses_as_its_singles():
         alone, other, _ = run(model, single, method)
         assert other.samples[0].keep_mask == report.samples[row].keep_mask
         assert alone[0].equal(tokens[row])
+
+
+def test_few_tokens_are_left_in_stages():
+    few, many = CoreMatching(keep=0.1), CoreMatching(keep=0.2)
+    assert few.places == STAGES and few.tokens.after == STAGES
+    assert few.tokens.keep[-1] == 0.1 and few.tokens.keep[0] > few.tokens.keep[1] > 0.1
+    assert many.places == (ONE_CUT,) and isinstance(many.tokens, TokenRule)
+    assert CoreMatching(keep=0.1, layer=2).places == (2,)
+    for keep in (64, None):  # how large a share that is shows only with the picture
+        assert CoreMatching(keep=keep).places == (ONE_CUT,)
+    assert CoreMatching.from_dict(few.to_dict()) == few

@@ -37,6 +37,12 @@ PUBLISHED: dict[str, Any] = {
 }
 """The published parameters; `CoreMatching.paper` says where each one stands."""
 
+ONE_CUT = 0.4
+"""Where image tokens go by default, as a share of the layers."""
+STAGES = (9 / 32, 17 / 32, 25 / 32)
+"""Where they go instead, less by less, if a smaller share than `FEW` is to be left."""
+FEW = 0.2
+
 
 @dataclass(frozen=True)
 class CoreMatching(Installable, name="corematching"):
@@ -83,11 +89,12 @@ class CoreMatching(Installable, name="corematching"):
     beta: float = field(
         default=1.0, metadata={"help": "share of the neurons that are core, in (0, 1]"}
     )
-    layer: int | float | tuple[int | float, ...] = field(
-        default=0.4,
+    layer: int | float | tuple[int | float, ...] | None = field(
+        default=None,
         metadata={
             "help": "drop image tokens after this decoder layer (int, from 0), or once this share "
-            "of the layers (float) has seen them all; several, from the first to the last: a tuple"
+            "of the layers (float) has seen them all; several, from the first to the last: a "
+            f"tuple; None: {ONE_CUT}, or in three stages where less than {FEW:.0%} are kept"
         },
     )
     keep: int | float | tuple[int | float, ...] | None = field(
@@ -163,7 +170,7 @@ class CoreMatching(Installable, name="corematching"):
             check_share("firing", self.firing)
         check_depth("dense_first", self.dense_first)
         check_depth("dense_last", self.dense_last)
-        for layer in _several(self.layer):
+        for layer in self.places:
             check_depth("layer", layer, least=-1)
         object.__setattr__(self, "_sparsifier", self._compose())
 
@@ -192,6 +199,14 @@ class CoreMatching(Installable, name="corematching"):
         return cls(**{**PUBLISHED, **changes})
 
     @property
+    def places(self) -> tuple[int | float, ...]:
+        """The layers after which image tokens go, as `layer` has them."""
+        if self.layer is not None:
+            return _several(self.layer)
+        few = isinstance(self.keep, float) and self.keep < FEW
+        return STAGES if few else (ONE_CUT,)
+
+    @property
     def tokens(self) -> TokenRule | StagedRule | None:
         """The token policy that the parameters amount to."""
         return cast("TokenRule | StagedRule | None", self.sparsifier.tokens)
@@ -214,7 +229,7 @@ class CoreMatching(Installable, name="corematching"):
         score = _resolve(TokenScore.kind, self.token_score, ours)
         if score is None:
             return None
-        layers, keep = _several(self.layer), self.keep
+        layers, keep = self.places, self.keep
         bounds: dict[str, Any] = {
             "floor": self.floor,
             "ceiling": self.ceiling,
