@@ -37,12 +37,13 @@ def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor |
     before = torch.ones_like(keep, dtype=torch.float32) if weights is None else weights.float()
     columns, kept = _list_all(image & keep)
     rows, gone = _list_all(image & ~keep)
-    targets = _take_directions(features, columns).transpose(1, 2)
+    targets = F.normalize(_take_floats(features, columns), dim=-1).transpose(1, 2)
     given = before.gather(1, rows).masked_fill(~gone, 0)
     after = before.clone()
     for start in range(0, rows.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
-        likeness = _take_directions(features, rows[:, part]) @ targets  # (B, CHUNK, kept ones)
+        # the cosines with the kept ones, times a length that changes no comparison among them
+        likeness = _take_floats(features, rows[:, part]) @ targets  # (B, CHUNK, kept ones)
         nearest = likeness.masked_fill(~kept[:, None], -torch.inf).argmax(2)
         after.scatter_add_(1, columns.gather(1, nearest), given[:, part])
     return after
@@ -52,6 +53,6 @@ def _list_all(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return list_rows(tokens, count_most(tokens))
 
 
-def _take_directions(features: Tensor, places: Tensor) -> Tensor:
-    """(B, K, d) float32, the features (B, T, d) at these places (B, K), each of length 1."""
-    return F.normalize(take_rows(features, places).float(), dim=-1)
+def _take_floats(features: Tensor, places: Tensor) -> Tensor:
+    """(B, K, d) float32, the features (B, T, d) at these places (B, K)."""
+    return take_rows(features, places).float()

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 CAPTURING = "output_capturing_hook"
 """Hooks of this name are transformers' own; behind an attention they collect its weights."""
 COUNTING = "_count"
 """Hooks of this name only read the shape of what a layer gives: `show_result` serves them."""
+
+
+def stay_eager(function: Any) -> Any:
+    """Like `torch.compiler.disable`, for functions that run at every layer: free outside graphs."""
+    disabled = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 class HookWatch:

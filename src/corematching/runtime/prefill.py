@@ -34,6 +34,7 @@ from .cache import Memory, compact, is_fresh, widen_sliding_layers
 from .checks import Parts
 from .ffn import SparseFFN
 from .gates import Wish, make_wish
+from .hooks import stay_eager
 from .masks import hide_columns, shorten_mask, survivors, take, weigh_mask
 from .selection import Selection, Stage, extend, find_dropped, find_weights
 from .tower import TowerProbe
@@ -193,7 +194,7 @@ class Prefill:
             self._wished = make_wish(self.valid & ~self.image)
         return self._wished
 
-    @torch.compiler.disable
+    @stay_eager
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -230,7 +231,7 @@ class Prefill:
         if EMBEDDINGS in self.token_needs | (self.neuron_needs if self.sparse else frozenset()):
             self._embeddings = hidden
 
-    @torch.compiler.disable
+    @stay_eager
     def _before_down_proj(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         """See the activations; choose this layer's neurons."""
         self._activations = args[0]
