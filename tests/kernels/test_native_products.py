@@ -83,6 +83,11 @@ def test_products_that_caches_do_not_hold(unit, dtype, size, by_input):
 
 
 @tiled
+def test_many_rows_of_many_inputs():
+    check_product(TILES, BF16, 200, 4640, 96, by_input=False)
+
+
+@tiled
 def test_rows_do_not_depend_on_the_others():
     x, weight, gate = draw(2, 300, 2048), draw(64, 2048, scale=0.02), draw(64, 2048, scale=0.02)
     norm, residual = Norm(draw(2048), 1e-5), draw(2, 300, 64)

@@ -6,7 +6,7 @@
    multiplied, and sums wait in memory for the panel of the next inputs. */
 
 #define MANY_ROWS 192
-#define MANY_INPUTS 768
+#define MANY_INPUTS 4608
 #define PANEL_INPUTS 256
 #define PANEL_BLOCKS 10
 #define PANEL_WORDS (PANEL_INPUTS / 2 * PANEL_BLOCKS * SPAN)
