@@ -166,6 +166,25 @@ def test_a_layer_of_a_tower_with_a_hook_inside_runs_as_it_is(place, llava, layer
     assert is_close(ours, dense)
 
 
+class DoublingLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("place", ["mlp.fc1", "self_attn.out_proj", "self_attn.q_proj"])
+def test_a_part_of_a_tower_that_becomes_another_is_run_as_it_is(place, llava):
+    inputs = ask(llava)
+    with Sparsifier()(llava):
+        last_logits(llava, inputs)
+        for layer in llava.model.vision_tower.encoder.layers:
+            old = layer.get_submodule(place)
+            new = DoublingLinear(old.in_features, old.out_features).to(old.weight.dtype)
+            new.weight, new.bias = old.weight, old.bias
+            layer.set_submodule(place, new)
+        ours = last_logits(llava, inputs)
+    assert is_close(ours, last_logits(llava, inputs))
+
+
 def test_eager_towers_stay_eager(llava, calls):
     llava.model.vision_tower.config._attn_implementation = "eager"
     with Sparsifier()(llava):

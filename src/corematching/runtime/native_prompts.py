@@ -107,7 +107,7 @@ class NativePrompts:
         if isinstance(inner, nn.Module):
             attention = TowerAttention(inner, self._project_jointly, self._attend)
             layer = TowerLayer(module, attention, self._products)
-            if attention.is_known() and layer.is_known():
+            if layer.is_known():
                 self._wrap(module, layer.forward)
 
     def remove(self) -> None:

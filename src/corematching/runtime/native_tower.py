@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 
 from corematching.kernels import activation_name
 from corematching.kernels.native import TILES, Norm, Products, refuse_product
 
 from .hooks import CAPTURING, COUNTING, HookWatch, show_result
 from .native_attention import ONLY_SDPA, PromptAttention, is_close, uses_sdpa
+from .watch import Watch
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 LAYER_PARTS = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
 NOT_HERE = (*ONLY_SDPA, "is_causal", "output_attentions")
 """What a call may ask for that only the module's own forward does."""
+NO_NORM = Norm(torch.empty(0), 0.0)
 
 
 class TowerAttention:
@@ -102,7 +105,7 @@ class TowerLayer:
     layer : nn.Module
         What may be such a layer.
     attention : TowerAttention
-        Of its attention; known.
+        Of its attention.
     products : Products
         Multiplies, on tiles.
     """
@@ -110,25 +113,24 @@ class TowerLayer:
     def __init__(self, layer: nn.Module, attention: TowerAttention, products: Products) -> None:
         self.layer: Any = layer
         self._attention, self._products = attention, products
+        self._function = getattr(getattr(layer, "mlp", None), "activation_fn", None)
         self._activation = ""
+        self._watch, self._plain, self._norms = Watch(), False, (NO_NORM, NO_NORM)
         self._hooks = HookWatch(())
 
     def is_known(self) -> bool:
         """Whether the layer has this form, and computes what `forward` does."""
         layer = self.layer
-        mlp = getattr(layer, "mlp", None)
-        if set(dict(layer.named_children())) != LAYER_PARTS or mlp is None:
+        if set(dict(layer.named_children())) != LAYER_PARTS or not self._attention.is_known():
             return False
-        linears = [getattr(mlp, name, None) for name in ("fc1", "fc2")]
-        if any(type(linear) is not nn.Linear for linear in linears):
+        self._activation = _name_activation(self._function)
+        if any(type(getattr(layer.mlp, name, None)) is not nn.Linear for name in ("fc1", "fc2")):
             return False
-        self._activation = _name_activation(getattr(mlp, "activation_fn", None))
-        counted = [layer.self_attn.out_proj, *linears]
-        inner = [module for module in mlp.modules() if module not in linears]
-        inner += [layer.self_attn, layer.layer_norm1, layer.layer_norm2]
-        self._hooks = HookWatch([*inner, *counted], ignored=[COUNTING, CAPTURING])
+        attention = set(layer.self_attn.modules()) - {layer.self_attn, layer.self_attn.out_proj}
+        inner = [module for module in layer.modules() if module not in (layer, *attention)]
+        self._hooks = HookWatch(inner, ignored=[COUNTING, CAPTURING])
         with torch.inference_mode(False), torch.no_grad():
-            width, dtype = mlp.fc1.in_features, mlp.fc1.weight.dtype
+            width, dtype = layer.mlp.fc1.in_features, layer.mlp.fc1.weight.dtype
             x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
             ours = self._run(x, None) if self._activation else None
             return ours is not None and is_close(ours, layer(x, None))
@@ -142,19 +144,33 @@ class TowerLayer:
         return original(hidden_states, attention_mask, **kwargs) if out is None else out
 
     def _run(self, x: Tensor, mask: Any) -> Tensor | None:
-        layer, mlp = self.layer, self.layer.mlp
-        weights = [linear.weight for linear in (layer.self_attn.out_proj, mlp.fc1, mlp.fc2)]
-        if any(not w.is_contiguous() or refuse_product(w, TILES) is not None for w in weights):
+        if not self._watch.unchanged():
+            self._plain, self._watch = self._read_layer(), Watch([self.layer])
+        layer, (first, second) = self.layer, self._norms
+        if not self._plain or first.weight.dtype != x.dtype:
             return None
-        norms = [_read_norm(norm, x) for norm in (layer.layer_norm1, layer.layer_norm2)]
-        if None in norms:
-            return None
-        mixed = self._attention.mix(x, mask, norms[0])
+        mixed = self._attention.mix(x, mask, first)
         if mixed is None:
             return None
         x = self._multiply(layer.self_attn.out_proj, mixed, x)
-        active = self._multiply(mlp.fc1, x, activation=self._activation, norm=norms[1])
-        return self._multiply(mlp.fc2, active, x)
+        active = self._multiply(layer.mlp.fc1, x, activation=self._activation, norm=second)
+        return self._multiply(layer.mlp.fc2, active, x)
+
+    def _read_layer(self) -> bool:
+        """Read the norms, and whether all parts are still such that C can do their work."""
+        layer, mlp = self.layer, self.layer.mlp
+        norms = [layer.layer_norm1, layer.layer_norm2]
+        if mlp.activation_fn is not self._function or not all(map(_is_plain_norm, norms)):
+            return False
+        first, second = (Norm(norm.weight, norm.eps, norm.bias) for norm in norms)
+        self._norms = first, second
+        linears = [layer.self_attn.out_proj, mlp.fc1, mlp.fc2]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            return False
+        weights = [linear.weight for linear in linears]
+        if any(w.dtype != norm.weight.dtype for w in weights for norm in norms):
+            return False
+        return all(w.is_contiguous() and refuse_product(w, TILES) is None for w in weights)
 
     def _multiply(
         self, linear: Any, x: Tensor, residual: Tensor | None = None, **kwargs: Any
@@ -164,21 +180,14 @@ class TowerLayer:
         return out
 
 
-def _read_norm(norm: Any, x: Tensor) -> Norm | None:
-    """A LayerNorm over x's last dimension, in x's dtype; None for anything else."""
-    if type(norm) is not nn.LayerNorm or norm.normalized_shape != x.shape[-1:]:
-        return None
-    if norm.weight is None or norm.bias is None or norm.weight.dtype != x.dtype:
-        return None
-    return Norm(norm.weight, norm.eps, norm.bias)
+def _is_plain_norm(norm: Any) -> bool:
+    """Whether a module is a LayerNorm over the last dimension, with all its parameters."""
+    plain = type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1
+    return plain and norm.weight is not None and norm.bias is not None
 
 
 def _name_activation(function: Any) -> str:
     """The name of an activation function that C knows; "" of any other."""
-    if function is None:
-        return ""
-    x = torch.linspace(-6.0, 6.0, 97)
-    with torch.inference_mode(False), torch.no_grad():
-        if torch.allclose(function(x), x * torch.sigmoid(1.702 * x), atol=1e-5):
-            return "quick_gelu"
+    if type(function) is QuickGELUActivation:
+        return "quick_gelu"
     return activation_name(function) or ""
