@@ -46,6 +46,7 @@ INLINE __m512 gate_lanes(__m512 x, __m512 slope) {
 /* 1 - erf(x) of 0 or more, to 1.5e-7 (Abramowitz and Stegun, 7.1.26) */
 INLINE __m512 erfc_lanes(__m512 x) {
     __m512 one = _mm512_set1_ps(1.0f), sum = _mm512_set1_ps(1.061405429f);
+    x = _mm512_min_ps(_mm512_set1_ps(10.0f), x); /* nothing is left behind it; NaN stays NaN */
     __m512 t = invert_lanes(_mm512_fmadd_ps(x, _mm512_set1_ps(0.3275911f), one));
     sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(-1.453152027f));
     sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(1.421413741f));
@@ -72,7 +73,7 @@ INLINE __m512 quick_gelu_lanes(__m512 x) {
 /* The activation of 16 numbers, rounded as PyTorch's operators round it */
 INLINE __m512 activate_lanes(__m512 x, int64_t activation) {
     if (activation == SILU) return round_bf16(gate_lanes(x, x));
-    if (activation == RELU) return _mm512_max_ps(x, _mm512_setzero_ps());
+    if (activation == RELU) return _mm512_max_ps(_mm512_setzero_ps(), x); /* NaN stays */
     if (activation == GELU_TANH) {
         __m512 cubic = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f));
         __m512 slope = _mm512_mul_ps(_mm512_fmadd_ps(cubic, x, x), _mm512_set1_ps(1.59576912f));

@@ -103,7 +103,7 @@ INLINE void activate(float *x, int64_t n, int64_t activation) {
     } else if (activation == QUICK_GELU) {
         for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1.0f + exp_fast(-1.702f * x[i]));
     } else if (activation == RELU) {
-        for (int64_t i = 0; i < n; i++) x[i] = x[i] > 0 ? x[i] : 0;
+        for (int64_t i = 0; i < n; i++) x[i] = x[i] < 0 ? 0 : x[i]; /* NaN stays */
     }
 }
 
