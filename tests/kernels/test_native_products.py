@@ -160,7 +160,7 @@ def test_an_activation_is_applied_to_the_rounded_product(unit, dtype, name):
 @on_units
 @pytest.mark.parametrize("name", [*FUNCTIONS, "quick_gelu"])
 def test_activations_of_the_largest_numbers(unit, dtype, name):
-    large = torch.tensor([1e4, -1e4, 1e30, -1e30, 3e38, torch.nan, 0.0, 20.0] * 4, dtype=dtype)
+    large = torch.tensor([1e4, -1e4, 1e30, -1e30, 1e20, torch.nan, 0.0, 20.0] * 4, dtype=dtype)
     zeros = torch.zeros(3, 32, dtype=dtype), torch.zeros(32, 32, dtype=dtype)
     ours = Products(unit).linear(*zeros, large, activation=name)[0]
     function = FUNCTIONS.get(name, lambda x: x * torch.sigmoid(1.702 * x))
