@@ -175,8 +175,7 @@ class Engine:
         record.settled = record.steps
         if self.offload is not None:
             self.offload.measure(record.memory)
-        now, before = self.backend.count(), record.tally
-        rows = record.valid.shape[0]
+        now, before, rows = self.backend.count(), record.tally, len(record.valid)
         record.kernel = self.backend.name(before, now)
         record.decode_bytes = self.backend.bytes_per_step(before, now, record.steps, rows)
         record.dense_decode_bytes = self.backend.dense_bytes()
