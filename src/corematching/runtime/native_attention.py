@@ -7,12 +7,18 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from corematching.kernels.native import TILES, TiledAttention, refuse_attention
+from corematching.kernels.native import TILES, TiledAttention, refuse_attention, rotate
 
 ATTENTION = "sdpa"
 ONLY_SDPA = ("softcap", "position_bias", "cache", "enable_gqa")
 """What a call may ask for besides, that the C code does not know."""
 PROBE_ERROR = 2e-2
+
+
+def rotate_jointly(module: Any, joint: Tensor, angles: tuple[Tensor, Tensor]) -> None:
+    """Rotate, in place, the queries and keys of Llama's attention in (B, T, H + 2G, D)."""
+    groups = module.v_proj.out_features // module.head_dim
+    rotate(joint, *angles, joint.shape[2] - groups)
 
 
 class PromptAttention:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from corematching.kernels.native import Norm, Products, normalise, refuse_product, rotate
+from corematching.kernels.native import Norm, Products, normalise, refuse_product
 
 from .ffn_parts import FFNParts
 from .gates import Gates
 from .hooks import run_pre_hooks
-from .native_attention import PromptAttention
+from .native_attention import PromptAttention, rotate_jointly
 from .watch import Watch
 
 
@@ -79,9 +79,7 @@ class LlamaLayer:
         first, second = weights.norms
         joint = products.several(x, weights.inputs, weights.input_biases, first)
         joint = joint.view(*x.shape[:-1], -1, attention.head_dim)
-        values = weights.inputs[2].shape[0] // attention.head_dim
-        cos, sin = angles
-        rotate(joint, cos, sin, joint.shape[2] - values)
+        rotate_jointly(attention, joint, angles)
         mixed = self._attend.attend(attention, joint, mask, cache, **kwargs)[0]
         x = products.linear(mixed, weights.output, weights.output_bias, x)
         if self.ffn.mlp._forward_pre_hooks:

@@ -18,13 +18,12 @@ from corematching.kernels.native import (
     list_dtypes,
     normalise,
     refuse_product,
-    rotate,
 )
 
 from .checks import Parts
 from .ffn_parts import FFNParts
 from .hooks import HookWatch
-from .native_attention import PromptAttention, is_close, uses_sdpa
+from .native_attention import PromptAttention, is_close, rotate_jointly, uses_sdpa
 from .native_layer import LlamaLayer, activate
 from .native_tower import TowerAttention, TowerLayer
 from .patches import InstancePatches
@@ -81,8 +80,8 @@ class NativePrompts:
                 self._wrap(module, self._linear, module)
             elif self.unit == VECTORS and type(module) in CONVOLUTIONS:
                 self._wrap(module, _run_convolution, module)
-        for module in tower if self.unit == TILES else ():
-            self._install_in_tower(module)
+        if self.unit == TILES:
+            self._install_in_tower(tower)
         final = getattr(self.parts.decoder, "norm", None)
         norms = list(filter(_is_norm, [*layers, final]))
         for norm in norms:
@@ -99,16 +98,17 @@ class NativePrompts:
                     whole = self._join(layer, ffn)
                     self._wrap(layer, self._layer, whole, _watch_layer(layer, ffn))
 
-    def _install_in_tower(self, module: nn.Module) -> None:
-        attention = TowerAttention(module, self._project_jointly, self._attend)
-        if attention.is_known():
-            self._wrap(module, attention.forward)
-        inner = getattr(module, "self_attn", None)
-        if isinstance(inner, nn.Module):
-            attention = TowerAttention(inner, self._project_jointly, self._attend)
-            layer = TowerLayer(module, attention, self._products)
-            if layer.is_known():
+    def _install_in_tower(self, modules: list[nn.Module]) -> None:
+        """Whole layers, and attentions; a layer is compared before its attention is replaced."""
+        found = [TowerAttention(m, self._project_jointly, self._attend) for m in modules]
+        known = {attention.module: attention for attention in found if attention.is_known()}
+        for module in modules:
+            attention = known.get(getattr(module, "self_attn", None))
+            layer = None if attention is None else TowerLayer(module, attention, self._products)
+            if layer is not None and layer.is_known():
                 self._wrap(module, layer.forward)
+        for module, attention in known.items():
+            self._wrap(module, attention.forward)
 
     def remove(self) -> None:
         """Put every forward back."""
@@ -236,11 +236,8 @@ class NativePrompts:
         if type(module.o_proj) is not nn.Linear:
             return None
         joint = self._project_jointly(module, x)
-        if joint is None:
-            return None
-        values = module.v_proj.out_features // module.head_dim
-        cos, sin = angles
-        rotate(joint, cos, sin, joint.shape[2] - values)
+        if joint is not None:
+            rotate_jointly(module, joint, angles)
         return joint
 
     def _attends_like_llama(self) -> bool:

@@ -105,7 +105,7 @@ class TowerLayer:
     layer : nn.Module
         What may be such a layer.
     attention : TowerAttention
-        Of its attention.
+        Of its attention; known.
     products : Products
         Multiplies, on tiles.
     """
@@ -121,7 +121,7 @@ class TowerLayer:
     def is_known(self) -> bool:
         """Whether the layer has this form, and computes what `forward` does."""
         layer = self.layer
-        if set(dict(layer.named_children())) != LAYER_PARTS or not self._attention.is_known():
+        if set(dict(layer.named_children())) != LAYER_PARTS:
             return False
         self._activation = _name_activation(self._function)
         if any(type(getattr(layer.mlp, name, None)) is not nn.Linear for name in ("fc1", "fc2")):

@@ -13,13 +13,6 @@
 #define AHEAD_LINES 96 /* between the weights that are packed and those fetched */
 #define PAIRS_PER_TILE (TILE / 2) /* a tile is as much work as so many pairs of inputs */
 #define SAME_SETS 4096 /* bytes; rows so far apart, or a multiple, meet in the first-level cache */
-#define LOAD_SUMS(sums)                              \
-    do {                                             \
-        _tile_loadd(0, sums, LINE);                  \
-        _tile_loadd(1, sums + TILE_WORDS, LINE);     \
-        _tile_loadd(2, sums + 2 * TILE_WORDS, LINE); \
-        _tile_loadd(3, sums + 3 * TILE_WORDS, LINE); \
-    } while (0)
 
 /* Whether packing the weights takes less time than turning what comes out, and reading x anew for
    every block of outputs */
@@ -123,10 +116,7 @@ INLINE void finish_row(const product_bf16 *p, int64_t row, int64_t output, const
         low = _mm512_add_ps(low, (__m512)load_bf16(p->up_bias + output));
         high = _mm512_add_ps(high, (__m512)load_bf16(p->up_bias + output + TILE));
     }
-    if (p->activation != NO_ACTIVATION) {
-        low = activate_lanes(round_bf16(low), p->activation);
-        high = activate_lanes(round_bf16(high), p->activation);
-    }
+    low = activate_sum(p, low), high = activate_sum(p, high);
     __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     if (p->residual) rounded = add_rows(rounded, p->residual + row * p->outputs + output);
     _mm512_storeu_si512(p->out + row * p->stride + output, rounded);
@@ -144,7 +134,7 @@ INLINE void panel_block(const product_bf16 *p, const panel_t *panel, int64_t blo
     int half = p->rows - row <= TILE;
     packed += block * 2 * TILE_WORDS;
     if (panel->input)
-        LOAD_SUMS(sums);
+        MOVE_SUMS(_tile_loadd, sums);
     else
         CLEAR_SUMS;
     for (int64_t k = 0; k < panel->inputs; k += DEPTH, packed += panel->blocks * 2 * TILE_WORDS) {
@@ -159,7 +149,7 @@ INLINE void panel_block(const product_bf16 *p, const panel_t *panel, int64_t blo
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    STORE_SUMS(sums);
+    MOVE_SUMS(_tile_stored, sums);
     if (panel->input + panel->inputs < p->inputs) return;
     for (int64_t i = 0; i < SPAN && row + i < p->rows; i++)
         finish_row(p, row + i, (panel->first + block) * SPAN,

@@ -25,12 +25,13 @@
         _tile_zero(2); \
         _tile_zero(3); \
     } while (0)
-#define STORE_SUMS(sums)                              \
-    do {                                              \
-        _tile_stored(0, sums, LINE);                  \
-        _tile_stored(1, sums + TILE_WORDS, LINE);     \
-        _tile_stored(2, sums + 2 * TILE_WORDS, LINE); \
-        _tile_stored(3, sums + 3 * TILE_WORDS, LINE); \
+/* All four between their registers and memory, by _tile_loadd or _tile_stored */
+#define MOVE_SUMS(move, sums)                 \
+    do {                                      \
+        move(0, sums, LINE);                  \
+        move(1, sums + TILE_WORDS, LINE);     \
+        move(2, sums + 2 * TILE_WORDS, LINE); \
+        move(3, sums + 3 * TILE_WORDS, LINE); \
     } while (0)
 
 typedef struct {
@@ -104,6 +105,11 @@ INLINE __m512 up_of(const product_bf16 *p, const float *sums, int64_t output) {
     return round_bf16(sum_of(sums + 2 * TILE_WORDS, p->up_bias, output));
 }
 
+/* What comes out where there is no gate, not rounded yet */
+INLINE __m512 activate_sum(const product_bf16 *p, __m512 sum) {
+    return p->activation == NO_ACTIVATION ? sum : activate_lanes(round_bf16(sum), p->activation);
+}
+
 /* The next pair of outputs of 16 rows; a row, or two, that they will be written to is fetched */
 INLINE void make_pair(pending_t *block) {
     const product_bf16 *p = block->p;
@@ -121,12 +127,8 @@ INLINE void make_pair(pending_t *block) {
         block->outputs[block->done] = pair_outputs(even, odd);
     } else {
         if (i >= TILE) sums += TILE_WORDS; /* behind those of the other rows */
-        __m512 even = sum_of(sums, p->up_bias, output);
-        __m512 odd = sum_of(sums + TILE, p->up_bias, output + 1);
-        if (p->activation != NO_ACTIVATION) {
-            even = activate_lanes(round_bf16(even), p->activation);
-            odd = activate_lanes(round_bf16(odd), p->activation);
-        }
+        __m512 even = activate_sum(p, sum_of(sums, p->up_bias, output));
+        __m512 odd = activate_sum(p, sum_of(sums + TILE, p->up_bias, output + 1));
         block->outputs[block->done] = pair_outputs(even, odd);
     }
     block->done++;
@@ -210,7 +212,7 @@ static void multiply_block(const bf16 *first, const bf16 *second, const uint32_t
         for (int64_t i = 0; i < each && before->done < before->pairs; i++) make_pair(before);
     }
     finish_block(before);
-    STORE_SUMS(before->sums);
+    MOVE_SUMS(_tile_stored, before->sums);
 }
 
 /* One block, of rows [row, row + 32); the one before is finished meanwhile, this one is not */
