@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from blocks import BlockAttention
+
 
 def make_mask(segments: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     """(B, T) segments of the text -> (B, 1, T, P + T) additive mask.
@@ -20,11 +22,16 @@ def make_mask(segments: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     return F.pad(near, (prefix, 0)).unsqueeze(1)
 
 
+attend_in_blocks = torch.compiler.disable(BlockAttention.apply)
+
+
 def attend_to_picture(module, query, key, value, attention_mask, scaling, **_):
     """Attention of a picture, causal, and of the text behind it, under the mask.
 
     query (B, H, P + T, d), key and value (B, G, P + T, d), attention_mask (B, 1, T, P + T).
     """
+    if query.requires_grad and query.device.type == "cpu":
+        return attend_in_blocks(query, key, value, attention_mask, scaling).transpose(1, 2), None
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     prefix = query.shape[2] - attention_mask.shape[2]

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from questions import FAMILIES, Interviewer, Question
-from scenes import GRID, Composer
+from scenes import GRID, Composer, Scene
 
 PATCHES = GRID * GRID
 IGNORE = -100
+MANY = 4
 
 
 class ConversationStream(IterableDataset):
@@ -38,10 +39,17 @@ class ConversationStream(IterableDataset):
         interviewer = Interviewer(self.held_out, self.args.asked)
         encode = lru_cache(100_000)(self._encode)
         while True:
-            scenes = [composer.draw(rng) for _ in range(self.args.batch)]
+            scenes = [self._draw(composer, rng) for _ in range(self.args.batch)]
             packed = [self._pack(interviewer.ask_many(rng, scene), encode) for scene in scenes]
             images = np.stack([scene.image for scene in scenes])
             yield (torch.from_numpy(images), *torch.from_numpy(np.stack(packed)).unbind(1))
+
+    def _draw(self, composer: Composer, rng: np.random.Generator) -> Scene:
+        """A scene; with ``few`` below 1, so many of those with less than four things."""
+        while True:
+            scene = composer.draw(rng)
+            if self.held_out or len(scene.items) >= MANY or rng.random() < self.args.few:
+                return scene
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

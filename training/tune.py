@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import make_mask
-from conversations import IGNORE, ConversationStream, prefix_ids
+from conversations import IGNORE, MANY, ConversationStream, prefix_ids
 from corematching.demo.assets import SceneAssets
 from corematching.demo.language import LanguageSource, find_language_model
 from corematching.devices import product_dtype
@@ -45,10 +45,12 @@ RANK = 16
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained low-rank term, merged before every product.
+    """A frozen linear layer plus a trained low-rank term.
 
-    With many more tokens than outputs, (W + B A) x costs less than W x + B (A x), and W + B A is
-    rounded as the shipped model rounds it.
+    On a GPU they are merged before every product: with many more tokens than outputs, (W + B A) x
+    costs less than W x + B (A x), and W + B A is rounded as the shipped model rounds it. On a CPU,
+    where the gradient of W + B A costs as much as the product, they stay apart as long as A and B
+    are trained.
     """
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
@@ -59,6 +61,9 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and self.A.requires_grad:
+            low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+            return F.linear(x, self.weight) + low
         return F.linear(x, (self.weight.float() + self.B @ self.A).to(x.dtype))
 
 
@@ -104,6 +109,8 @@ class SceneTrainer:
         lm.requires_grad_(False).set_attn_implementation("picture")
         self.projector = Projector(256, lm.config.hidden_size).to(self.device)
         self.lora = add_lora(lm.model, RANK)
+        for layer in lm.model.layers[: args.from_layer]:
+            layer.requires_grad_(False)
         self.lm = lm.to(self.device, self.dtype)
         self.prefix = torch.tensor(prefix_ids(self.tokenizer), device=self.device)
 
@@ -129,16 +136,18 @@ class SceneTrainer:
         positions = torch.cat([places, positions], dim=1)
         mask = make_mask(segments, prefix, hidden.dtype)
         rope = self.lm.model.rotary_emb(hidden, positions)
-        for layer in self.lm.model.layers:
-            hidden = layer(
-                hidden, attention_mask=mask, position_embeddings=rope, position_ids=positions
-            )
+        for index, layer in enumerate(self.lm.model.layers):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.args.from_layer):
+                hidden = layer(
+                    hidden, attention_mask=mask, position_embeddings=rope, position_ids=positions
+                )
         asked = targets != IGNORE
         final = self.lm.model.norm(hidden[:, prefix:][asked])
         return F.linear(final, self.lm.lm_head.weight), targets[asked], asked
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        lora = [p for module in self.lora.values() for p in (module.A, module.B)]
+        factors = (p for module in self.lora.values() for p in (module.A, module.B))
+        lora = [p for p in factors if p.requires_grad]
         tower = [p for p in self.tower.parameters() if p.requires_grad]
         groups = [
             {"params": [*self.projector.parameters(), *lora], "rate": self.args.rate},
@@ -321,6 +330,14 @@ if __name__ == "__main__":
     parser.add_argument(
         "--tower-rate", type=float, default=0.1, help="of --rate; 0 leaves the tower as it is"
     )
+    parser.add_argument(
+        "--from-layer", type=int, default=0, metavar="N",
+        help="train only the decoder's layers from this one on; projector and tower stay too",
+    )  # fmt: skip
+    parser.add_argument(
+        "--few", type=float, default=1.0, metavar="SHARE",
+        help=f"share of the scenes with less than {MANY} things that are trained on",
+    )  # fmt: skip
     parser.add_argument("--align-steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
