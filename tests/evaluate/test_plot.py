@@ -59,6 +59,14 @@ def test_what_only_moves_along_the_other_axis_has_no_place():
     assert len(group_curves(moved, "neurons_kept")["ours:keep=0.1"]) == 2
 
 
+def test_a_method_with_its_own_amounts_stands_for_those_that_moved_elsewhere():
+    plain = entry("ours", 0.3, 0.6, 0.9)
+    moved = entry("ours:keep=0.2", 0.2, 0.6, 0.8)
+    curves = group_curves([plain, moved], "neurons_kept")
+    assert list(curves) == ["ours"]
+    assert [point[1] for point in curves["ours"]] == pytest.approx([90])
+
+
 @pytest.mark.parametrize("entries", [ENTRIES, ENTRIES[:1]])
 def test_a_picture_comes_out(tmp_path, entries):
     draw_curves(entries, "neurons_kept", tmp_path / "a.png", "SceneVLM")

@@ -73,7 +73,8 @@ def group_curves(
     """Points (share, accuracy, interval below, interval above) in %, by curve, rising.
 
     A curve's name is the method's text without the parameters that move along the axis. Methods
-    that keep all of it have no place on the axis, nor have those that only moved along the other.
+    that keep all of it have no place on the axis, nor have those that only moved along the other
+    from a method that is there.
     """
     curves: dict[str, list[tuple[float, float, float, float]]] = {}
     for entry in entries:
@@ -106,9 +107,14 @@ def _place(entry: dict[str, Any], share: str) -> float:
 
 
 def _moves_elsewhere(entry: dict[str, Any], entries: Sequence[dict[str, Any]], share: str) -> bool:
-    """Whether a method comes several times, at one place of this axis and at several of another."""
+    """Whether a method comes several times, at one place of this axis and at several of another.
+
+    With its own amounts it stands for the others.
+    """
     every = [parameter for _, parameters in AXES.values() for parameter in parameters]
     bare = _without(entry["method"], every)
+    if entry["method"] == bare:
+        return False
     family = [other for other in entries if _without(other["method"], every) == bare]
 
     def spread(axis: str) -> float:
