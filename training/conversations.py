@@ -45,10 +45,15 @@ class ConversationStream(IterableDataset):
             yield (torch.from_numpy(images), *torch.from_numpy(np.stack(packed)).unbind(1))
 
     def _draw(self, composer: Composer, rng: np.random.Generator) -> Scene:
-        """A scene; with ``few`` below 1, so many of those with less than four things."""
+        """A scene; for training only ``few`` of those with less than `MANY` things.
+
+        Where all are wanted no number is drawn, so that a seed gives the scenes that it gave
+        before there was a choice.
+        """
+        few = 1.0 if self.held_out else self.args.few
         while True:
             scene = composer.draw(rng)
-            if self.held_out or len(scene.items) >= MANY or rng.random() < self.args.few:
+            if few >= 1 or len(scene.items) >= MANY or rng.random() < few:
                 return scene
 
     def _encode(self, text: str) -> list[int]:

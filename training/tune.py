@@ -109,8 +109,9 @@ class SceneTrainer:
         lm.requires_grad_(False).set_attn_implementation("picture")
         self.projector = Projector(256, lm.config.hidden_size).to(self.device)
         self.lora = add_lora(lm.model, RANK)
-        for layer in lm.model.layers[: args.from_layer]:
-            layer.requires_grad_(False)
+        if args.from_layer:
+            for part in (self.tower, self.projector, *lm.model.layers[: args.from_layer]):
+                part.requires_grad_(False)
         self.lm = lm.to(self.device, self.dtype)
         self.prefix = torch.tensor(prefix_ids(self.tokenizer), device=self.device)
 
@@ -136,22 +137,19 @@ class SceneTrainer:
         positions = torch.cat([places, positions], dim=1)
         mask = make_mask(segments, prefix, hidden.dtype)
         rope = self.lm.model.rotary_emb(hidden, positions)
-        for index, layer in enumerate(self.lm.model.layers):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.args.from_layer):
-                hidden = layer(
-                    hidden, attention_mask=mask, position_embeddings=rope, position_ids=positions
-                )
+        for layer in self.lm.model.layers:
+            hidden = layer(
+                hidden, attention_mask=mask, position_embeddings=rope, position_ids=positions
+            )
         asked = targets != IGNORE
         final = self.lm.model.norm(hidden[:, prefix:][asked])
         return F.linear(final, self.lm.lm_head.weight), targets[asked], asked
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        factors = (p for module in self.lora.values() for p in (module.A, module.B))
-        lora = [p for p in factors if p.requires_grad]
+        lora = [p for module in self.lora.values() for p in (module.A, module.B)]
+        language = [p for p in (*self.projector.parameters(), *lora) if p.requires_grad]
         tower = [p for p in self.tower.parameters() if p.requires_grad]
-        groups = [
-            {"params": [*self.projector.parameters(), *lora], "rate": self.args.rate},
-        ]
+        groups = [{"params": language, "rate": self.args.rate}]
         if tower:
             groups.append({"params": tower, "rate": self.args.tower_rate * self.args.rate})
         return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
@@ -332,7 +330,8 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--from-layer", type=int, default=0, metavar="N",
-        help="train only the decoder's layers from this one on; projector and tower stay too",
+        help="train only the decoder's layers from this one on; projector and tower stay too, so "
+        "this goes with --start",
     )  # fmt: skip
     parser.add_argument(
         "--few", type=float, default=1.0, metavar="SHARE",
@@ -349,6 +348,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not (args.vision or args.start):
         parser.error("name the tower to begin with: --vision CHECKPOINT or --start DIR")
+    if args.from_layer and not args.start:
+        parser.error("--from-layer leaves the projector as it is: name one, --start DIR")
     asked = (item.split("=") for item in args.asked)
     args.asked = ASKED | {family: int(share) for family, share in asked}
     train(args)
