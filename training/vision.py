@@ -31,6 +31,7 @@ from scenes import (
     GRID,
     LETTERS,
     PATCH,
+    SIZE,
     VIEW,
     Composer,
     label_letters,
@@ -137,32 +138,59 @@ def mark_centres(geometry: Tensor, labels: Tensor) -> Tensor:
     return ((cells[..., 1] * GRID + cells[..., 0] == own) & (labels > 0)).float()
 
 
+def weigh_patches(labels: Tensor, geometry: Tensor, per_item: float) -> tuple[Tensor, Tensor]:
+    """How much each patch counts, and its place, for the items to count more alike.
+
+    Small items have few patches, so that a mean over patches hardly hears of them. A patch of an
+    item with n patches counts n ** -per_item, rescaled to a mean of 1 over those that show
+    something (others: 1); its place counts 1 / size ** per_item more, the size in quarters of the
+    picture.
+
+    Returns
+    -------
+    weights, places : Tensor
+        (B, P) float each; all ones where ``per_item`` is 0.
+    """
+    centre = geometry[..., :2]
+    same = (centre.unsqueeze(1) == centre.unsqueeze(2)).all(-1)
+    same &= labels.unsqueeze(1) == labels.unsqueeze(2)
+    shown = labels > 0
+    weights = same.sum(-1).float().pow(-per_item)
+    weights = torch.where(shown, weights / average(weights, shown).clamp(min=1e-6), 1.0)
+    size = geometry[..., 2:].amax(-1).clamp(min=24 / SIZE)
+    return weights, torch.where(shown, weights * (4 * size).pow(-per_item), 1.0)
+
+
 def average(values: Tensor, chosen: Tensor) -> Tensor:
     """Mean of (B, P) values where chosen; reads nothing back from the device."""
     return (values.float() * chosen).sum() / chosen.sum().clamp(min=1)
 
 
-def compute_losses(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def compute_losses(
+    model: nn.Module, batch: list[Tensor], per_item: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss, and what to log."""
     images, labels, geometry, letters = batch
     dtype = product_dtype(images.device, torch.bfloat16)
     with torch.autocast(images.device.type, dtype, enabled=dtype == torch.bfloat16):
         names, places, centres, spelt = model(normalise(images))
     names, shown, signs = names.float(), labels > 0, labels >= FIRST_WORD
+    counts, placing = weigh_patches(labels, geometry, per_item)
     naming = F.cross_entropy(names.transpose(1, 2), labels, reduction="none")
-    name_loss = average(naming, torch.where(shown, 1.0, 0.25))
-    place_loss = average((places.float() - geometry).abs().mean(-1), shown)
+    name_loss = average(naming, torch.where(shown, counts, 0.25))
+    off = (places.float() - geometry).abs().mean(-1)
+    place_loss = average(off * placing, shown)
     weight = torch.tensor(12.0, device=labels.device)
     target = mark_centres(geometry, labels)
     centring = F.binary_cross_entropy_with_logits(
         centres.float(), target, pos_weight=weight, reduction="none"
     )
     spelling = F.binary_cross_entropy_with_logits(spelt.float(), letters.float(), reduction="none")
-    centre_loss, letter_loss = average(centring, shown), average(spelling.mean(-1), signs)
+    centre_loss, letter_loss = average(centring * counts, shown), average(spelling.mean(-1), signs)
     hits = names.argmax(-1) == labels
     log = {
         "name_loss": name_loss,
-        "place_error": place_loss,
+        "place_error": average(off, shown),
         "centre_loss": centre_loss,
         "letter_loss": letter_loss,
         "object_accuracy": average(hits, shown & ~signs),
@@ -216,7 +244,7 @@ def train(args: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 waits = tower_waits and group["of_tower"]
                 group["lr"] = 0.0 if waits else schedule.rate(args.rate)
-            loss, log = compute_losses(model, next(batches))
+            loss, log = compute_losses(model, next(batches), args.per_item)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -250,6 +278,11 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, help="end after so long, if that comes first")
     parser.add_argument("--signs", type=float, default=1.5, help="signs per scene")
+    parser.add_argument(
+        "--per-item", type=float, default=0.0, metavar="P",
+        help="0: every patch counts the same; 1: every item does, however small, and its place in "
+        "its own size",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--reuse", type=int, default=1, help="steps per drawn batch")
     parser.add_argument("--kept", type=int, default=1000, help="batches kept for them")
