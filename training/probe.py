@@ -11,31 +11,30 @@ answers alone: the share of pictures where all are found and nothing else.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from corematching.demo.assets import SceneAssets
+from corematching.demo.sceneqa import load_sceneqa
 from corematching.devices import product_dtype
 from scenes import CLASSES, SIZE
 from vision import (
     FIRST_WORD,
     PatchStream,
-    average,
     encode_patches,
+    judge_patches,
     load_batches,
     make_config,
-    mark_centres,
+    mix_precision,
     normalise,
-    weigh_patches,
+    take,
 )
 
 BATCH = 16
@@ -67,7 +66,7 @@ def load_tower(path: Path) -> CLIPVisionModel:
     else:
         saved = torch.load(path, map_location="cpu")["model"]
         prefix = "tower." if any(key.startswith("tower.") for key in saved) else "vision_tower."
-        state = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+        state = take(saved, prefix)
     tower.load_state_dict(state)
     return tower.eval().requires_grad_(False)
 
@@ -76,9 +75,9 @@ def load_tower(path: Path) -> CLIPVisionModel:
 def see(tower: CLIPVisionModel, images: Tensor) -> Tensor:
     """(B, S, S, 3) uint8 -> (B, P, d) features."""
     device = tower.device
-    dtype = product_dtype(device, torch.bfloat16)
-    with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
-        return encode_patches(tower, normalise(images.to(device))).to(dtype)
+    with mix_precision(device):
+        features = encode_patches(tower, normalise(images.to(device)))
+    return features.to(product_dtype(device, torch.bfloat16))
 
 
 def see_scenes(tower: CLIPVisionModel, args: argparse.Namespace) -> list[tuple[Tensor, ...]]:
@@ -99,15 +98,10 @@ def teach(heads: Heads, seen: list[tuple[Tensor, ...]], args: argparse.Namespace
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         features, labels, geometry = seen[rng.integers(len(seen))]
-        names, places, centres = heads(features)
-        shown = labels > 0
-        counts, placing = weigh_patches(labels, geometry, 0.75)
-        naming = F.cross_entropy(names.transpose(1, 2), labels, reduction="none")
-        off = (places - geometry).abs().mean(-1)
-        target = mark_centres(geometry, labels)
-        centring = F.binary_cross_entropy_with_logits(centres, target, reduction="none")
-        loss = average(naming, torch.where(shown, counts, 0.25))
-        loss = loss + 5 * average(off * placing, shown) + average(centring * counts, shown)
+        name_loss, place_loss, centre_loss = judge_patches(
+            heads(features), labels, geometry, per_item=0.75, centre_weight=1.0
+        )
+        loss = name_loss + 5 * place_loss + centre_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -122,8 +116,8 @@ def judge_by_size(heads: Heads, seen: list[tuple[Tensor, ...]]) -> dict[int, tup
     rows: dict[int, list[tuple[float, ...]]] = defaultdict(list)
     for features, labels, geometry in seen:
         names, places, _ = (part.cpu() for part in heads(features))
-        hits = names.argmax(-1) == labels.cpu()
         geometry, labels = geometry.cpu(), labels.cpu()
+        hits = names.argmax(-1) == labels
         off = (places - geometry)[..., :2].abs().amax(-1)
         for scene in range(len(labels)):
             things = defaultdict(list)
@@ -168,15 +162,12 @@ def count_objects(heads: Heads, features: Tensor) -> Counter[str]:
 
 def judge_split(tower: CLIPVisionModel, heads: Heads, split: Path) -> tuple[int, int]:
     """How many of the pictures that a split asks descriptions of are counted right, of how many."""
-    questions = [json.loads(line) for line in (split / "questions.jsonl").open()]
-    asked = {row["image"] for row in questions if row["family"] == "describe"}
+    asked = {row.image: row.items for row in load_sceneqa(split) if row.family == "describe"}
     right = 0
-    for line in (split / "scenes.jsonl").open():
-        scene = json.loads(line)
-        if scene["image"] in asked:
-            image = np.array(Image.open(split / scene["image"]).convert("RGB"))
-            found = count_objects(heads, see(tower, torch.from_numpy(image)[None])[0])
-            right += found == Counter(i["name"] for i in scene["items"] if not i["word"])
+    for path, items in asked.items():
+        image = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+        found = count_objects(heads, see(tower, image[None])[0])
+        right += found == Counter(item.name for item in items if not item.is_word)
     return right, len(asked)
 
 

@@ -37,8 +37,10 @@ from vision import (
     encode_patches,
     load_batches,
     make_config,
+    mix_precision,
     normalise,
     save,
+    take,
 )
 
 RANK = 16
@@ -117,17 +119,13 @@ class SceneTrainer:
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, S, S, 3) uint8 -> (B, P, 256) float32 patch features."""
-        with self.mixed():
+        with mix_precision(self.device):
             return encode_patches(self.tower, normalise(images)).float()
-
-    def mixed(self) -> torch.autocast:
-        enabled = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def answer_logits(self, batch: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (M, V) at the M positions that predict answer tokens, targets, row ids."""
         images, ids, positions, segments, targets = batch[:5]
-        with self.mixed():
+        with mix_precision(self.device):
             seen = self.projector(self.encode(images)).to(self.dtype)
         embed = self.lm.model.embed_tokens
         start = embed(self.prefix).expand(len(images), -1, -1)
@@ -171,11 +169,6 @@ class SceneTrainer:
         for name, module in self.lora.items():
             module.A.data.copy_(state[f"lora.{name}.A"])
             module.B.data.copy_(state[f"lora.{name}.B"])
-
-
-def take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, named without it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def align_projector(trainer: SceneTrainer, args: argparse.Namespace) -> None:

@@ -77,6 +77,17 @@ class PatchTeacher(nn.Module):
         return self.name(patches), self.geometry(patches), centres, self.letters(spelt)
 
 
+def mix_precision(device: torch.device) -> torch.autocast:
+    """Products in bfloat16 where the device is quick at them."""
+    dtype = product_dtype(device, torch.bfloat16)
+    return torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+
+
+def take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, named without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
 def encode_patches(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
     """(B, 3, V, V) -> (B, P, d): the features that the projector reads (last layer, no CLS)."""
     return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
@@ -151,6 +162,8 @@ def weigh_patches(labels: Tensor, geometry: Tensor, per_item: float) -> tuple[Te
     weights, places : Tensor
         (B, P) float each; all ones where ``per_item`` is 0.
     """
+    if not per_item:
+        return torch.ones_like(geometry[..., 0]), torch.ones_like(geometry[..., 0])
     centre = geometry[..., :2]
     same = (centre.unsqueeze(1) == centre.unsqueeze(2)).all(-1)
     same &= labels.unsqueeze(1) == labels.unsqueeze(2)
@@ -166,27 +179,50 @@ def average(values: Tensor, chosen: Tensor) -> Tensor:
     return (values.float() * chosen).sum() / chosen.sum().clamp(min=1)
 
 
+def judge_patches(
+    patches: tuple[Tensor, Tensor, Tensor],
+    labels: Tensor,
+    geometry: Tensor,
+    per_item: float,
+    centre_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of the names, the places and the centres that heads give for patches.
+
+    Patches are class logits (B, P, C), geometry (B, P, 4), is-centre (B, P); a centre counts
+    ``centre_weight`` times as much as another patch.
+    """
+    names, places, centres = (part.float() for part in patches)
+    shown = labels > 0
+    counts, placing = weigh_patches(labels, geometry, per_item)
+    naming = F.cross_entropy(names.transpose(1, 2), labels, reduction="none")
+    off = (places - geometry).abs().mean(-1)
+    centring = F.binary_cross_entropy_with_logits(
+        centres,
+        mark_centres(geometry, labels),
+        pos_weight=torch.tensor(centre_weight, device=labels.device),
+        reduction="none",
+    )
+    return (
+        average(naming, torch.where(shown, counts, 0.25)),
+        average(off * placing, shown),
+        average(centring * counts, shown),
+    )
+
+
 def compute_losses(
     model: nn.Module, batch: list[Tensor], per_item: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss, and what to log."""
     images, labels, geometry, letters = batch
-    dtype = product_dtype(images.device, torch.bfloat16)
-    with torch.autocast(images.device.type, dtype, enabled=dtype == torch.bfloat16):
+    with mix_precision(images.device):
         names, places, centres, spelt = model(normalise(images))
     names, shown, signs = names.float(), labels > 0, labels >= FIRST_WORD
-    counts, placing = weigh_patches(labels, geometry, per_item)
-    naming = F.cross_entropy(names.transpose(1, 2), labels, reduction="none")
-    name_loss = average(naming, torch.where(shown, counts, 0.25))
-    off = (places.float() - geometry).abs().mean(-1)
-    place_loss = average(off * placing, shown)
-    weight = torch.tensor(12.0, device=labels.device)
-    target = mark_centres(geometry, labels)
-    centring = F.binary_cross_entropy_with_logits(
-        centres.float(), target, pos_weight=weight, reduction="none"
+    name_loss, place_loss, centre_loss = judge_patches(
+        (names, places, centres), labels, geometry, per_item, centre_weight=12.0
     )
+    off = (places.float() - geometry).abs().mean(-1)
     spelling = F.binary_cross_entropy_with_logits(spelt.float(), letters.float(), reduction="none")
-    centre_loss, letter_loss = average(centring * counts, shown), average(spelling.mean(-1), signs)
+    letter_loss = average(spelling.mean(-1), signs)
     hits = names.argmax(-1) == labels
     log = {
         "name_loss": name_loss,
