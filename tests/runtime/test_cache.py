@@ -25,6 +25,7 @@ from corematching.runtime.cache import (
     memory_of,
     remember,
     short_mask,
+    store,
     widen_sliding_layers,
 )
 from tests.models import build, make_inputs
@@ -45,6 +46,40 @@ def static_cache(length=10):
 
 
 ORDER = torch.tensor([[0, 2, 5], [1, 3, 4]])
+
+
+class CountingCache(DynamicCache):
+    """A cache whose own ``update`` has to be called."""
+
+    updates = 0
+
+    def update(self, *args, **kwargs):
+        self.updates += 1
+        return super().update(*args, **kwargs)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, static_cache, CountingCache])
+def test_storing_does_what_updating_does(make):
+    ours, theirs = make(), make()
+    for length in (3, 2):
+        for layer in range(2):
+            key, value = torch.randn(2, 2, 2, length, 4).unbind()
+            got, expected = store(ours, key, value, layer), theirs.update(key, value, layer)
+            assert all(map(torch.equal, got, expected))
+    assert int(ours.get_seq_length()) == int(theirs.get_seq_length()) == 5
+    kinds = [
+        {name: type(x) for name, x in vars(cache.layers[1]).items()} for cache in (ours, theirs)
+    ]
+    assert kinds[0] == kinds[1]
+    assert getattr(ours, "updates", 4) == 4
+
+
+def test_an_empty_dynamic_layer_keeps_what_it_is_given():
+    config = build("llama", num_hidden_layers=2).config
+    cache, (key, value) = DynamicCache(config=config), torch.randn(2, 1, 2, 3, 4).unbind()
+    got = store(cache, key, value, 1)
+    assert got[0] is key and cache.layers[1].keys is key and cache.layers[1].values is value
+    assert cache.get_seq_length(0) == 0 and cache.get_seq_length(1) == 3
 
 
 @pytest.mark.parametrize("make", [DynamicCache, static_cache])

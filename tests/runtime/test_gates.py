@@ -35,6 +35,8 @@ def test_only_who_asked_finds_what_was_kept():
     assert gates.find(mlp, x, wish.rows[:, :2]) is None
     assert gates.find(mlp, x.clone(), wish.rows) is None
     assert gates.find(object(), x, wish.rows) is None
+    rows = wish.rows.clone()
+    assert wish.lists(rows) and wish.lists(rows) and not wish.lists(rows + 1)
     gates.forget()
     assert gates.make_room(mlp, x, 5) is None and gates.find(mlp, x, wish.rows) is None
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch
 from torch import nn
 
-from corematching.runtime.hooks import HookWatch
+from corematching.runtime.hooks import HookWatch, promise_input
 
 
 def watched(*arguments):
@@ -40,3 +41,29 @@ def test_a_hook_on_all_modules_is_seen():
     finally:
         handle.remove()
     assert not watch.sees_any()
+
+
+class Patient:
+    """A hook that can do without the input."""
+
+    def __init__(self):
+        self.promised, self.seen = [], []
+
+    def __call__(self, module, args):
+        self.seen.append(args[0])
+
+    def promise(self, source, make):
+        self.promised.append((source, make))
+
+
+def test_an_input_is_promised_to_hooks_that_can_wait_and_to_them_only():
+    def make():
+        raise AssertionError("nobody asked for it")
+
+    module, x, hook = nn.Linear(2, 2), torch.ones(1, 2), Patient()
+    assert promise_input(module, x, make)  # nobody looks
+    module.register_forward_pre_hook(hook)
+    assert promise_input(module, x, make) and hook.promised == [(x, make)]
+    module.register_forward_pre_hook(watched)
+    assert not promise_input(module, x, make) and len(hook.promised) == 1
+    assert not hook.seen

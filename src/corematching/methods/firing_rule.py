@@ -68,7 +68,7 @@ def list_every(view: PrefillView, count: int) -> Tensor:
     if name not in view.memory:
         view.memory[name] = torch.arange(count, device=view.valid.device)
     every: Tensor = view.memory[name]
-    return every.expand(len(view.valid), -1)
+    return every.expand(view.valid.shape[0], -1)
 
 
 def find_gate_cut(

@@ -239,6 +239,29 @@ def widen_sliding_layers(cache: Any, length: int, capacity: int | None = None) -
             cache.layers[index] = StaticLayer(max_cache_len=slots)
 
 
+def store(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """What ``cache.update`` gives and does; the cache may keep these very keys and values.
+
+    An empty dynamic layer would copy them.
+
+    Parameters
+    ----------
+    cache : Cache
+    key, value : Tensor
+        (B, G, T, D), in memory that nobody else writes to.
+    index : int
+        The layer.
+    """
+    plain = type(cache).update is Cache.update and not cache.offloading
+    layer = cache.layers[index] if plain and index < len(cache.layers) else None
+    if type(layer) is not DynamicLayer or layer.is_initialized:
+        keys, values = cache.update(key, value, index)
+        return keys, values
+    layer.dtype, layer.device = key.dtype, key.device
+    layer.keys, layer.values, layer.is_initialized = key, value, True
+    return key, value
+
+
 def compact(cache: Any, layers: int, order: Tensor) -> None:
     """Keep only the tokens in ``order`` (B, K) in the first ``layers`` layers."""
     if cache is None:

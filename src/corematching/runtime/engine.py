@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from corematching.errors import AlreadyInstalledError, InputError
 from corematching.protocol import Method
 
-from .cache import (
-    check_cache,
-    fit_mask,
-    is_fresh,
-    memory_of,
-    remember,
-    widen_sliding_layers,
-)
+from .cache import check_cache, fit_mask, is_fresh, memory_of, remember, widen_sliding_layers
 from .checks import Parts, check_model, choose_counts
 from .count import Record, layer_costs, mark
 from .decode import Backend, check_engine
@@ -366,6 +359,8 @@ class Engine:
         record.vision, record.vision_flops = self._vision.take()
         record.vision_inside = not self.generating
         record.expand = max(self._expand_from, 1) if self.generating else 1
+        if self.records:
+            self.records[-1].selection.forget_neurons()
         self.records.append(record)
         if self.generating:
             self._first = record

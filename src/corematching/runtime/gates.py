@@ -19,10 +19,19 @@ class Wish:
         (B, R) long, tokens of each sample.
     places : Tensor
         (B * T,) int32, where the gate of each token goes among B * R, or -1.
+    same : Tensor or None
+        Other rows that were found to be equal to these.
     """
 
     rows: Tensor
     places: Tensor
+    same: Tensor | None = None
+
+    def lists(self, rows: Tensor) -> bool:
+        """Whether these, (B, R), are its rows; not compared again for every layer."""
+        if rows is not self.same and torch.equal(rows, self.rows):
+            self.same = rows
+        return rows is self.same
 
 
 def make_wish(tokens: Tensor) -> Wish:
@@ -62,7 +71,7 @@ class Gates:
         wish = self._wish
         if wish is None or self._kept is None or self._owner is not mlp or self._inputs is not x:
             return None
-        return self._kept if torch.equal(rows, wish.rows) else None
+        return self._kept if wish.lists(rows) else None
 
     def forget(self) -> None:
         """Let go of everything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -89,6 +89,33 @@ def run_pre_hooks(module: nn.Module, x: Tensor) -> Tensor:
         if changed is not None:
             x = changed[0] if isinstance(changed, tuple) else changed
     return x
+
+
+def promise_input(module: nn.Module, source: Tensor, make: Callable[[], Tensor]) -> bool:
+    """Run the hooks in front of a module without its input, where each of them can do without.
+
+    Such a hook has a method ``promise(source, make)``.
+
+    Parameters
+    ----------
+    module : nn.Module
+        One that is not called itself.
+    source : Tensor
+        What its input would be made of.
+    make : callable
+        ``make()`` gives the input.
+
+    Returns
+    -------
+    bool
+        False, and nothing done, where a hook needs it now.
+    """
+    hooks: list[Any] = list(module._forward_pre_hooks.values())
+    if not all(hasattr(hook, "promise") for hook in hooks):
+        return False
+    for hook in hooks:
+        hook.promise(source, make)
+    return True
 
 
 def show_result(module: nn.Module, x: Tensor, out: Tensor) -> None:

@@ -7,18 +7,14 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from corematching.kernels.native import TILES, TiledAttention, refuse_attention, rotate
+from corematching.kernels.native import TILES, TiledAttention, refuse_attention, rotate_apart
+
+from .cache import store
 
 ATTENTION = "sdpa"
 ONLY_SDPA = ("softcap", "position_bias", "cache", "enable_gqa")
 """What a call may ask for besides, that the C code does not know."""
 PROBE_ERROR = 2e-2
-
-
-def rotate_jointly(module: Any, joint: Tensor, angles: tuple[Tensor, Tensor]) -> None:
-    """Rotate, in place, the queries and keys of Llama's attention in (B, T, H + 2G, D)."""
-    groups = module.v_proj.out_features // module.head_dim
-    rotate(joint, *angles, joint.shape[2] - groups)
 
 
 class PromptAttention:
@@ -34,14 +30,17 @@ class PromptAttention:
         self._tiled = TiledAttention() if unit == TILES else None
 
     def attend(
-        self, module: Any, joint: Tensor, mask: Any, cache: Any, **kwargs: Any
+        self, module: Any, joint: Tensor, angles: Any, mask: Any, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """Llama's attention: (B, T, H + 2G, D), rotated, to (B, T, H * D), and no weights."""
+        """Llama's attention: (B, T, H + 2G, D), not rotated yet, to (B, T, H * D), and no weights.
+
+        ``angles`` are cosines and sines, (B or 1, T, D) each; queries are rotated in place.
+        """
         groups = module.v_proj.out_features // module.head_dim
-        heads = joint.shape[2] - 2 * groups
-        query, key, value = joint.transpose(1, 2).split([heads, groups, groups], dim=1)
+        cos, sin = angles
+        query, key, value = rotate_apart(joint, cos, sin, groups)
         if cache is not None:
-            key, value = cache.update(key, value, module.layer_idx)
+            key, value = store(cache, key, value, module.layer_idx)
         return self._mix(module, query, key, value, mask, module.scaling, kwargs)
 
     def attend_to_patches(self, module: Any, joint: Tensor, mask: Any) -> Tensor:
@@ -75,7 +74,11 @@ class PromptAttention:
 def uses_sdpa(attention: Any) -> bool:
     """Whether an attention runs PyTorch's fused one, without dropout."""
     config = getattr(attention, "config", None)
-    return getattr(config, "_attn_implementation", None) == ATTENTION and not attention.training
+    if config is None or attention.training:
+        return False
+    # a configuration's properties take a while, and every layer of every prompt asks
+    name = vars(config).get("_attn_implementation_internal")
+    return (name or getattr(config, "_attn_implementation", None)) == ATTENTION
 
 
 def is_close(ours: Tensor, theirs: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,16 @@ from corematching.kernels.native import Norm, Products, normalise, refuse_produc
 
 from .ffn_parts import FFNParts
 from .gates import Gates
-from .hooks import run_pre_hooks
-from .native_attention import PromptAttention, rotate_jointly
+from .hooks import promise_input, run_pre_hooks
+from .native_attention import PromptAttention
 from .watch import Watch
 
 
 @dataclass
 class Weights:
-    """What a layer multiplies with."""
+    """What a layer multiplies with, and its attention."""
 
+    attention: Any
     inputs: list[Tensor]
     input_biases: list[Tensor | None]
     output: Tensor
@@ -75,18 +77,18 @@ class LlamaLayer:
         weights = self._find_weights()
         if weights is None or x.dtype != weights.output.dtype:
             return None
-        attention, products = self.layer.self_attn, self._products
+        attention, products = weights.attention, self._products
         first, second = weights.norms
         joint = products.several(x, weights.inputs, weights.input_biases, first)
         joint = joint.view(*x.shape[:-1], -1, attention.head_dim)
-        rotate_jointly(attention, joint, angles)
-        mixed = self._attend.attend(attention, joint, mask, cache, **kwargs)[0]
+        mixed = self._attend.attend(attention, joint, angles, mask, cache, **kwargs)[0]
         x = products.linear(mixed, weights.output, weights.output_bias, x)
-        if self.ffn.mlp._forward_pre_hooks:
-            normed = run_pre_hooks(self.ffn.mlp, normalise(x, second))
-            active = activate(products, self._gates, self.ffn, weights.ffn, normed)
-        else:
+        make = functools.partial(normalise, x, second)
+        if promise_input(self.ffn.mlp, x, make):
             active = activate(products, self._gates, self.ffn, weights.ffn, x, second)
+        else:
+            normed = run_pre_hooks(self.ffn.mlp, make())
+            active = activate(products, self._gates, self.ffn, weights.ffn, normed)
         active = run_pre_hooks(self.ffn.down, active)
         return products.linear(active, weights.ffn["down"], weights.down_bias, x)
 
@@ -119,6 +121,7 @@ class LlamaLayer:
             return None
         first, second = (Norm(norm.weight, norm.variance_epsilon) for norm in norms)
         return Weights(
+            attention=attention,
             inputs=[linear.weight for linear in inputs],
             input_biases=[linear.bias for linear in inputs],
             output=attention.o_proj.weight,

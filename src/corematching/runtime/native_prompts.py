@@ -23,7 +23,7 @@ from corematching.kernels.native import (
 from .checks import Parts
 from .ffn_parts import FFNParts
 from .hooks import HookWatch
-from .native_attention import PromptAttention, is_close, rotate_jointly, uses_sdpa
+from .native_attention import PromptAttention, is_close, uses_sdpa
 from .native_layer import LlamaLayer, activate
 from .native_tower import TowerAttention, TowerLayer
 from .patches import InstancePatches
@@ -214,7 +214,7 @@ class NativePrompts:
                 hidden_states=x, position_embeddings=angles, attention_mask=attention_mask,
                 past_key_values=past_key_values, **kwargs,
             )  # fmt: skip
-        seen = attention_mask, past_key_values
+        seen = angles, attention_mask, past_key_values
         mixed, weights = self._attend.attend(module, joint, *seen, **kwargs)
         return module.o_proj(mixed), weights
 
@@ -230,15 +230,10 @@ class NativePrompts:
         return joint.view(*x.shape[:-1], -1, module.head_dim)
 
     def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
-        """(B, T, H + 2G, D), queries, keys and values, rotated; None where C cannot do that."""
+        """(B, T, H + 2G, D), queries, keys and values, not rotated; None where C cannot do that."""
         if not _are_angles(angles, x, module.head_dim):
             return None
-        if type(module.o_proj) is not nn.Linear:
-            return None
-        joint = self._project_jointly(module, x)
-        if joint is not None:
-            rotate_jointly(module, joint, angles)
-        return joint
+        return self._project_jointly(module, x) if type(module.o_proj) is nn.Linear else None
 
     def _attends_like_llama(self) -> bool:
         """Whether the attentions are of one form, and that form computes what `attend` does."""
@@ -258,7 +253,8 @@ class NativePrompts:
             if joint is None:
                 return False
             theirs = first(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
-            return is_close(first.o_proj(self._attend.attend(first, joint, None, None)[0]), theirs)
+            ours = self._attend.attend(first, joint, angles, None, None)[0]
+            return is_close(first.o_proj(ours), theirs)
 
 
 def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:

@@ -177,14 +177,13 @@ class Prefill:
 
     def _install_ffn_probe(self, index: int) -> None:
         ffn, wanted = self.parts.ffns[index], GATE in self._needs(index)
-        probe = FFNProbe(ffn, self.parts.gates)
 
-        def show(*_: Any) -> None:
+        def begin(probe: FFNProbe) -> None:
             self._ffn = probe
             self.parts.gates.ask(ffn, self._wish() if wanted else None)
 
-        self._handles.append(self.parts.ffns[index].register_forward_pre_hook(show))
-        self._handles.append(probe.install())
+        probe = FFNProbe(ffn, self.parts.gates, begin)
+        self._handles.append(ffn.register_forward_pre_hook(probe))
 
     def _wish(self) -> Wish | None:
         """The text tokens that are present, whose gates policies read; on a CPU only."""
@@ -209,7 +208,7 @@ class Prefill:
         if index - 1 in self.cuts:
             hidden = self._cut(index - 1, hidden)
         if self._ffn is not None:
-            self._ffn.inputs = None
+            self._ffn.forget()
         self._activations = self._probe = self._ffn = None
         if not self.shortened and self._gone is None:
             return None
@@ -279,7 +278,7 @@ class Prefill:
             view.activations = self._activations
             view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)
         if self._ffn is not None and self._activations is not None:
-            view.inputs = self._ffn.inputs
+            view.inputs = self._ffn.inputs if INPUTS in needs else None
             view.gate = self._ffn.gate(self._activations) if GATE in needs else None
         if VISION in needs and self.tower is not None:
             view.vision = self.tower.show(self.image)

@@ -48,6 +48,10 @@ class Selection:
         for stage in self.stages:
             stage.choice.hidden = None
 
+    def forget_neurons(self) -> None:
+        """Let go of the choices of neurons; a cache that decodes with them has its own list."""
+        self.neurons = {}
+
 
 def find_dropped(selection: Selection, length: int) -> Tensor:
     """(B, length) bool, the prompt's columns that no stage let through."""

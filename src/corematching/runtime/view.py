@@ -152,6 +152,9 @@ class AttentionProbe:
 class FFNProbe:
     """Holds what entered an FFN in its last run, and computes its gate ``act(gate(x))`` from that.
 
+    Is itself the hook in front of the FFN, and one that does not need what enters it yet
+    (`corematching.runtime.hooks.promise_input`).
+
     Parameters
     ----------
     mlp : nn.Module
@@ -159,40 +162,58 @@ class FFNProbe:
         the activations ``act(up(x))`` stand for it.
     gates : Gates
         What the run itself may have kept of the gate.
+    begin : callable, optional
+        Called with the probe when the FFN begins to run.
     """
 
-    def __init__(self, mlp: Any, gates: Gates) -> None:
-        self.inputs: Tensor | None = None  # (B, T, d)
-        self._mlp, self._gates = mlp, gates
+    def __init__(
+        self, mlp: Any, gates: Gates, begin: Callable[[FFNProbe], None] = lambda _: None
+    ) -> None:
+        self._mlp, self._gates, self._begin = mlp, gates, begin
+        self._source: Tensor | None = None
+        self._make: Callable[[], Tensor] | None = None
         names = ("act_fn", "activation_fn", "act")
         self._activation: Any = next((getattr(mlp, n) for n in names if hasattr(mlp, n)), None)
         found = (getattr(mlp, name, None) for name in ("gate_proj", "gate_up_proj"))
         self._gate: Any = next((gate for gate in found if gate is not None), None)
 
-    def install(self) -> Any:
-        """Put a hook on the FFN; gives its handle."""
-        return self._mlp.register_forward_pre_hook(self._see_inputs)
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """The FFN runs on this."""
+        self._source, self._make = args[0], None
+        self._begin(self)
+
+    def promise(self, source: Tensor, make: Callable[[], Tensor]) -> None:
+        """The FFN runs on what ``make()`` would make of ``source``."""
+        self._source, self._make = source, make
+        self._begin(self)
+
+    @property
+    def inputs(self) -> Tensor | None:
+        """(B, T, d), what entered the FFN."""
+        return self._source if self._make is None else self._make()
+
+    def forget(self) -> None:
+        """Let go of what entered the FFN."""
+        self._source = self._make = None
 
     def gate(self, activations: Tensor) -> Callable[[Tensor], Tensor]:
         """The gate of the run that gave these ``activations`` (B, T, F), for some of its tokens.
 
         Kept from that run, or computed once more, which no hook on the gate's own module sees.
         """
-        inputs, width = self.inputs, activations.shape[-1]
+        source, make, width = self._source, self._make, activations.shape[-1]
 
         def compute(rows: Tensor) -> Tensor:  # (B, R) to (B, R, F)
-            if self._gate is None or inputs is None:
+            if self._gate is None or source is None:
                 return take(activations, rows)
-            kept = self._gates.find(self._mlp, inputs, rows)
+            kept = self._gates.find(self._mlp, source, rows)
             if kept is not None:
                 return kept
+            inputs = source if make is None else make()
             with torch.no_grad():
                 return self._activation(self._gate.forward(take(inputs, rows))[..., :width])
 
         return compute
-
-    def _see_inputs(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self.inputs = args[0]
 
 
 def find_attention(layer: nn.Module) -> nn.Module | None:

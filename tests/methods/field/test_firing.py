@@ -75,7 +75,7 @@ def test_the_probe_sees_what_the_ffn_computes(family):
     mlp = model.model.layers[1].mlp
     probe, seen = FFNProbe(mlp, Gates()), []
     handles = [
-        probe.install(),
+        mlp.register_forward_pre_hook(probe),
         mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
     ]
     with torch.no_grad():
@@ -88,6 +88,12 @@ def test_the_probe_sees_what_the_ffn_computes(family):
     torch.testing.assert_close(gate(rows) * up[:, [last, 0]], seen[0][:, [last, 0]])
     every = torch.arange(last + 1).expand(len(up), -1)
     torch.testing.assert_close(gate(every) * up, seen[0])
+    before, given = probe.inputs, 2 * probe.inputs
+    probe.promise(given, lambda: given / 2)
+    torch.testing.assert_close(probe.inputs, before)
+    torch.testing.assert_close(probe.gate(seen[0])(every) * up, seen[0])
+    probe.forget()
+    assert probe.inputs is None
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from .products import (
     list_dtypes,
     normalise,
     refuse_product,
-    rotate,
+    rotate_apart,
 )
 from .prompt import find_size, mark_highest, pick_highest, sum_rows, weigh_marks
 from .step import DecodeStep, LayerWeights, Shape
@@ -46,7 +46,7 @@ __all__ = [
     "refuse_attention",
     "refuse_matrix",
     "refuse_product",
-    "rotate",
+    "rotate_apart",
     "sum_rows",
     "use_large_pages",
     "weigh_marks",

@@ -25,6 +25,7 @@ enum { FLOATS, BF16S, BYTES };
 #define W float
 #define F(name) name##_float
 #define LOAD load_float
+#define STORE store_float
 #define WIDEN widen_float
 #define NARROW narrow_float
 #include "dtype.inl.h"
@@ -32,6 +33,7 @@ enum { FLOATS, BF16S, BYTES };
 #define W bf16
 #define F(name) name##_bf16
 #define LOAD load_bf16
+#define STORE store_bf16
 #define WIDEN widen_bf16
 #define NARROW narrow_bf16
 #include "dtype.inl.h"

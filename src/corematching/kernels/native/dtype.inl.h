@@ -11,5 +11,6 @@
 #undef W
 #undef F
 #undef LOAD
+#undef STORE
 #undef WIDEN
 #undef NARROW

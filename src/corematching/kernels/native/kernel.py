@@ -84,7 +84,7 @@ class Plan:
     def bytes_read(self) -> int:
         """Bytes of weights read so far, for the choices before as well."""
         row = self.weights.up.shape[1] * self.weights.up.element_size()
-        return int(self.rows_read.sum()) * row
+        return int(sum(self.rows_read.tolist())) * row
 
     def _unite(self, sets: NeuronSets, batch: int) -> None:
         """List the neurons that some row computes, each with the rows that do."""

@@ -2,11 +2,6 @@
 #ifndef CM_LANES_H
 #define CM_LANES_H
 
-INLINE __m512 round_bf16(__m512 x) {
-    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
-    return (__m512)_mm512_slli_epi32(wide, 16);
-}
-
 INLINE __m512 exp_lanes(__m512 x) {
     x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);

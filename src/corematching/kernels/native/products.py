@@ -243,16 +243,33 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     return out
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
-    """Rotary embedding, in place, of the first heads of x, (B, T, H, D), contiguous.
+def rotate_apart(x: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotary embedding of queries and keys, and each where attention and caches want it.
 
-    Cosines and sines are (B or 1, T, D).
+    Parameters
+    ----------
+    x : Tensor
+        (B, T, H + 2G, D), queries, keys and values, contiguous; the queries are rotated in place.
+    cos, sin : Tensor
+        (B or 1, T, D), of x's dtype.
+    groups : int
+        G, heads of keys and of values.
+
+    Returns
+    -------
+    query : Tensor
+        (B, H, T, D), in x's memory.
+    key, value : Tensor
+        (B, G, T, D), contiguous, in memory of their own.
     """
     library = find_library()
     assert library is not None
     batch, length, total, size = x.shape
-    cos, sin = cos.contiguous(), sin.contiguous()
-    library.cm_rotate(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), batch * length, total * size, heads, size,
-        cos.shape[0] * length, torch.get_num_threads(), x.dtype == torch.bfloat16,
+    heads, cos, sin = total - 2 * groups, cos.contiguous(), sin.contiguous()
+    key, value = x.new_empty(2, batch, groups, length, size).unbind()
+    library.cm_rotate_apart(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), key.data_ptr(), value.data_ptr(),
+        batch, length, heads, groups, size, cos.shape[0] * length,
+        torch.get_num_threads(), x.dtype == torch.bfloat16,
     )  # fmt: skip
+    return x[:, :, :heads].transpose(1, 2), key, value

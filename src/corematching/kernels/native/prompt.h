@@ -20,12 +20,15 @@ void cm_normalise(const void *x, const void *weight, const void *shift, void *ou
         normalise_float(x, weight, shift, out, rows, n, epsilon, (int)threads);
 }
 
-void cm_rotate(void *x, const void *cosine, const void *sine, int64_t rows, int64_t stride,
-               int64_t heads, int64_t size, int64_t angles, int64_t threads, int is_bf16) {
+void cm_rotate_apart(void *x, const void *cosine, const void *sine, void *keys, void *values,
+                     int64_t batch, int64_t length, int64_t heads, int64_t groups, int64_t size,
+                     int64_t angles, int64_t threads, int is_bf16) {
     if (is_bf16)
-        rotate_rows_bf16(x, cosine, sine, rows, stride, heads, size, angles, (int)threads);
+        rotate_apart_bf16(x, cosine, sine, keys, values, batch, length, heads, groups, size, angles,
+                          (int)threads);
     else
-        rotate_rows_float(x, cosine, sine, rows, stride, heads, size, angles, (int)threads);
+        rotate_apart_float(x, cosine, sine, keys, values, batch, length, heads, groups, size,
+                           angles, (int)threads);
 }
 
 /* out (batch, length) = the sum of the weights (batch, n) of what a token marks */

@@ -3,8 +3,10 @@
 /* Llama's RMSNorm of a row, rounded where PyTorch's operators round */
 static void F(scale_row)(const W *x, const W *weight, W *out, int64_t n, double epsilon) {
     float scale = (float)(1.0 / sqrt((double)F(square_row)(x, n) / (double)n + epsilon));
-    for (int64_t i = 0; i < n; i++)
-        out[i] = NARROW(WIDEN(NARROW(WIDEN(x[i]) * scale)) * WIDEN(weight[i]));
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        STORE(out + i, F(round)(LOAD(x + i) * scale) * LOAD(weight + i));
+    for (; i < n; i++) out[i] = NARROW(WIDEN(NARROW(WIDEN(x[i]) * scale)) * WIDEN(weight[i]));
 }
 
 /* PyTorch's LayerNorm of a row, rounded once */
@@ -38,21 +40,41 @@ static void F(normalise)(const W *x, const W *weight, const W *shift, W *out, in
         F(normalise_row)(x + row * n, weight, shift, out + row * n, n, epsilon);
 }
 
-/* Rotary embedding in place of the first heads of x, (rows, stride), rounded where PyTorch's
-   operators round; row i takes the angles of row i % angles */
-static void F(rotate_rows)(W *x, const W *cosine, const W *sine, int64_t rows, int64_t stride,
-                           int64_t heads, int64_t size, int64_t angles, int threads) {
-    int64_t half = size / 2;
+/* Rotary embedding of a head, rounded where PyTorch's operators round; out may be the head */
+INLINE void F(rotate_head)(const W *head, const W *cosine, const W *sine, int64_t half, W *out) {
+    const W *more = head + half;
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        vec a = LOAD(head + i), b = LOAD(more + i);
+        vec low = F(round)(a * LOAD(cosine + i)) - F(round)(b * LOAD(sine + i));
+        vec high = F(round)(b * LOAD(cosine + i + half)) + F(round)(a * LOAD(sine + i + half));
+        STORE(out + i, low);
+        STORE(out + i + half, high);
+    }
+    for (; i < half; i++) {
+        float a = WIDEN(head[i]), b = WIDEN(more[i]);
+        float low = WIDEN(NARROW(a * WIDEN(cosine[i]))) - WIDEN(NARROW(b * WIDEN(sine[i])));
+        float high = WIDEN(NARROW(b * WIDEN(cosine[i + half])));
+        high += WIDEN(NARROW(a * WIDEN(sine[i + half])));
+        out[i] = NARROW(low), out[i + half] = NARROW(high);
+    }
+}
+
+/* x (batch, length, heads + 2 * groups, size): rotates the first heads, queries, in place; the keys
+   behind them go rotated to keys (batch, groups, length, size), the values behind these as they are
+   to values. Token i of all takes the angles of row i % angles */
+static void F(rotate_apart)(W *x, const W *cosine, const W *sine, W *keys, W *values, int64_t batch,
+                            int64_t length, int64_t heads, int64_t groups, int64_t size,
+                            int64_t angles, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const W *c = cosine + row % angles * size, *s = sine + row % angles * size;
-        for (W *head = x + row * stride; head < x + row * stride + heads * size; head += size)
-            for (int64_t i = 0; i < half; i++) {
-                float a = WIDEN(head[i]), b = WIDEN(head[i + half]);
-                float low = WIDEN(NARROW(a * WIDEN(c[i]))) - WIDEN(NARROW(b * WIDEN(s[i])));
-                float high = WIDEN(NARROW(b * WIDEN(c[i + half])));
-                high += WIDEN(NARROW(a * WIDEN(s[i + half])));
-                head[i] = NARROW(low), head[i + half] = NARROW(high);
-            }
+    for (int64_t token = 0; token < batch * length; token++) {
+        const W *c = cosine + token % angles * size, *s = sine + token % angles * size;
+        W *own = x + token * (heads + 2 * groups) * size;
+        for (int64_t h = 0; h < heads; h++, own += size) F(rotate_head)(own, c, s, size / 2, own);
+        int64_t place = (token / length * groups * length + token % length) * size;
+        for (int64_t g = 0; g < groups; g++, place += length * size, own += size) {
+            F(rotate_head)(own, c, s, size / 2, keys + place);
+            memcpy(values + place, own + groups * size, (size_t)size * sizeof(W));
+        }
     }
 }

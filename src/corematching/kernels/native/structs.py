@@ -108,7 +108,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "cm_mark_largest": (None, [*[c_void_p] * 3, c_int64, c_int64, c_int, c_int64, c_int]),
         "cm_find_size": (c_int, [*[c_void_p] * 5, *[c_int64] * 4, c_int]),
         "cm_pick_top": (c_int, [c_void_p, c_int64, c_int64, c_void_p]),
-        "cm_rotate": (None, [*[c_void_p] * 3, *[c_int64] * 6, c_int]),
+        "cm_rotate_apart": (None, [*[c_void_p] * 5, *[c_int64] * 7, c_int]),
         "cm_normalise": (None, [*[c_void_p] * 4, c_int64, c_int64, c_double, c_int64, c_int]),
         "cm_sum_rows": (
             None,

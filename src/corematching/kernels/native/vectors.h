@@ -43,6 +43,29 @@ INLINE vec load_bf16(const bf16 *p) {
 #endif
 }
 
+/* Rounded to the nearest, ties to even */
+INLINE halves narrow_lanes(vec v) {
+#if defined(__AVX512BF16__)
+    return (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    words bits = (words)v, nan = (words)(v != v);
+    words up = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector((up & ~nan) | (nan & 0x7fc0), halves);
+#endif
+}
+
+INLINE void store_bf16(bf16 *p, vec v) {
+    halves narrow = narrow_lanes(v);
+    memcpy(p, &narrow, sizeof narrow);
+}
+
+INLINE vec round_bf16(vec v) {
+    halves narrow = narrow_lanes(v);
+    return load_bf16((const bf16 *)&narrow);
+}
+
+INLINE vec round_float(vec v) { return v; }
+
 INLINE float widen_float(float x) { return x; }
 
 INLINE float widen_bf16(bf16 x) {
