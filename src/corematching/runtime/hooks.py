@@ -37,8 +37,8 @@ class HookWatch:
     ignored : iterable of str
         Functions of these names do not count.
     called : iterable of nn.Module
-        Modules whose hooks in front of them the caller runs (`run_pre_hooks`): only those behind
-        them count.
+        Modules whose hooks in front of them the caller runs (`promise_input`, `run_pre_hooks`):
+        only those behind them count.
     """
 
     def __init__(

@@ -74,11 +74,7 @@ class PromptAttention:
 def uses_sdpa(attention: Any) -> bool:
     """Whether an attention runs PyTorch's fused one, without dropout."""
     config = getattr(attention, "config", None)
-    if config is None or attention.training:
-        return False
-    # a configuration's properties take a while, and every layer of every prompt asks
-    name = vars(config).get("_attn_implementation_internal")
-    return (name or getattr(config, "_attn_implementation", None)) == ATTENTION
+    return getattr(config, "_attn_implementation", None) == ATTENTION and not attention.training
 
 
 def is_close(ours: Tensor, theirs: Tensor) -> bool:

@@ -179,8 +179,8 @@ class FFNProbe:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """The FFN runs on this."""
-        self._source, self._make = args[0], None
-        self._begin(self)
+        inputs: Tensor = args[0]
+        self.promise(inputs, lambda: inputs)
 
     def promise(self, source: Tensor, make: Callable[[], Tensor]) -> None:
         """The FFN runs on what ``make()`` would make of ``source``."""
@@ -190,7 +190,7 @@ class FFNProbe:
     @property
     def inputs(self) -> Tensor | None:
         """(B, T, d), what entered the FFN."""
-        return self._source if self._make is None else self._make()
+        return None if self._make is None else self._make()
 
     def forget(self) -> None:
         """Let go of what entered the FFN."""
@@ -204,14 +204,13 @@ class FFNProbe:
         source, make, width = self._source, self._make, activations.shape[-1]
 
         def compute(rows: Tensor) -> Tensor:  # (B, R) to (B, R, F)
-            if self._gate is None or source is None:
+            if self._gate is None or make is None:
                 return take(activations, rows)
             kept = self._gates.find(self._mlp, source, rows)
             if kept is not None:
                 return kept
-            inputs = source if make is None else make()
             with torch.no_grad():
-                return self._activation(self._gate.forward(take(inputs, rows))[..., :width])
+                return self._activation(self._gate.forward(take(make(), rows))[..., :width])
 
         return compute
 

@@ -156,7 +156,7 @@ static float weigh_keys(const attention_t *a, float *scores, const char *mask, i
         __m512 x = exp2_lanes(_mm512_fmsub_ps(_mm512_load_ps(scores + s), unit, top));
         x = _mm512_maskz_mov_ps(first_lanes(count - s), x);
         total = _mm512_add_ps(total, x);
-        _mm256_store_si256((__m256i *)(weights + s), (__m256i)_mm512_cvtneps_pbh(x));
+        store_bf16(weights + s, x);
     }
     int64_t done = round_up(count, TILE);
     memset(weights + done, 0, sizeof(bf16) * (size_t)(width - done));
@@ -205,7 +205,7 @@ static void attend_block(const attention_t *a, int64_t sample, int64_t head, int
         for (int64_t d = 0; d < a->size; d += TILE) {
             __m512 x = _mm512_load_ps(sums + i * a->size + d);
             x = _mm512_mul_ps(x, _mm512_set1_ps(factors[i]));
-            _mm256_storeu_si256((__m256i *)(out + d), (__m256i)_mm512_cvtneps_pbh(x));
+            store_bf16(out + d, x);
         }
 }
 
