@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from corematching.kernels import triton_ffn, triton_prompt
+from corematching.kernels import triton_programs, triton_prompt
 
 SHARED_MEMORY = 163 * 1024  # bytes that one program may use on compute capability 8.0
 
@@ -36,16 +36,16 @@ def build(kernel, capability, pointers, constants, config):
     ("capability", "dtype", "place"), [(80, "bf16", 0), (90, "bf16", 3), (90, "fp32", 1)]
 )
 def test_the_kernels_compile(capability, dtype, place, block_b):
-    config = triton_ffn._neurons_kernel.configs[place]
+    config = triton_programs.neurons_kernel.configs[place]
     blocks = {**config.kwargs, "BLOCK_B": block_b}
     pointers = dict.fromkeys(("x", "up", "gate", "up_bias", "gate_bias", "out"), dtype)
     thresholds = dict.fromkeys(("gate_thresholds", "output_thresholds"), "fp32")
     pointers |= thresholds | {"rows": "i32", "members": None if block_b == 1 else "i8"}
     constants = {"GATED": True, "ALIVE_FIRST": True, "ACTIVATION": "gelu", **blocks}
-    neurons = build(triton_ffn._neurons_kernel, capability, pointers, constants, config)
+    neurons = build(triton_programs.neurons_kernel, capability, pointers, constants, config)
     pointers = {"neurons": dtype, "down": dtype, "rows": "i32", "parts": "fp32"}
     constants = {"GATED": False, "ALIVE_FIRST": False, **blocks}
-    down = build(triton_ffn._down_kernel, capability, pointers, constants, config)
+    down = build(triton_programs.down_kernel, capability, pointers, constants, config)
     for built in (neurons, down):
         assert built.asm["cubin"]
         assert built.metadata.shared <= SHARED_MEMORY
@@ -57,7 +57,7 @@ def test_the_sum_compiles():
     config = triton.Config({}, num_warps=4)
     pointers = {"parts": "fp32", "bias": "bf16", "out": "bf16"}
     constants = {"BLOCK_S": 64, "BLOCK_D": 128}
-    assert build(triton_ffn._sum_kernel, 90, pointers, constants, config).asm["cubin"]
+    assert build(triton_programs.sum_kernel, 90, pointers, constants, config).asm["cubin"]
 
 
 ROW = {"BLOCK": 16384}

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_ffn import INTERPRETED
+from .triton_programs import INTERPRETED
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = {"values": 0, "sizes": 1, "unit squares": 2}
