@@ -252,14 +252,21 @@ def store(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, T
     index : int
         The layer.
     """
-    plain = type(cache).update is Cache.update and not cache.offloading
-    layer = cache.layers[index] if plain and index < len(cache.layers) else None
-    if type(layer) is not DynamicLayer or layer.is_initialized:
+    if not takes_as_is(cache, index):
         keys, values = cache.update(key, value, index)
         return keys, values
+    layer = cache.layers[index]
     layer.dtype, layer.device = key.dtype, key.device
     layer.keys, layer.values, layer.is_initialized = key, value, True
     return key, value
+
+
+def takes_as_is(cache: Any, index: int) -> bool:
+    """Whether `store` gives back the very keys and values that it gets for this layer."""
+    if type(cache).update is not Cache.update or cache.offloading or index >= len(cache.layers):
+        return False
+    layer = cache.layers[index]
+    return type(layer) is DynamicLayer and not layer.is_initialized
 
 
 def compact(cache: Any, layers: int, order: Tensor) -> None:

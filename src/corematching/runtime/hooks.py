@@ -66,6 +66,29 @@ class HookWatch:
         return any(getattr(hook, "__name__", "") not in self._ignored for hook in every)
 
 
+class Reader:
+    """A hook in front of a module that only reads what enters it.
+
+    It may run late, when the module has done its work already.
+
+    Parameters
+    ----------
+    read : callable
+        ``read(x)`` gets what enters the module.
+    """
+
+    def __init__(self, read: Callable[[Tensor], None]) -> None:
+        self._read = read
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._read(args[0])
+
+
+def may_run_late(module: nn.Module) -> bool:
+    """Whether all hooks in front of a module are readers."""
+    return all(isinstance(hook, Reader) for hook in module._forward_pre_hooks.values())
+
+
 def run_pre_hooks(module: nn.Module, x: Tensor) -> Tensor:
     """Run the hooks in front of a module that gets ``x`` and nothing else; gives what they pass on.
 

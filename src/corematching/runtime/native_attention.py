@@ -58,17 +58,26 @@ class PromptAttention:
         scaling: float,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Any]:
-        if self._tiled is not None and not any(kwargs.get(name) for name in ONLY_SDPA):
-            causal = kwargs.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else causal
-            if refuse_attention(query, key, value, mask) is None:
-                causal = causal and mask is None and query.shape[2] > 1
-                mixed = self._tiled.attend(query, key, value, mask, scaling, causal)
-                return mixed.flatten(2), None
+        tiled = None if asks_for_more(kwargs) else self._tiled
+        if tiled is not None and refuse_attention(query, key, value, mask) is None:
+            causal = query.shape[2] > 1 and is_causal(module, mask, kwargs)
+            mixed = tiled.attend(query, key, value, mask, scaling, causal)
+            return mixed.flatten(2), None
         mixed, weights = ALL_ATTENTION_FUNCTIONS[ATTENTION](
             module, query, key, value, mask, scaling=scaling, **kwargs
         )
         return mixed.flatten(2), weights
+
+
+def asks_for_more(kwargs: dict[str, Any]) -> bool:
+    """Whether a call of an attention asks for what the C code does not know."""
+    return any(kwargs.get(name) for name in ONLY_SDPA)
+
+
+def is_causal(module: Any, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an attention's queries see the keys up to their own only, as PyTorch's decides."""
+    causal = kwargs.get("is_causal")
+    return mask is None and (getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def uses_sdpa(attention: Any) -> bool:

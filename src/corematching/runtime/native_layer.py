@@ -1,4 +1,4 @@
-"""A decoder layer of Llama's form in a few calls of C."""
+"""A decoder layer of Llama's form in one call of C, or in a few."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from corematching.kernels.native import Norm, Products, normalise, refuse_product
+from corematching.kernels.native import (
+    STEP,
+    TILES,
+    Norm,
+    Products,
+    PromptLayer,
+    Scratch,
+    normalise,
+    refuse_keys,
+    refuse_product,
+)
 
+from .cache import store, takes_as_is
 from .ffn_parts import FFNParts
 from .gates import Gates
-from .hooks import promise_input, run_pre_hooks
-from .native_attention import PromptAttention
+from .hooks import may_run_late, promise_input, run_pre_hooks
+from .native_attention import PromptAttention, asks_for_more, is_causal
 from .watch import Watch
 
 
@@ -29,6 +41,7 @@ class Weights:
     ffn: dict[str, Tensor]
     down_bias: Tensor | None
     norms: tuple[Norm, Norm]
+    whole: PromptLayer | None = None
 
 
 class LlamaLayer:
@@ -46,6 +59,8 @@ class LlamaLayer:
         Attends.
     gates : Gates
         Who wants to see the FFN's gates.
+    scratch : Scratch
+        Memory to work in, for all layers.
     """
 
     def __init__(
@@ -55,9 +70,10 @@ class LlamaLayer:
         products: Products,
         attention: PromptAttention,
         gates: Gates,
+        scratch: Scratch,
     ) -> None:
         self.layer: Any = layer
-        self.ffn, self._gates = ffn, gates
+        self.ffn, self._gates, self._scratch = ffn, gates, scratch
         self._products, self._attend = products, attention
         self._watch = Watch()
         self._weights: Weights | None = None
@@ -77,6 +93,52 @@ class LlamaLayer:
         weights = self._find_weights()
         if weights is None or x.dtype != weights.output.dtype:
             return None
+        out = None
+        if weights.whole is not None and self._goes_at_once(x, mask, cache, kwargs):
+            out = self._run_at_once(weights.whole, x, mask, cache, angles, kwargs)
+        if out is None:
+            out = self._run_in_parts(weights, x, mask, cache, angles, kwargs)
+        return out
+
+    def _goes_at_once(self, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether attention reads this prompt's own keys alone, and hooks can wait for the end."""
+        if cache is not None and not takes_as_is(cache, self.layer.self_attn.layer_idx):
+            return False
+        batch, length, _ = x.shape
+        if asks_for_more(kwargs) or refuse_keys(mask, batch, length, length) is not None:
+            return False
+        return may_run_late(self.ffn.down)
+
+    def _run_at_once(
+        self,
+        whole: PromptLayer,
+        x: Tensor,
+        mask: Any,
+        cache: Any,
+        angles: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor | None:
+        ffn, attention = self.ffn, self.layer.self_attn
+        x, middle = x.contiguous(), torch.empty_like(x)
+        if not promise_input(ffn.mlp, middle, functools.partial(normalise, middle, whole.ffn_norm)):
+            return None
+        kept = self._gates.make_room(ffn.mlp, middle, ffn.width)
+        causal = is_causal(attention, mask, kwargs)
+        done = whole.run(x, middle, angles, mask, causal, kept, self._scratch)
+        if cache is not None:
+            store(cache, done.key, done.value, attention.layer_idx)
+        run_pre_hooks(ffn.down, done.active)
+        return done.out
+
+    def _run_in_parts(
+        self,
+        weights: Weights,
+        x: Tensor,
+        mask: Any,
+        cache: Any,
+        angles: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         attention, products = weights.attention, self._products
         first, second = weights.norms
         joint = products.several(x, weights.inputs, weights.input_biases, first)
@@ -97,8 +159,31 @@ class LlamaLayer:
         if not self._watch.unchanged():
             weights = self._list_weights()
             self._weights = weights if weights is not None and self._fit(weights) else None
+            if self._weights is not None:
+                self._weights.whole = self._prepare(self._weights)
             self._watch = Watch([self.layer])
         return self._weights
+
+    def _prepare(self, weights: Weights) -> PromptLayer | None:
+        """The layer as one call, where tiles do all of it."""
+        attention, ffn = weights.attention, self.ffn
+        names = ("q", "k", "v")
+        matrices = dict(zip(names, weights.inputs, strict=True))
+        query, key, size = matrices["q"], matrices["k"], attention.head_dim
+        fits = weights.output.shape[1] == query.shape[0] and not query.shape[0] % key.shape[0]
+        if self._products.unit != TILES or size % STEP or not fits:
+            return None
+        biases = {
+            f"{name}_bias": bias for name, bias in zip(names, weights.input_biases, strict=True)
+        }
+        everything = matrices | biases | weights.ffn
+        everything |= {
+            "o": weights.output,
+            "o_bias": weights.output_bias,
+            "down_bias": weights.down_bias,
+        }
+        assert ffn.activation_name is not None
+        return PromptLayer(everything, weights.norms, size, ffn.activation_name, attention.scaling)
 
     def _fit(self, weights: Weights) -> bool:
         every = [*weights.inputs, weights.output, *weights.ffn.values()]

@@ -14,6 +14,7 @@ from corematching.kernels.native import (
     VECTORS,
     Norm,
     Products,
+    Scratch,
     find_unit,
     list_dtypes,
     normalise,
@@ -60,6 +61,7 @@ class NativePrompts:
         self._patches = InstancePatches()
         self._products = Products(self.unit or VECTORS)
         self._attend = PromptAttention(self.unit)
+        self._scratch = Scratch()
         self._dtypes = list_dtypes(self.unit)
 
     def install(self, ffns: list[FFNParts]) -> None:
@@ -145,7 +147,7 @@ class NativePrompts:
             return x, decoder.rotary_emb(x, places)
 
     def _join(self, layer: Any, ffn: FFNParts) -> LlamaLayer:
-        return LlamaLayer(layer, ffn, self._products, self._attend, self.parts.gates)
+        return LlamaLayer(layer, ffn, self._products, self._attend, self.parts.gates, self._scratch)
 
     def _layer(
         self,

@@ -34,7 +34,7 @@ from .cache import Memory, compact, is_fresh, widen_sliding_layers
 from .checks import Parts
 from .ffn import SparseFFN
 from .gates import Wish, make_wish
-from .hooks import stay_eager
+from .hooks import Reader, stay_eager
 from .masks import hide_columns, shorten_mask, survivors, take, weigh_mask
 from .selection import Selection, Stage, extend, find_dropped, find_weights
 from .tower import TowerProbe
@@ -116,9 +116,9 @@ class Prefill:
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             needs = self._needs(index)
             if ACTIVATIONS in needs:
-                hook = functools.partial(self._before_down_proj, index)
+                reader = Reader(functools.partial(self._see_activations, index))
                 down = self.parts.down_projs[index]
-                self._handles.append(down.register_forward_pre_hook(hook))
+                self._handles.append(down.register_forward_pre_hook(reader))
             if {ATTENTION, CONTRIBUTIONS} & needs:
                 self._install_probe(index)
             if {INPUTS, GATE} & needs:
@@ -231,9 +231,9 @@ class Prefill:
             self._embeddings = hidden
 
     @stay_eager
-    def _before_down_proj(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """See the activations; choose this layer's neurons."""
-        self._activations = args[0]
+    def _see_activations(self, index: int, activations: Tensor) -> None:
+        """What enters the down projection: choose this layer's neurons."""
+        self._activations = activations
         if index in self.sparse and self.repeat is None:
             with torch.no_grad():
                 view = self._view(index, None, self.neuron_needs | {ACTIVATIONS})

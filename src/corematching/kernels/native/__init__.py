@@ -1,14 +1,16 @@
 """The kernels in C for CPUs; compiled on first use."""
 
-from .attention import TiledAttention, refuse_attention
+from .attention import TiledAttention, refuse_attention, refuse_keys
 from .build import find_library
 from .kernel import KERNEL, NativeKernel, Plan, linear, refuse_matrix
 from .pages import leave_file, use_large_pages
 from .products import (
+    STEP,
     TILES,
     VECTORS,
     Norm,
     Products,
+    Scratch,
     find_unit,
     has_tiles,
     list_dtypes,
@@ -17,12 +19,14 @@ from .products import (
     rotate_apart,
 )
 from .prompt import find_size, mark_highest, pick_highest, sum_rows, weigh_marks
+from .prompt_layer import PromptLayer
 from .step import DecodeStep, LayerWeights, Shape
 from .structs import MAX_BATCH
 
 __all__ = [
     "KERNEL",
     "MAX_BATCH",
+    "STEP",
     "TILES",
     "VECTORS",
     "DecodeStep",
@@ -31,6 +35,8 @@ __all__ = [
     "Norm",
     "Plan",
     "Products",
+    "PromptLayer",
+    "Scratch",
     "Shape",
     "TiledAttention",
     "find_library",
@@ -44,6 +50,7 @@ __all__ = [
     "normalise",
     "pick_highest",
     "refuse_attention",
+    "refuse_keys",
     "refuse_matrix",
     "refuse_product",
     "rotate_apart",

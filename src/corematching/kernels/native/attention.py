@@ -32,16 +32,21 @@ def refuse_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         return "keys, values and queries do not belong together"
     if not key.shape[1] or query.shape[1] % key.shape[1]:
         return "the heads do not share keys evenly"
-    if not 0 < key.shape[2] <= MOST_KEYS or not query.shape[2]:
-        return f"there are {key.shape[2]} keys, of at most {MOST_KEYS}"
-    return None if mask is None else _refuse_mask(mask, query, key)
+    if not query.shape[2]:
+        return "there are no queries"
+    return refuse_keys(mask, query.shape[0], query.shape[2], key.shape[2])
 
 
-def _refuse_mask(mask: Tensor, query: Tensor, key: Tensor) -> str | None:
+def refuse_keys(mask: Tensor | None, batch: int, length: int, stored: int) -> str | None:
+    """Why tiles cannot attend to so many keys, or under this mask; None if they can."""
+    if not 0 < stored <= MOST_KEYS:
+        return f"there are {stored} keys, of at most {MOST_KEYS}"
+    if mask is None:
+        return None
     if mask.dtype not in MASKS or mask.ndim != 4 or mask.device.type != "cpu":
         return "the mask is neither bool nor bfloat16, (B, 1, T, S)"
-    fits = mask.shape[0] in (1, query.shape[0]) and mask.shape[1] == 1
-    fits &= mask.shape[2] in (1, query.shape[2]) and mask.shape[3] == key.shape[2]
+    fits = mask.shape[0] in (1, batch) and mask.shape[1] == 1
+    fits &= mask.shape[2] in (1, length) and mask.shape[3] == stored
     if not fits or (mask.stride(-1) != 1 and mask.shape[-1] > 1):
         return "the mask has another shape"
     return None

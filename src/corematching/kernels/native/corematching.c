@@ -171,3 +171,4 @@ const char *cm_target(void) {
 #include "tiles.h"
 #include "tiled_attention.h"
 #include "products.h"
+#include "prompt_layer.h"

@@ -1,4 +1,4 @@
-"""What the C code is handed, field by field as in ``types.h`` and ``tiled_attention.h``."""
+"""What the C code is handed, field by field as in types.h, tiled_attention.h, prompt_layer.h."""
 
 from __future__ import annotations
 
@@ -64,6 +64,28 @@ class AttentionStruct(Structure):
     ]
 
 
+class PromptLayerStruct(Structure):
+    """What of a decoder layer stays the same from prompt to prompt."""
+
+    _fields_ = [
+        *_pointers("q k v o gate up down"),
+        *_pointers("q_bias k_bias v_bias o_bias gate_bias up_bias down_bias"),
+        *_pointers("attention_norm ffn_norm"),
+        *_numbers("hidden heads groups size width activation down_by_input"),
+        *((name, c_double) for name in ("attention_epsilon", "ffn_epsilon", "scaling")),
+    ]
+
+
+class PromptStruct(Structure):
+    """One prompt in a decoder layer."""
+
+    _fields_ = [
+        *_pointers("x cosine sine mask places keys values middle out active gates scratch"),
+        ("step_mask", c_int64 * 2),
+        *_numbers("batch length angles mask_kind causal threads"),
+    ]
+
+
 @functools.lru_cache(maxsize=4096)
 def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
     """Numbers as C has them; not to be changed, since the same call gives the same ones."""
@@ -104,6 +126,8 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ),
         "cm_attend_scratch": (c_int64, [POINTER(AttentionStruct)]),
         "cm_attend": (None, [POINTER(AttentionStruct)]),
+        "cm_prompt_layer_scratch": (c_int64, [c_void_p, POINTER(PromptStruct)]),
+        "cm_prompt_layer": (None, [c_void_p, POINTER(PromptStruct)]),
         "cm_weigh_marks": (None, [*[c_void_p] * 3, *[c_int64] * 4]),
         "cm_mark_largest": (None, [*[c_void_p] * 3, c_int64, c_int64, c_int, c_int64, c_int]),
         "cm_find_size": (c_int, [*[c_void_p] * 5, *[c_int64] * 4, c_int]),
