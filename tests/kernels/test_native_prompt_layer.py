@@ -18,6 +18,7 @@ from corematching.kernels.native import (
 BF16 = torch.bfloat16
 HIDDEN, HEADS, GROUPS, SIZE, WIDTH = 96, 4, 2, 32, 160
 SCALING = 0.3
+NAMES = ("q", "k", "v", "o", "up", "down")
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
 
@@ -63,7 +64,7 @@ def run_in_turn(x, weights, norms, angles, mask, causal, kept):
         middle, weights["gate"], weights["up"], bias("gate"), bias("up"), "silu", kept, norms[1]
     )
     out = products.linear(active, weights["down"], bias("down"), middle)
-    return key, value, active, out, middle
+    return key, value, middle, active, out
 
 
 @pytest.mark.parametrize("length", [2, 16, 33, 130])
@@ -71,7 +72,7 @@ def run_in_turn(x, weights, norms, angles, mask, causal, kept):
 @pytest.mark.parametrize(("biased", "by_input"), [(False, False), (True, True)])
 def test_as_in_turn(length, mask, biased, by_input):
     weights, norms = draw_weights(biased, by_input)
-    batch, scratch = 2, Scratch()
+    batch = 2
     x, causal = draw(batch, length, HIDDEN), mask == "none"
     angles = draw(batch if biased else 1, length, SIZE), draw(batch if biased else 1, length, SIZE)
     mask = make_mask(mask, batch, length)
@@ -79,12 +80,13 @@ def test_as_in_turn(length, mask, biased, by_input):
     places[1], places[-1] = 1, 0
     gates = torch.zeros(2, 2, WIDTH, dtype=BF16)
     expected = run_in_turn(x, weights, norms, angles, mask, causal, (places, gates[0]))
-    layer = PromptLayer(weights, norms, SIZE, "silu", SCALING)
+    layer = PromptLayer(weights, norms, SIZE, "silu", SCALING, Scratch())
     for threads in (1, 2):
         torch.set_num_threads(threads)
         middle = torch.empty_like(x)
-        done = layer.run(x, middle, angles, mask, causal, (places, gates[1]), scratch)
-        for ours, theirs in zip((*done, middle, gates[1]), (*expected, gates[0]), strict=True):
+        done = layer.run(x, angles, mask, causal, middle, (places, gates[1]))
+        assert done.middle is middle
+        for ours, theirs in zip((*done[1:], gates[1]), (*expected, gates[0]), strict=True):
             assert torch.equal(ours, theirs)
         assert done.key.is_contiguous() and done.value.is_contiguous()
 
@@ -93,6 +95,32 @@ def test_gates_need_not_be_kept():
     weights, norms = draw_weights(False, False)
     x, angles = draw(1, 40, HIDDEN), (draw(1, 40, SIZE), draw(1, 40, SIZE))
     expected = run_in_turn(x, weights, norms, angles, None, True, None)
-    layer = PromptLayer(weights, norms, SIZE, "silu", SCALING)
-    done = layer.run(x, torch.empty_like(x), angles, None, True, None, Scratch())
-    assert torch.equal(done.out, expected[3])
+    layer = PromptLayer(weights, norms, SIZE, "silu", SCALING, Scratch())
+    assert torch.equal(layer.run(x, angles, None, True).out, expected[-1])
+
+
+@pytest.mark.parametrize("length", [5, 40])
+@pytest.mark.parametrize("mask", ["none", "summands"])
+def test_layers_of_towers(length, mask):
+    weights, norms = draw_weights(True, False)
+    shapes = {"k": (HEADS * SIZE, HIDDEN), "v": (HEADS * SIZE, HIDDEN)}
+    weights |= {name: draw(*shape) for name, shape in shapes.items()}
+    weights |= {f"{name}_bias": draw(shape[0]) for name, shape in shapes.items()}
+    del weights["gate"], weights["gate_bias"]
+    first, second = (norm._replace(shift=draw(HIDDEN)) for norm in norms)
+    x, mask = draw(2, length, HIDDEN), make_mask(mask, 2, length)
+    products, bias = Products("tiles"), {name: weights[f"{name}_bias"] for name in NAMES}
+    joint = products.several(x, [weights[n] for n in "qkv"], [bias[n] for n in "qkv"], first)
+    parts = joint.view(2, length, -1, SIZE).transpose(1, 2).chunk(3, dim=1)
+    mixed = TiledAttention().attend(*parts, mask, SCALING, False).flatten(2)
+    middle = products.linear(mixed, weights["o"], bias["o"], x)
+    active = products.linear(
+        middle, weights["up"], bias["up"], activation="quick_gelu", norm=second
+    )
+    out = products.linear(active, weights["down"], bias["down"], middle)
+    layer = PromptLayer(weights, (first, second), SIZE, "quick_gelu", SCALING, Scratch())
+    done = layer.run(x, None, mask, False)
+    assert done.key is None and done.value is None
+    expected = joint, middle, active, out
+    for ours, theirs in zip((done.joint, *done[3:]), expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from corematching import CoreMatching, Sparsifier
-from corematching.kernels.native import TiledAttention, has_tiles
+from corematching.kernels.native import PromptLayer, TiledAttention, has_tiles
 from corematching.runtime.hooks import COUNTING, HookWatch, show_result
 from corematching.runtime.native_tower import TowerLayer
 
@@ -30,13 +30,18 @@ IMAGE = 96
 @pytest.fixture
 def calls(monkeypatch):
     """The (queries, keys, mask or not, causal) of what attends on tiles."""
-    seen, own = [], TiledAttention.attend
+    seen, own, whole = [], TiledAttention.attend, PromptLayer.run
 
     def attend(self, query, key, value, mask, scaling, causal):
         seen.append((query.shape[2], key.shape[2], mask is not None, causal))
         return own(self, query, key, value, mask, scaling, causal)
 
+    def run(self, x, angles, mask, causal, *args):
+        seen.append((x.shape[1], x.shape[1], mask is not None, causal))
+        return whole(self, x, angles, mask, causal, *args)
+
     monkeypatch.setattr(TiledAttention, "attend", attend)
+    monkeypatch.setattr(PromptLayer, "run", run)
     return seen
 
 

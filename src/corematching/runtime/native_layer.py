@@ -124,8 +124,9 @@ class LlamaLayer:
             return None
         kept = self._gates.make_room(ffn.mlp, middle, ffn.width)
         causal = is_causal(attention, mask, kwargs)
-        done = whole.run(x, middle, angles, mask, causal, kept, self._scratch)
+        done = whole.run(x, angles, mask, causal, middle, kept)
         if cache is not None:
+            assert done.key is not None and done.value is not None
             store(cache, done.key, done.value, attention.layer_idx)
         run_pre_hooks(ffn.down, done.active)
         return done.out
@@ -183,7 +184,9 @@ class LlamaLayer:
             "down_bias": weights.down_bias,
         }
         assert ffn.activation_name is not None
-        return PromptLayer(everything, weights.norms, size, ffn.activation_name, attention.scaling)
+        return PromptLayer(
+            everything, weights.norms, size, ffn.activation_name, attention.scaling, self._scratch
+        )
 
     def _fit(self, weights: Weights) -> bool:
         every = [*weights.inputs, weights.output, *weights.ffn.values()]

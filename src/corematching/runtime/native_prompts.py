@@ -25,12 +25,11 @@ from .checks import Parts
 from .ffn_parts import FFNParts
 from .hooks import HookWatch
 from .native_attention import PromptAttention, is_close, uses_sdpa
+from .native_inputs import is_plain, is_prompt
 from .native_layer import LlamaLayer, activate
 from .native_tower import TowerAttention, TowerLayer
 from .patches import InstancePatches
 
-FEWEST_ROWS = 2
-"""A single row is a decode step, which reads each weight once and needs none of this."""
 FEWEST_FLOAT_ROWS = 64
 """PyTorch multiplies fewer rows of float32 in less time."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -106,7 +105,9 @@ class NativePrompts:
         known = {attention.module: attention for attention in found if attention.is_known()}
         for module in modules:
             attention = known.get(getattr(module, "self_attn", None))
-            layer = None if attention is None else TowerLayer(module, attention, self._products)
+            layer = None
+            if attention is not None:
+                layer = TowerLayer(module, attention, self._products, self._scratch)
             if layer is not None and layer.is_known():
                 self._wrap(module, layer.forward)
         for module, attention in known.items():
@@ -162,7 +163,7 @@ class NativePrompts:
     ) -> Any:
         x, angles = hidden_states, position_embeddings
         attention = whole.layer.self_attn
-        known = _is_prompt(x) and self._takes(x) and not hooks.sees_any()
+        known = is_prompt(x) and self._takes(x) and not hooks.sees_any()
         known = known and uses_sdpa(attention) and _are_angles(angles, x, attention.head_dim)
         out = whole.run(x, attention_mask, past_key_values, angles, **kwargs) if known else None
         if out is not None:
@@ -183,13 +184,13 @@ class NativePrompts:
         return refuse_product(weight, self._products.unit) is None
 
     def _linear(self, module: Any, original: Any, x: Tensor) -> Tensor:
-        if not _is_plain(x) or not self._fits(x, module.weight):
+        if not is_plain(x) or not self._fits(x, module.weight):
             return original(x)
         return self._products.linear(x, module.weight, module.bias)
 
     def _ffn(self, ffn: FFNParts, hooks: HookWatch, original: Any, x: Tensor, *args: Any) -> Any:
         """Gate, activation and up at once; the down projection is called as a module."""
-        if args or not _is_prompt(x) or hooks.sees_any():
+        if args or not is_prompt(x) or hooks.sees_any():
             return original(x, *args)
         weights = ffn.dense()
         both = weights["gate"], weights["up"]
@@ -223,7 +224,7 @@ class NativePrompts:
     def _project_jointly(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
         """(B, T, queries, keys and values, D), not rotated; None where C cannot do that."""
         inputs = _inputs_of(module)
-        if not _is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
+        if not is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
             return None
         weights = [linear.weight for linear in inputs]
         if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
@@ -261,7 +262,7 @@ class NativePrompts:
 
 def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:
     weight = module.weight
-    if not _is_plain(x) or x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
+    if not is_plain(x) or x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
         return original(x)
     return normalise(x, Norm(weight, module.variance_epsilon))
 
@@ -293,29 +294,12 @@ def _inputs_of(attention: Any) -> list[Any]:
     return [getattr(attention, name) for name in PROJECTIONS[:3]]
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether these are several rows that C code may read, and nobody wants a graph of it."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.numel() >= FEWEST_ROWS * x.shape[-1]
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
 def _run_convolution(module: Any, original: Any, x: Tensor) -> Tensor:
     """In float32, rounded once, what a CPU without bf16 products takes forty times longer for."""
-    if not _is_plain(x) or x.dtype != torch.bfloat16 or module.weight.dtype != x.dtype:
+    if not is_plain(x) or x.dtype != torch.bfloat16 or module.weight.dtype != x.dtype:
         return original(x)
     bias = None if module.bias is None else module.bias.float()
     return module._conv_forward(x.float(), module.weight.float(), bias).to(x.dtype)
-
-
-def _is_prompt(x: Tensor) -> bool:
-    """The same, for several tokens of each sample: single ones may run on chosen neurons."""
-    return _is_plain(x) and x.dim() == 3 and x.shape[1] >= FEWEST_ROWS
 
 
 def _are_angles(angles: Any, x: Tensor, size: int) -> bool:

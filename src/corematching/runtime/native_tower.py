@@ -1,4 +1,4 @@
-"""Layers of vision towers, and their attention, in C, on a CPU's tiles."""
+"""Layers of vision towers in one call of C or in a few, and their attention, on a CPU's tiles."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
 from corematching.kernels import activation_name
-from corematching.kernels.native import TILES, Norm, Products, refuse_product
+from corematching.kernels.native import (
+    STEP,
+    TILES,
+    Norm,
+    Products,
+    PromptLayer,
+    Scratch,
+    refuse_keys,
+    refuse_product,
+)
 
 from .hooks import CAPTURING, COUNTING, HookWatch, show_result
-from .native_attention import ONLY_SDPA, PromptAttention, is_close, uses_sdpa
+from .native_attention import ONLY_SDPA, PromptAttention, is_causal, is_close, uses_sdpa
+from .native_inputs import is_prompt
 from .watch import Watch
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -108,11 +118,16 @@ class TowerLayer:
         Of its attention; known.
     products : Products
         Multiplies, on tiles.
+    scratch : Scratch
+        Memory to work in, for all layers.
     """
 
-    def __init__(self, layer: nn.Module, attention: TowerAttention, products: Products) -> None:
+    def __init__(
+        self, layer: nn.Module, attention: TowerAttention, products: Products, scratch: Scratch
+    ) -> None:
         self.layer: Any = layer
-        self._attention, self._products = attention, products
+        self._attention, self._products, self._scratch = attention, products, scratch
+        self._whole: PromptLayer | None = None
         self._function = getattr(getattr(layer, "mlp", None), "activation_fn", None)
         self._activation = ""
         self._watch, self._plain, self._norms = Watch(), False, (NO_NORM, NO_NORM)
@@ -146,15 +161,51 @@ class TowerLayer:
     def _run(self, x: Tensor, mask: Any) -> Tensor | None:
         if not self._watch.unchanged():
             self._plain, self._watch = self._read_layer(), Watch([self.layer])
+            self._whole = self._prepare() if self._plain else None
         layer, (first, second) = self.layer, self._norms
         if not self._plain or first.weight.dtype != x.dtype:
             return None
+        if self._whole is not None and is_prompt(x):
+            batch, length, _ = x.shape
+            if refuse_keys(mask, batch, length, length) is None:
+                return self._run_at_once(self._whole, x, mask)
         mixed = self._attention.mix(x, mask, first)
         if mixed is None:
             return None
         x = self._multiply(layer.self_attn.out_proj, mixed, x)
         active = self._multiply(layer.mlp.fc1, x, activation=self._activation, norm=second)
         return self._multiply(layer.mlp.fc2, active, x)
+
+    def _run_at_once(self, whole: PromptLayer, x: Tensor, mask: Any) -> Tensor:
+        """The same in one call; the hooks, which count, read nothing but shapes."""
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        done = whole.run(x.contiguous(), None, mask, is_causal(attention, mask, {}))
+        assert done.joint is not None
+        inputs = _inputs_of(attention)
+        for linear, part in zip(inputs, done.joint.chunk(len(inputs), -1), strict=True):
+            show_result(linear, x, part)
+        show_result(attention.out_proj, x, done.middle)
+        show_result(mlp.fc1, done.middle, done.active)
+        show_result(mlp.fc2, done.active, done.out)
+        return done.out
+
+    def _prepare(self) -> PromptLayer | None:
+        """The layer as one call, where tiles do all of it."""
+        layer, mlp = self.layer, self.layer.mlp
+        attention = layer.self_attn
+        names = ("q", "k", "v", "o", "up", "down")
+        linears = [*_inputs_of(attention), attention.out_proj, mlp.fc1, mlp.fc2]
+        if any(type(linear) is not nn.Linear for linear in linears) or attention.head_dim % STEP:
+            return None
+        weights: dict[str, Any] = {}
+        for name, linear in zip(names, linears, strict=True):
+            weights |= {name: linear.weight, f"{name}_bias": linear.bias}
+            if not _fits(linear.weight) or linear.weight.dtype != layer.layer_norm1.weight.dtype:
+                return None
+        return PromptLayer(
+            weights, self._norms, attention.head_dim, self._activation, attention.scale,
+            self._scratch,
+        )  # fmt: skip
 
     def _read_layer(self) -> bool:
         """Read the norms, and whether all parts are still such that C can do their work."""
@@ -170,7 +221,7 @@ class TowerLayer:
         weights = [linear.weight for linear in linears]
         if any(w.dtype != norm.weight.dtype for w in weights for norm in norms):
             return False
-        return all(w.is_contiguous() and refuse_product(w, TILES) is None for w in weights)
+        return all(map(_fits, weights))
 
     def _multiply(
         self, linear: Any, x: Tensor, residual: Tensor | None = None, **kwargs: Any
@@ -178,6 +229,14 @@ class TowerLayer:
         out = self._products.linear(x, linear.weight, linear.bias, residual, **kwargs)
         show_result(linear, x, out)
         return out
+
+
+def _inputs_of(attention: Any) -> list[Any]:
+    return [getattr(attention, name) for name in PROJECTIONS[:3]]
+
+
+def _fits(weight: Tensor) -> bool:
+    return weight.is_contiguous() and refuse_product(weight, TILES) is None
 
 
 def _is_plain_norm(norm: Any) -> bool:

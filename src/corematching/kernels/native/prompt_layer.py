@@ -1,4 +1,4 @@
-"""A decoder layer of Llama's form for a whole prompt, in one call, on a CPU's matrix tiles."""
+"""A layer of Llama's form, or of CLIP's tower, for a whole prompt, in one call, on matrix tiles."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from .structs import ACTIVATION_NUMBERS, PromptLayerStruct, PromptStruct, intege
 
 
 class Computed(NamedTuple):
-    """What a layer computes on the way.
+    """What a layer computes.
 
     Attributes
     ----------
-    key, value : Tensor
-        (B, G, T, D), rotated where it applies, contiguous.
+    joint : Tensor or None
+        (B, T, (H + 2G) * D), queries, keys and values; None where they are rotated.
+    key, value : Tensor or None
+        (B, G, T, D), contiguous, the keys rotated; None where nothing is.
+    middle : Tensor
+        (B, T, d), behind the attention and its residual.
     active : Tensor
         (B, T, F), the FFN's activations.
     out : Tensor
-        (B, T, d), the layer's output.
+        (B, T, d), behind the FFN and its residual.
     """
 
-    key: Tensor
-    value: Tensor
+    joint: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    middle: Tensor
     active: Tensor
     out: Tensor
 
@@ -38,25 +44,27 @@ class Computed(NamedTuple):
 class PromptLayer:
     """What does not change from prompt to prompt, prepared once.
 
-    Attributes
-    ----------
-    ffn_norm : Norm
-        In front of the FFN.
-
     Parameters
     ----------
     weights : mapping
-        ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``, each (outputs, inputs), bfloat16,
-        taken by tiles (`refuse_product`); all contiguous but ``down``, which may be stored by
+        ``q``, ``k``, ``v``, ``o``, ``up``, ``down`` and, of a gated FFN, ``gate``, each (outputs,
+        inputs), bfloat16, taken by tiles (`refuse_product`), contiguous; ``down`` may be stored by
         input. Biases, (outputs,), under ``<name>_bias``, may be None or missing.
     norms : tuple of Norm
-        In front of the attention and of the FFN; RMSNorms.
+        In front of the attention and of the FFN.
     size : int
-        D, numbers of a head.
+        D, numbers of a head, a multiple of 32.
     activation : str
-        Of the gate.
+        Of the gate, or of ``up`` without one.
     scaling : float
         Of the attention's scores.
+    scratch : Scratch
+        Memory to work in.
+
+    Attributes
+    ----------
+    ffn_norm : Norm
+        The second of the norms.
     """
 
     def __init__(
@@ -66,32 +74,34 @@ class PromptLayer:
         size: int,
         activation: str,
         scaling: float,
+        scratch: Scratch,
     ) -> None:
-        self._kept = dict(weights), norms
+        self._kept, self._scratch = (dict(weights), norms), scratch
+        first, second = norms
         q, k, up, down = (weights[name] for name in ("q", "k", "up", "down"))
         assert q is not None and k is not None and up is not None and down is not None
-        self.groups, self.size, self.width = k.shape[0] // size, size, up.shape[0]
-        first, second = norms
         self.ffn_norm = second
-        self.struct = PromptLayerStruct(
+        self._groups, self._size, self._width = k.shape[0] // size, size, up.shape[0]
+        self._joint = q.shape[0] + 2 * k.shape[0]
+        self._struct = PromptLayerStruct(
             **{name: address(weight) for name, weight in weights.items()},
             attention_norm=address(first.weight), ffn_norm=address(second.weight),
-            hidden=q.shape[1], heads=q.shape[0] // size, groups=self.groups, size=size,
-            width=self.width, activation=ACTIVATION_NUMBERS[activation],
+            attention_shift=address(first.shift), ffn_shift=address(second.shift),
+            hidden=q.shape[1], heads=q.shape[0] // size, groups=self._groups, size=size,
+            width=self._width, activation=ACTIVATION_NUMBERS[activation],
             down_by_input=not down.is_contiguous(), attention_epsilon=first.epsilon,
             ffn_epsilon=second.epsilon, scaling=scaling,
         )  # fmt: skip
-        self._place = ctypes.addressof(self.struct)
+        self._place = ctypes.addressof(self._struct)
 
     def run(
         self,
         x: Tensor,
-        middle: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         causal: bool,
-        kept: tuple[Tensor, Tensor] | None,
-        scratch: Scratch,
+        middle: Tensor | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> Computed:
         """(B, T, d) through the layer.
 
@@ -99,34 +109,41 @@ class PromptLayer:
         ----------
         x : Tensor
             (B, T, d) bfloat16, contiguous.
-        middle : Tensor
-            The same; gets what leaves the attention, the residual added.
-        angles : tuple of Tensor
-            Cosines and sines, (B or 1, T, D) each, contiguous.
+        angles : tuple of Tensor or None
+            Cosines and sines, (B or 1, T, D) each, contiguous; None: nothing is rotated.
         mask, causal
             As `TiledAttention.attend` takes them.
+        middle : Tensor, optional
+            Like x; memory for `Computed.middle`.
         kept : tuple of Tensor or None
             As `Products.gated` takes it.
-        scratch : Scratch
-            Memory to work in.
         """
         library = find_library()
         assert library is not None
         batch, length, _ = x.shape
-        key, value = x.new_empty(2, batch, self.groups, length, self.size).unbind()
-        active, out = x.new_empty(batch, length, self.width), torch.empty_like(x)
-        cos, sin = angles
-        places, gates = kept or (None, None)
+        middle = torch.empty_like(x) if middle is None else middle
+        active, out = x.new_empty(batch, length, self._width), torch.empty_like(x)
         prompt = PromptStruct(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(mask), address(places),
-            key.data_ptr(), value.data_ptr(), middle.data_ptr(), out.data_ptr(),
-            active.data_ptr(), address(gates), None, integers(0, 0), batch, length,
-            cos.shape[0] * length, 0, causal, torch.get_num_threads(),
+            x=x.data_ptr(), mask=address(mask), middle=middle.data_ptr(), out=out.data_ptr(),
+            active=active.data_ptr(), batch=batch, length=length, causal=causal,
+            threads=torch.get_num_threads(),
         )  # fmt: skip
+        joint = key = value = None
+        if angles is None:
+            joint = x.new_empty(batch, length, self._joint)
+            prompt.joint = joint.data_ptr()
+        else:
+            cos, sin = angles
+            key, value = x.new_empty(2, batch, self._groups, length, self._size).unbind()
+            prompt.cosine, prompt.sine = cos.data_ptr(), sin.data_ptr()
+            prompt.keys, prompt.values = key.data_ptr(), value.data_ptr()
+            prompt.angles = cos.shape[0] * length
+        if kept is not None:
+            prompt.places, prompt.gates = map(address, kept)
         if mask is not None:
             steps = (mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2))
             prompt.mask_kind, prompt.step_mask = MASKS[mask.dtype], integers(*steps)
         place = ctypes.byref(prompt)
-        prompt.scratch = scratch.reserve(library.cm_prompt_layer_scratch(self._place, place))
+        prompt.scratch = self._scratch.reserve(library.cm_prompt_layer_scratch(self._place, place))
         library.cm_prompt_layer(self._place, place)
-        return Computed(key, value, active, out)
+        return Computed(joint, key, value, middle, active, out)

@@ -65,22 +65,22 @@ class AttentionStruct(Structure):
 
 
 class PromptLayerStruct(Structure):
-    """What of a decoder layer stays the same from prompt to prompt."""
+    """What of a layer stays the same from prompt to prompt."""
 
     _fields_ = [
         *_pointers("q k v o gate up down"),
         *_pointers("q_bias k_bias v_bias o_bias gate_bias up_bias down_bias"),
-        *_pointers("attention_norm ffn_norm"),
+        *_pointers("attention_norm ffn_norm attention_shift ffn_shift"),
         *_numbers("hidden heads groups size width activation down_by_input"),
         *((name, c_double) for name in ("attention_epsilon", "ffn_epsilon", "scaling")),
     ]
 
 
 class PromptStruct(Structure):
-    """One prompt in a decoder layer."""
+    """One prompt in a layer."""
 
     _fields_ = [
-        *_pointers("x cosine sine mask places keys values middle out active gates scratch"),
+        *_pointers("x cosine sine mask places joint keys values middle out active gates scratch"),
         ("step_mask", c_int64 * 2),
         *_numbers("batch length angles mask_kind causal threads"),
     ]
