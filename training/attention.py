@@ -1,4 +1,4 @@
-"""Attention of one picture and many questions about it, none of which sees another."""
+"""Attention of one picture and many questions about it, none of which sees another; of patches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from blocks import BlockAttention
+from blocks import BlockAttention, PatchAttention
 
 
 def make_mask(segments: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
@@ -45,4 +45,11 @@ def attend_to_picture(module, query, key, value, attention_mask, scaling, **_):
     return torch.cat([picture, text], 2).transpose(1, 2), None
 
 
+def attend_to_patches(module, query, key, value, attention_mask, scaling, **_):
+    """A tower's attention in training on a CPU: (B, H, P, d) each, no mask."""
+    query, key, value = (part.contiguous() for part in (query, key, value))
+    return PatchAttention.apply(query, key, value, scaling).transpose(1, 2), None
+
+
 AttentionInterface.register("picture", attend_to_picture)
+AttentionInterface.register("patches", attend_to_patches)

@@ -1,6 +1,7 @@
 """Draw the learning curves from the training logs, round after round.
 
-python curves.py --vision logs/vision-*.jsonl --tune logs/tune-*.jsonl --out curves.png
+python curves.py --vision logs/vision-*.jsonl --tune logs/tune-*.jsonl \
+    --sharpen logs/sharpen-*.jsonl --out curves.png
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ def read_curve(rows: list[dict[str, float]], key: str) -> tuple[list[float], lis
     return [row["scenes"] / 1000 for row in rows], [row[key] for row in rows]
 
 
-def draw(vision_logs: list[Path], tune_logs: list[Path], out: Path) -> None:
+def draw(
+    vision_logs: list[Path], tune_logs: list[Path], sharpen_logs: list[Path], out: Path
+) -> None:
     vision, vision_starts = read_rounds(vision_logs)
     tune, tune_starts = read_rounds(tune_logs)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    sharpen, sharpen_starts = read_rounds(sharpen_logs)
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    axes = axes.ravel()
     for key, label in (
         ("object_accuracy", "object patches"),
         ("word_accuracy", "sign patches"),
@@ -51,7 +56,15 @@ def draw(vision_logs: list[Path], tune_logs: list[Path], out: Path) -> None:
     axes[1].plot(*read_curve(tune, "loss"), color="tab:gray", label="loss, nats per token")
     axes[1].plot(*read_curve(tune, "token_accuracy"), label="answer tokens right")
     axes[1].set(title="Stage 3: answering (training scenes)")
-    for axis, starts in zip(axes, (vision_starts, tune_starts), strict=False):
+    for key, label in (
+        ("name_loss", "names, nats"),
+        ("place_loss", "places, of a thing's size"),
+        ("centre_loss", "centres, nats"),
+    ):
+        axes[2].plot(*read_curve(sharpen, key), label=label)
+    axes[2].set(title="Round 3: frozen heads' losses (hard scenes)")
+    all_starts = vision_starts, tune_starts, sharpen_starts
+    for axis, starts in zip(axes[:3], all_starts, strict=True):
         for start in starts:
             axis.axvline(start / 1000, color="black", linewidth=0.8, linestyle=":")
         axis.set_xlabel("thousand scenes")
@@ -60,10 +73,10 @@ def draw(vision_logs: list[Path], tune_logs: list[Path], out: Path) -> None:
         axis.legend()
     last = next(row for row in reversed(tune) if "all" in row)
     families = sorted(FAMILIES, key=lambda family: last[family])
-    bars = axes[2].barh(families, [last[family] for family in families])
-    axes[2].bar_label(bars, fmt="%.2f", padding=3)
-    axes[2].set(title=f"Answers right at the end (held-out scenes), mean {last['all']:.2f}")
-    axes[2].set_xlim(0, 1.1)
+    bars = axes[3].barh(families, [last[family] for family in families])
+    axes[3].bar_label(bars, fmt="%.2f", padding=3)
+    axes[3].set(title=f"Answers right after round 2 (held-out scenes): {last['all']:.2f}")
+    axes[3].set_xlim(0, 1.1)
     figure.savefig(out, dpi=110)
 
 
@@ -71,6 +84,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vision", type=Path, nargs="+", required=True)
     parser.add_argument("--tune", type=Path, nargs="+", required=True)
+    parser.add_argument("--sharpen", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    draw(args.vision, args.tune, args.out)
+    draw(args.vision, args.tune, args.sharpen, args.out)

@@ -1,7 +1,9 @@
-"""Write what the package ships of SceneVLM from the checkpoint of stage 3.
+"""Write what the package ships of SceneVLM from a checkpoint of stage 3, or of round 3.
 
     python export.py --tune runs/tune/last.pt --out DIR
+    python export.py --tower runs/sharpen/last.pt --start DIR --out DIR
 
+The second takes all but the vision tower from an exported model.
 ``DIR`` is ``src/corematching/demo/data`` for the shipped model; `corematching.demo.assemble` turns
 it into a standard checkpoint.
 """
@@ -12,8 +14,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from corematching.demo.assets import CHAT_TEMPLATE, write_assets
+from corematching.demo.assets import CHAT_TEMPLATE, SceneAssets, write_assets
 from scenes import VIEW
 from vision import make_config
 
@@ -47,11 +50,23 @@ def make_settings() -> dict:
     }
 
 
+def read_tensors(args: argparse.Namespace) -> dict[str, Tensor]:
+    """All that is shipped, from one checkpoint, or from one and an exported model."""
+    trained = torch.load(args.tune or args.tower, map_location="cpu")["model"]
+    if args.tune:
+        return trained
+    tower = {f"vision_{name}": tensor for name, tensor in trained.items()}
+    return SceneAssets.read(args.start).tensors | tower
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tune", type=Path, required=True)
+    parser.add_argument("--tune", type=Path, help="checkpoint of stage 3")
+    parser.add_argument("--tower", type=Path, help="checkpoint of sharpen.py")
+    parser.add_argument("--start", type=Path, help="exported model that --tower goes with")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    tensors = torch.load(args.tune, map_location="cpu")["model"]
-    assets = write_assets(args.out, tensors, make_settings(), scale=1.0)
+    if bool(args.tune) == bool(args.tower and args.start):
+        parser.error("name what to export: --tune CHECKPOINT, or --tower CHECKPOINT --start DIR")
+    assets = write_assets(args.out, read_tensors(args), make_settings(), scale=1.0)
     print(f"{assets.weights_path}: {assets.num_bytes / 1e6:.1f} MB")

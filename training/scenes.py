@@ -114,12 +114,17 @@ class Composer:
     signs : float
         Mean number of signs in a scene. Questions want one at most; only the vision tower, which
         has to learn to read, sees more.
+    skew : float
+        The larger, the smaller the objects: a number drawn between 0 and 1 is raised to it, and
+        says where between the smallest and the largest size an object's lies.
     """
 
-    def __init__(self, assets: Path, held_out: bool = False, signs: float = 0.35) -> None:
+    def __init__(
+        self, assets: Path, held_out: bool = False, signs: float = 0.35, skew: float = 0.8
+    ) -> None:
         self.sprites = Sprites(assets)
         self.held_out = held_out
-        self.signs = signs
+        self.signs, self.skew = signs, skew
         fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         self._fonts = {
             (name, size): ImageFont.truetype(str(fonts / f"{name}.ttf"), size)
@@ -196,7 +201,7 @@ class Composer:
     def _draw_item(self, rng: np.random.Generator, name: str, largest: float):
         if name.startswith("word:"):
             return self._draw_sign(rng, name.removeprefix("word:"))
-        size = 24 + (largest - 24) * rng.random() ** 0.8
+        size = 24 + (largest - 24) * rng.random() ** self.skew
         sprite = self.sprites.get(name, int(size))
         return (sprite[:, ::-1] if rng.random() < 0.5 else sprite), ()
 

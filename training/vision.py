@@ -15,6 +15,7 @@ import json
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from scenes import (
     SIZE,
     VIEW,
     Composer,
+    Scene,
     label_letters,
     label_patches,
 )
@@ -103,15 +105,21 @@ def normalise(images: Tensor) -> Tensor:
 class PatchStream(IterableDataset):
     """Endless batches of training scenes with patch labels."""
 
+    skew = 0.8  # of the objects' sizes, see `Composer`
+
     def __init__(self, sprites: Path, batch: int, signs: float, seed: int) -> None:
         self.sprites, self.batch, self.signs, self.seed = sprites, batch, signs, seed
+
+    def draw(self, composer: Composer, rng: np.random.Generator) -> Scene:
+        """One scene to train on."""
+        return composer.draw(rng)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         info = torch.utils.data.get_worker_info()
         rng = np.random.default_rng((self.seed, info.id if info else 0))
-        composer = Composer(self.sprites, signs=self.signs)
+        composer = Composer(self.sprites, signs=self.signs, skew=self.skew)
         while True:
-            scenes = [composer.draw(rng) for _ in range(self.batch)]
+            scenes = [self.draw(composer, rng) for _ in range(self.batch)]
             labels, geometry = zip(*(label_patches(scene) for scene in scenes), strict=True)
             yield (
                 torch.from_numpy(np.stack([scene.image for scene in scenes])),
@@ -299,9 +307,15 @@ def train(args: argparse.Namespace) -> None:
     save(checkpoint, model.state_dict(), optimizer, schedule)
 
 
-def save(checkpoint: Path, model: dict, optimizer: torch.optim.Optimizer, schedule: Schedule):
+def save(
+    checkpoint: Path,
+    model: dict,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    **more: Any,
+) -> None:
     """Write a checkpoint whole or not at all."""
-    state = {"model": model, "optimizer": optimizer.state_dict()} | schedule.state()
+    state = {"model": model, "optimizer": optimizer.state_dict()} | schedule.state() | more
     torch.save(state, checkpoint.with_suffix(".tmp"))
     checkpoint.with_suffix(".tmp").replace(checkpoint)
 
