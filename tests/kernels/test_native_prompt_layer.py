@@ -53,7 +53,10 @@ def make_mask(kind, batch, length):
 
 def run_in_turn(x, weights, norms, angles, mask, causal, kept):
     products = Products("tiles")
-    bias = lambda name: weights.get(f"{name}_bias")  # noqa: E731
+
+    def bias(name):
+        return weights.get(f"{name}_bias")
+
     joint = products.several(
         x, [weights[n] for n in "qkv"], [bias(n) for n in "qkv"], norms[0]
     ).view(*x.shape[:2], -1, SIZE)
@@ -67,6 +70,15 @@ def run_in_turn(x, weights, norms, angles, mask, causal, kept):
     return key, value, middle, active, out
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("length", [2, 16, 33, 130])
 @pytest.mark.parametrize("mask", ["none", "bool", "summands", "one for all"])
 @pytest.mark.parametrize(("biased", "by_input"), [(False, False), (True, True)])
@@ -81,19 +93,17 @@ def test_as_in_turn(length, mask, biased, by_input):
     gates = torch.zeros(2, 2, WIDTH, dtype=BF16)
     expected = run_in_turn(x, weights, norms, angles, mask, causal, (places, gates[0]))
     layer = PromptLayer(weights, norms, SIZE, "silu", SCALING, Scratch())
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        middle = torch.empty_like(x)
-        done = layer.run(x, angles, mask, causal, middle, (places, gates[1]))
-        assert done.middle is middle
-        for ours, theirs in zip((*done[1:], gates[1]), (*expected, gates[0]), strict=True):
-            assert torch.equal(ours, theirs)
-        assert done.key.is_contiguous() and done.value.is_contiguous()
+    middle = torch.empty_like(x)
+    done = layer.run(x, angles, mask, causal, middle, (places, gates[1]))
+    assert done.middle is middle
+    for ours, theirs in zip((*done[1:], gates[1]), (*expected, gates[0]), strict=True):
+        assert torch.equal(ours, theirs)
+    assert done.key.is_contiguous() and done.value.is_contiguous()
 
 
-def test_gates_need_not_be_kept():
+def test_gates_need_not_be_kept_and_angles_may_lie_anyhow():
     weights, norms = draw_weights(False, False)
-    x, angles = draw(1, 40, HIDDEN), (draw(1, 40, SIZE), draw(1, 40, SIZE))
+    x, angles = draw(1, 40, HIDDEN), (draw(1, 40, SIZE), draw(1, SIZE, 40).transpose(1, 2))
     expected = run_in_turn(x, weights, norms, angles, None, True, None)
     layer = PromptLayer(weights, norms, SIZE, "silu", SCALING, Scratch())
     assert torch.equal(layer.run(x, angles, None, True).out, expected[-1])

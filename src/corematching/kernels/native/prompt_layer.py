@@ -110,7 +110,7 @@ class PromptLayer:
         x : Tensor
             (B, T, d) bfloat16, contiguous.
         angles : tuple of Tensor or None
-            Cosines and sines, (B or 1, T, D) each, contiguous; None: nothing is rotated.
+            Cosines and sines, (B or 1, T, D) each; None: nothing is rotated.
         mask, causal
             As `TiledAttention.attend` takes them.
         middle : Tensor, optional
@@ -133,7 +133,7 @@ class PromptLayer:
             joint = x.new_empty(batch, length, self._joint)
             prompt.joint = joint.data_ptr()
         else:
-            cos, sin = angles
+            cos, sin = (part.contiguous() for part in angles)
             key, value = x.new_empty(2, batch, self._groups, length, self._size).unbind()
             prompt.cosine, prompt.sine = cos.data_ptr(), sin.data_ptr()
             prompt.keys, prompt.values = key.data_ptr(), value.data_ptr()
