@@ -1,6 +1,6 @@
 """Round 3, for a CPU: the tower of an exported model reads small and touching things better.
 
-    python sharpen.py --start DIR --sprites SPRITES --out runs/sharpen --minutes 110
+    python sharpen.py --start DIR --sprites SPRITES --out runs/sharpen --minutes 100
 
 Heads learn to name and place things from the tower's features as they are, as in ``probe.py``, and
 are then frozen; the tower learns to serve them better, on scenes with more and smaller things, each
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ def train(args: argparse.Namespace) -> None:
         [part.to(args.device) for part in batch] for batch in load_batches(stream, args.workers)
     )
     batches = reuse_batches(drawn, times=2, most=400, seed=args.seed)
-    logged: deque[list[Tensor]] = deque(maxlen=100)
+    logged: list[list[Tensor]] = []
     with (args.out / "log.jsonl").open("a") as log_file:
         while not schedule.done:
             for group in optimizer.param_groups:
@@ -169,6 +168,7 @@ def train(args: argparse.Namespace) -> None:
                 names = ("name_loss", "place_loss", "centre_loss", "gone")
                 row |= {k: round(v, 4) for k, v in zip(names, means.tolist(), strict=True)}
                 print(json.dumps(row), file=log_file, flush=True)
+                logged = []
             if schedule.step % args.save_every == 0:
                 sharpener.save(optimizer, schedule)
     sharpener.save(optimizer, schedule)

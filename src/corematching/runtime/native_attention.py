@@ -69,6 +69,11 @@ class PromptAttention:
         return mixed.flatten(2), weights
 
 
+def inputs_of(attention: Any) -> list[Any]:
+    """The projections to queries, keys and values."""
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
 def asks_for_more(kwargs: dict[str, Any]) -> bool:
     """Whether a call of an attention asks for what the C code does not know."""
     return any(kwargs.get(name) for name in ONLY_SDPA)

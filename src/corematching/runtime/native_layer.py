@@ -17,7 +17,6 @@ from corematching.kernels.native import (
     PromptLayer,
     Scratch,
     normalise,
-    refuse_keys,
     refuse_product,
 )
 
@@ -25,7 +24,7 @@ from .cache import store, takes_as_is
 from .ffn_parts import FFNParts
 from .gates import Gates
 from .hooks import may_run_late, promise_input, run_pre_hooks
-from .native_attention import PromptAttention, asks_for_more, is_causal
+from .native_attention import PromptAttention, asks_for_more, inputs_of, is_causal
 from .watch import Watch
 
 
@@ -104,10 +103,8 @@ class LlamaLayer:
         """Whether attention reads this prompt's own keys alone, and hooks can wait for the end."""
         if cache is not None and not takes_as_is(cache, self.layer.self_attn.layer_idx):
             return False
-        batch, length, _ = x.shape
-        if asks_for_more(kwargs) or refuse_keys(mask, batch, length, length) is not None:
-            return False
-        return may_run_late(self.ffn.down)
+        known = PromptLayer.takes(x, mask) and not asks_for_more(kwargs)
+        return known and may_run_late(self.ffn.down)
 
     def _run_at_once(
         self,
@@ -202,7 +199,7 @@ class LlamaLayer:
         """What stands in the layer now; None if that is no longer plain."""
         layer, ffn = self.layer, self.ffn
         attention = layer.self_attn
-        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        inputs = inputs_of(attention)
         linears = {attention.o_proj, *inputs, *ffn.list_linears()}
         norms = layer.input_layernorm, layer.post_attention_layernorm
         if any(type(x) is not nn.Linear for x in linears) or not linears <= set(layer.modules()):

@@ -24,7 +24,7 @@ from corematching.kernels.native import (
 from .checks import Parts
 from .ffn_parts import FFNParts
 from .hooks import HookWatch
-from .native_attention import PromptAttention, is_close, uses_sdpa
+from .native_attention import PromptAttention, inputs_of, is_close, uses_sdpa
 from .native_inputs import is_plain, is_prompt
 from .native_layer import LlamaLayer, activate
 from .native_tower import TowerAttention, TowerLayer
@@ -93,7 +93,7 @@ class NativePrompts:
             self._wrap(ffn.mlp, self._ffn, ffn, HookWatch(inner))
         if self._attends_like_llama():
             for module in self.parts.attentions:
-                self._wrap(module, self._attention, module, HookWatch(_inputs_of(module)))
+                self._wrap(module, self._attention, module, HookWatch(inputs_of(module)))
             if ffns and self._layers_are_llamas(ffns[0], norms):
                 for layer, ffn in zip(self.parts.layers, ffns, strict=True):
                     whole = self._join(layer, ffn)
@@ -223,7 +223,7 @@ class NativePrompts:
 
     def _project_jointly(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
         """(B, T, queries, keys and values, D), not rotated; None where C cannot do that."""
-        inputs = _inputs_of(module)
+        inputs = inputs_of(module)
         if not is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
             return None
         weights = [linear.weight for linear in inputs]
@@ -288,10 +288,6 @@ def _watch_layer(layer: Any, ffn: FFNParts) -> HookWatch:
 def _is_plain_linear(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     return type(module) is nn.Linear and weight is not None and type(weight.data) is Tensor
-
-
-def _inputs_of(attention: Any) -> list[Any]:
-    return [getattr(attention, name) for name in PROJECTIONS[:3]]
 
 
 def _run_convolution(module: Any, original: Any, x: Tensor) -> Tensor:

@@ -17,12 +17,18 @@ from corematching.kernels.native import (
     Products,
     PromptLayer,
     Scratch,
-    refuse_keys,
     refuse_product,
 )
 
 from .hooks import CAPTURING, COUNTING, HookWatch, show_result
-from .native_attention import ONLY_SDPA, PromptAttention, is_causal, is_close, uses_sdpa
+from .native_attention import (
+    ONLY_SDPA,
+    PromptAttention,
+    inputs_of,
+    is_causal,
+    is_close,
+    uses_sdpa,
+)
 from .native_inputs import is_prompt
 from .watch import Watch
 
@@ -165,10 +171,8 @@ class TowerLayer:
         layer, (first, second) = self.layer, self._norms
         if not self._plain or first.weight.dtype != x.dtype:
             return None
-        if self._whole is not None and is_prompt(x):
-            batch, length, _ = x.shape
-            if refuse_keys(mask, batch, length, length) is None:
-                return self._run_at_once(self._whole, x, mask)
+        if self._whole is not None and is_prompt(x) and self._whole.takes(x, mask):
+            return self._run_at_once(self._whole, x, mask)
         mixed = self._attention.mix(x, mask, first)
         if mixed is None:
             return None
@@ -181,7 +185,7 @@ class TowerLayer:
         attention, mlp = self.layer.self_attn, self.layer.mlp
         done = whole.run(x.contiguous(), None, mask, is_causal(attention, mask, {}))
         assert done.joint is not None
-        inputs = _inputs_of(attention)
+        inputs = inputs_of(attention)
         for linear, part in zip(inputs, done.joint.chunk(len(inputs), -1), strict=True):
             show_result(linear, x, part)
         show_result(attention.out_proj, x, done.middle)
@@ -190,18 +194,16 @@ class TowerLayer:
         return done.out
 
     def _prepare(self) -> PromptLayer | None:
-        """The layer as one call, where tiles do all of it."""
-        layer, mlp = self.layer, self.layer.mlp
-        attention = layer.self_attn
-        names = ("q", "k", "v", "o", "up", "down")
-        linears = [*_inputs_of(attention), attention.out_proj, mlp.fc1, mlp.fc2]
-        if any(type(linear) is not nn.Linear for linear in linears) or attention.head_dim % STEP:
+        """The layer, whose other parts are plain, as one call; None if attention needs more."""
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        inputs, dtype = inputs_of(attention), self._norms[0].weight.dtype
+        plain = all(type(linear) is nn.Linear and _fits(linear.weight) for linear in inputs)
+        if not plain or any(x.weight.dtype != dtype for x in inputs) or attention.head_dim % STEP:
             return None
+        linears = [*inputs, attention.out_proj, mlp.fc1, mlp.fc2]
         weights: dict[str, Any] = {}
-        for name, linear in zip(names, linears, strict=True):
+        for name, linear in zip(("q", "k", "v", "o", "up", "down"), linears, strict=True):
             weights |= {name: linear.weight, f"{name}_bias": linear.bias}
-            if not _fits(linear.weight) or linear.weight.dtype != layer.layer_norm1.weight.dtype:
-                return None
         return PromptLayer(
             weights, self._norms, attention.head_dim, self._activation, attention.scale,
             self._scratch,
@@ -229,10 +231,6 @@ class TowerLayer:
         out = self._products.linear(x, linear.weight, linear.bias, residual, **kwargs)
         show_result(linear, x, out)
         return out
-
-
-def _inputs_of(attention: Any) -> list[Any]:
-    return [getattr(attention, name) for name in PROJECTIONS[:3]]
 
 
 def _fits(weight: Tensor) -> bool:

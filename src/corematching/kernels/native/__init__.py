@@ -1,6 +1,6 @@
 """The kernels in C for CPUs; compiled on first use."""
 
-from .attention import TiledAttention, refuse_attention, refuse_keys
+from .attention import TiledAttention, refuse_attention
 from .build import find_library
 from .kernel import KERNEL, NativeKernel, Plan, linear, refuse_matrix
 from .pages import leave_file, use_large_pages
@@ -50,7 +50,6 @@ __all__ = [
     "normalise",
     "pick_highest",
     "refuse_attention",
-    "refuse_keys",
     "refuse_matrix",
     "refuse_product",
     "rotate_apart",

@@ -52,6 +52,12 @@ def refuse_keys(mask: Tensor | None, batch: int, length: int, stored: int) -> st
     return None
 
 
+def describe_mask(mask: Tensor) -> tuple[int, int, ctypes.Array[ctypes.c_int64]]:
+    """Where a mask lies, its kind, and the numbers between its samples and between its rows."""
+    steps = (mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2))
+    return mask.data_ptr(), MASKS[mask.dtype], integers(*steps)
+
+
 def _list_steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
     return integers(*x.stride()[:3])
 
@@ -105,8 +111,7 @@ class TiledAttention:
         )  # fmt: skip
         how.step_query, how.step_key, how.step_value = map(_list_steps, (query, key, value))
         if mask is not None:
-            how.mask, how.mask_kind = mask.data_ptr(), MASKS[mask.dtype]
-            how.step_mask = integers(*(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2)))
+            how.mask, how.mask_kind, how.step_mask = describe_mask(mask)
         how.scratch = self._scratch.reserve(library.cm_attend_scratch(ctypes.byref(how)))
         library.cm_attend(ctypes.byref(how))
         return out

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import MASKS
+from .attention import describe_mask, refuse_keys
 from .build import find_library
 from .kernel import address
 from .products import Norm, Scratch
-from .structs import ACTIVATION_NUMBERS, PromptLayerStruct, PromptStruct, integers
+from .structs import ACTIVATION_NUMBERS, PromptLayerStruct, PromptStruct
 
 
 class Computed(NamedTuple):
@@ -94,6 +94,12 @@ class PromptLayer:
         )  # fmt: skip
         self._place = ctypes.addressof(self._struct)
 
+    @staticmethod
+    def takes(x: Tensor, mask: Tensor | None) -> bool:
+        """Whether tiles can attend to as many keys as x, (B, T, d), has tokens, under this mask."""
+        batch, length, _ = x.shape
+        return refuse_keys(mask, batch, length, length) is None
+
     def run(
         self,
         x: Tensor,
@@ -124,7 +130,7 @@ class PromptLayer:
         middle = torch.empty_like(x) if middle is None else middle
         active, out = x.new_empty(batch, length, self._width), torch.empty_like(x)
         prompt = PromptStruct(
-            x=x.data_ptr(), mask=address(mask), middle=middle.data_ptr(), out=out.data_ptr(),
+            x=x.data_ptr(), middle=middle.data_ptr(), out=out.data_ptr(),
             active=active.data_ptr(), batch=batch, length=length, causal=causal,
             threads=torch.get_num_threads(),
         )  # fmt: skip
@@ -141,8 +147,7 @@ class PromptLayer:
         if kept is not None:
             prompt.places, prompt.gates = map(address, kept)
         if mask is not None:
-            steps = (mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2))
-            prompt.mask_kind, prompt.step_mask = MASKS[mask.dtype], integers(*steps)
+            prompt.mask, prompt.mask_kind, prompt.step_mask = describe_mask(mask)
         place = ctypes.byref(prompt)
         prompt.scratch = self._scratch.reserve(library.cm_prompt_layer_scratch(self._place, place))
         library.cm_prompt_layer(self._place, place)
