@@ -31,6 +31,7 @@ from corematching.kernels import (
 from corematching.protocol import NeuronChoice
 
 from .ffn_parts import FFNParts, find_ffn
+from .patches import Patches
 
 __all__ = ["SparseFFN", "find_ffn"]
 
@@ -73,7 +74,7 @@ class SparseFFN:
         self.plan: Any = None
         self._kernel: IndexedKernel | None = None
         self._in_place = in_place
-        self._installed = False
+        self._patches = Patches()
         self._original: Callable[..., Tensor] = mlp.forward
         self._sets: NeuronSets | None = None
         self._rows: FFNWeights | None = None
@@ -126,24 +127,14 @@ class SparseFFN:
 
     def install(self) -> None:
         """Replace the FFN's forward on its instance."""
-        if self._installed:
-            return
-        self._replaced = vars(self.mlp).get("forward")
         self._original = self.mlp.forward
-        self.mlp.forward = self.forward
-        self._installed = True
+        self._patches.wrap(self.mlp, "forward", lambda _, *args, **kw: self.forward(*args, **kw))
         if self._in_place:
             self._choose_kernel()
 
     def remove(self) -> None:
         """Put the FFN's own forward and the layout of its weights back; free the copies."""
-        if self._installed:
-            del self.mlp.forward
-            if self._replaced is not None:
-                self.mlp.forward = self._replaced
-            self._installed = False
-        if self._kernel is not None:
-            self.parts.store_down_as_usual()
+        self._patches.undo()
         self.clear()
         self._weights = self._bias = self._rows = self.plan = self._kernel = None
 
@@ -279,7 +270,8 @@ class SparseFFN:
         down = rows.down_t
         rows = dataclasses.replace(rows, down_t=down.new_empty(0).expand(0, 0))
         self._kernel = find_kernel(rows)
-        if self._kernel is not None:
+        if self._kernel is not None and not self.parts.down.weight.t().is_contiguous():
+            self._patches.then(self.parts.store_down_as_usual)
             self.parts.store_down_by_neuron()
 
     def _runs_in_place(self, x: Tensor) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from corematching.errors import UnsupportedModelError
 from corematching.kernels import CompactWeights, FFNWeights, activation_name, sparse_ffn
 
+from .patches import has_foreign_forward
+
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
 PLAIN_NAMES = (
     ("fc1", "fc2"),
@@ -215,6 +217,11 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
             f"{kind} carries an adapter: merge it first (model = model.merge_and_unload())"
         )
     weight = getattr(linear, "weight", None)
+    if has_foreign_forward(linear):
+        raise UnsupportedModelError(
+            f"{kind} has a forward of its own on the instance, which single neurons would skip: "
+            "put the original back (del module.forward), or choose no neurons"
+        )
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
     if not plain or not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
         raise UnsupportedModelError(
