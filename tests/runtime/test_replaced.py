@@ -242,3 +242,17 @@ def counts(model):
         for key, value in fingerprint(model).items()
         if "forward" in key[1]
     }
+
+
+def test_a_hook_that_decoding_does_not_call_is_spoken_of(caplog):
+    model = build("llava")
+    inputs = make_inputs("llava", model)
+    attach(model, both())
+    generate(model, inputs)
+    assert not caplog.records
+    up = model.get_decoder().layers[LAYER].mlp.up_proj
+    up.register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        generate(model, inputs)
+    said = [record.message for record in caplog.records if "hooks on the linear" in record.message]
+    assert len(said) == 1

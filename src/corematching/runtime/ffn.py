@@ -8,6 +8,7 @@ the dense weights where a kernel can read them in place, else on compact copies.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -34,6 +35,8 @@ from .ffn_parts import FFNParts, find_ffn
 from .patches import Patches
 
 __all__ = ["SparseFFN", "find_ffn"]
+
+log = logging.getLogger(__name__)
 
 
 class SparseFFN:
@@ -74,6 +77,7 @@ class SparseFFN:
         self.plan: Any = None
         self._kernel: IndexedKernel | None = None
         self._in_place = in_place
+        self._warned = False
         self._patches = Patches()
         self._original: Callable[..., Tensor] = mlp.forward
         self._sets: NeuronSets | None = None
@@ -200,9 +204,21 @@ class SparseFFN:
             with torch.inference_mode(False), torch.no_grad():
                 self._settle(choice.indices, choice)
             self.active = True
+            self._warn_of_hooks()
         copies = copies and not (self._kernel is not None and self._kernel.traceable)
         if self.active and not self._copied and (copies or self.plan is None):
             self._copy_neurons()
+
+    def _warn_of_hooks(self) -> None:
+        """Say once that hooks on the linear layers are not called for single tokens."""
+        hooked = any(x._forward_hooks or x._forward_pre_hooks for x in self.parts.list_linears())
+        if hooked and not self._warned:
+            self._warned = True
+            log.warning(
+                "hooks on the linear layers of %s are called for prompts only: decoding computes "
+                "the chosen neurons without calling these layers",
+                type(self.mlp).__name__,
+            )
 
     def _check(self, indices: Tensor, choice: NeuronChoice) -> None:
         """Refuse another number of neurons, or of means, than asked for, and unfit thresholds.
