@@ -62,10 +62,11 @@ def attach(
 ) -> Run:
     """Install a method on one model; nothing runs before the model does.
 
-    With ``use_cache=False``, generate() runs the whole prompt again at every step; each of them
-    repeats the choices that the first one made. A turn that goes on from a cache keeps that cache's
-    choices: only the first prompt drops tokens. A sliding window of a shortened cache counts the
-    tokens that are still present.
+    A turn that goes on from a cache keeps that cache's choices: only the first prompt drops tokens.
+    What a cache remembers follows its rows and columns, whether its own methods change them
+    (``batch_select_indices``, ``crop``, ...) or its keys and values are replaced. A sliding window
+    of a shortened cache counts the tokens that are still present. generate() refuses
+    ``use_cache=False``, which would run the prompt again at every step.
 
     Parameters
     ----------
