@@ -83,7 +83,7 @@ class Memory:
 
     def __post_init__(self) -> None:
         self.filler = not bool(self.valid.all())
-        self.samples = self.batch
+        self.samples = self.valid.shape[0]
         self.rows = list(range(self.samples))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Memory:
     @property
     def batch(self) -> int:
         """B, the rows as they are now."""
-        return self.valid.shape[0]
+        return len(self.rows)
 
     @property
     def is_blank(self) -> bool:

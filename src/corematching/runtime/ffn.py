@@ -244,17 +244,17 @@ class SparseFFN:
             )
 
     def check_batch(self, batch: int) -> None:
-        """Refuse a token of each of ``batch`` samples where the choice is for others.
+        """Refuse tokens of ``batch`` rows that do not fall evenly to the choice's samples.
 
         Raises
         ------
         InputError
-            It is for another number of samples, and for more than one.
+            They do not.
         """
-        if batch != self._batch and self._batch != 1:
+        if batch % self._batch:
             raise InputError(
-                f"neurons were chosen for {self._batch} samples, and a token of {batch} comes in: "
-                "decode as many rows as the prompt had, or change the cache's rows with "
+                f"neurons were chosen for {self._batch} samples, and tokens of {batch} rows come "
+                "in: decode as many rows as the prompt had, or change the cache's rows with "
                 "cache.batch_select_indices() or cache.batch_repeat_interleave()"
             )
 

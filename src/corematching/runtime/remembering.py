@@ -295,7 +295,8 @@ def _follow_keys(cache: Any, memory: Memory) -> None:
     keys: Any = layer.keys
     assert sign is not None
     full: list[Any] = [x.keys for x in cache.layers if type(x) is DynamicLayer and x.is_initialized]
-    if keys is None or len({(x.shape[0], x.shape[-2]) for x in full}) != 1:
+    sizes = {(x.shape[0], x.shape[-2]) for x in full}
+    if keys is None or len(sizes) != 1 or keys.shape[-2] < count:
         raise _unknown_rows(memory, _count_rows(cache))
     one = len(sign) == len(keys) == 1 and memory.logarithms is None and not memory.filler
     here = keys[:, :, count - 1 : count].squeeze(2).to(sign.device)
