@@ -7,13 +7,101 @@ must give the same logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from corematching.methods import method_from_text
+from corematching.protocol import NeuronChoice, PrefillView
 from corematching.runtime import attach, detach
+from corematching.runtime.decode.graph import GraphSteps
+from tests.models import build, make_inputs
+from tests.runtime.families import BANNED, RandomNeurons, RandomTokens, Reference, TestMethod
+from tests.runtime.test_graph import StandIn
+
+ENGINES = ("torch", "auto", "native", "replayed")
+BATCH = 3
+
+
+@dataclass
+class LimitedNeurons(RandomNeurons):
+    """Random neurons with thresholds that differ from sample to sample."""
+
+    per_token: bool = True
+
+    def pick(self, layer: int, width: int, count: int) -> NeuronChoice:
+        choice = super().pick(layer, width, count)
+        least = torch.tensor([0.02 * seed for seed in self.seeds])
+        return replace(choice, gate_threshold=least, output_threshold=least / 2)
+
+
+@dataclass
+class LateNeurons(RandomNeurons):
+    """Random neurons that are known when a token is about to be decoded."""
+
+    def choose(self, view: PrefillView, count: int) -> NeuronChoice:
+        choice = super().choose(view, count)
+        late = {"indices": choice.indices, "mean": choice.mean}
+        return NeuronChoice(later=lambda: late)
+
+
+def make_method(kind: str, samples: Sequence[int] = range(BATCH)) -> Any:
+    """A method for a batch of these samples; each chooses the same in any batch."""
+    seeds = tuple(sample + 1 for sample in samples)
+    tokens = RandomTokens((0, 2), seeds, share=0.6)
+    made: dict[str, Callable[[], Any]] = {
+        "weights": lambda: TestMethod(tokens),
+        "neurons": lambda: TestMethod(None, RandomNeurons(seeds)),
+        "means": lambda: TestMethod(tokens, RandomNeurons(seeds, compensated=True)),
+        "limits": lambda: TestMethod(replace(tokens, weighed=False), LimitedNeurons(seeds, True)),
+        "late": lambda: TestMethod(tokens, LateNeurons(seeds, compensated=True)),
+        "product": lambda: method_from_text("corematching:keep=0.5,layer=1,beta=0.5"),
+        "counts": lambda: method_from_text("corematching:keep=0.4,layer=1,neuron_score=none"),
+        "rival": lambda: method_from_text("fastv"),
+    }
+    return made[kind]()
+
+
+KINDS = ("weights", "neurons", "means", "limits", "late", "product", "counts", "rival")
+
+
+@contextmanager
+def at_work(model: Any, method: Any, engine: str) -> Iterator[Any]:
+    """A method on a model; "replayed" replays decode steps on a stand-in for a GPU."""
+    run = attach(model, method, "torch" if engine == "replayed" else engine)
+    graph = None
+    try:
+        if engine == "replayed":
+            graph = GraphSteps(run._engine.parts, run._engine.sparse, StandIn)
+            run._engine.backend.graph = graph
+            graph.install()
+        yield run
+    finally:
+        if graph is not None:
+            graph.remove()
+            run._engine.backend.graph = None
+        detach(model)
+
+
+@contextmanager
+def talking(
+    kind: str,
+    engine: str,
+    name: str = "llava",
+    batch: int = BATCH,
+    cache: Callable[[Any], Any] | None = None,
+) -> Iterator[Turns]:
+    """A conversation of some samples under a method; ``cache(model)`` gives the cache."""
+    model = build(name)
+    inputs = make_inputs(name, model, batch=batch)
+    with at_work(model, make_method(kind, range(batch)), engine) as run:
+        turns = Turns(model, inputs, None if cache is None else cache(model))
+        turns.run, turns.kind, turns.single = run, kind, build(name)
+        yield turns
 
 
 def sample_of(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
@@ -49,6 +137,8 @@ class Turns:
         with torch.no_grad():
             out = model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
         self.cache = out.past_key_values
+        self.run: Any = None
+        self.kind, self.single = "", None
         self._draws = torch.Generator().manual_seed(5)
 
     def draw(self, length: int = 1) -> Tensor:
@@ -59,18 +149,19 @@ class Turns:
     def feed(self, length: int = 1, model: Any = None) -> Tensor:
         """(B, V) logits behind ``length`` random tokens of each row."""
         ids = self.draw(length)
-        self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
-        for row, new in zip(self.fed, ids, strict=True):
-            row.append(new)
-        positions = (self.mask.cumsum(1) - 1)[:, -length:]
+        mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
+        positions = (mask.cumsum(1) - 1)[:, -length:]
         with torch.no_grad():
-            out = (model or self.model)(
+            out = (self.model if model is None else model)(
                 input_ids=ids,
-                attention_mask=self.mask,
+                attention_mask=mask,
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
             )
+        self.mask = mask
+        for row, new in zip(self.fed, ids, strict=True):
+            row.append(new)
         return out.logits[:, -1]
 
     def move(self, rows: Sequence[int], change: Callable[[Any], Any]) -> None:
@@ -81,29 +172,90 @@ class Turns:
         self.fed = [list(self.fed[row]) for row in rows]
 
     def cut(self, count: int, change: Callable[[Any], Any]) -> None:
-        """Take back the latest ``count`` tokens; each was fed alone."""
+        """Take back the latest ``count`` tokens, which are whole turns."""
         change(self.cache)
         self.mask = self.mask[:, :-count]
-        self.fed = [row[:-count] for row in self.fed]
+        for row in self.fed:
+            left = sum(map(len, row)) - count
+            while sum(map(len, row)) > left:
+                row.pop()
+            assert sum(map(len, row)) == left, "whole turns only"
 
-    def expected(self, model: Any, make_method: Callable[[Sequence[int]], Any]) -> Tensor:
-        """(B, V) logits of every row's sample alone, fed as the rows were.
+    def check(self, length: int = 1, model: Any = None) -> None:
+        """Feed ``length`` tokens to each row; compare with the singles."""
+        logits = self.feed(length, model)
+        self._compare(logits, [out.logits[0, -1] for _, out in self._singles(self.rows)])
 
-        ``make_method(samples)`` gives the method for a batch of these samples.
-        """
-        logits = []
-        for sample, fed in zip(self.rows, self.fed, strict=True):
-            attach(model, make_method([sample]), "torch")
+    def check_answer(self, steps: int = 3) -> None:
+        """Let generate() go on from two new tokens of each row; compare with the singles."""
+        ids = self.draw(2)
+        mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
+        ours = answer(self.model, ids, mask, self.cache, steps)
+        theirs = []
+        for row, (model, out) in enumerate(self._singles(self.rows)):
+            own, cache = ids[row : row + 1], out.past_key_values
+            whole = torch.ones(1, int(mask[row].sum()), dtype=torch.long)
+            theirs.append(answer(model, own, whole, cache, steps).logits[0])
+        self._compare(ours.logits, theirs)
+
+    def _singles(self, samples: Sequence[int]) -> Iterator[tuple[Any, Any]]:
+        """Every row's sample alone, fed as the rows were: the model, and what it gave last."""
+        model = self.single
+        for sample, fed in zip(samples, self.fed, strict=True):
+            attach(model, make_method(self.kind, [sample]), "torch")
             try:
                 with torch.no_grad():
                     out = model(**sample_of(self.inputs, sample), use_cache=True)
                     for ids in fed:
                         cache = out.past_key_values
                         out = model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+                yield model, out
             finally:
                 detach(model)
-            logits.append(out.logits[0, -1])
-        return torch.stack(logits)
+
+    def _compare(self, ours: Tensor, theirs: list[Tensor]) -> None:
+        assert_close(ours, torch.stack(theirs))
+
+
+def answer(model: Any, ids: Tensor, mask: Tensor, cache: Any, steps: int, **options: Any) -> Any:
+    """What generate() gives that goes on from a cache."""
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=steps,
+        do_sample=False,
+        suppress_tokens=BANNED,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return Reference(out.sequences[:, -steps:], torch.stack(out.logits, 1))
+
+
+def by_hand(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+    """Replace all layers' keys and values."""
+
+    def run(cache: Any) -> None:
+        for layer in cache.layers:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+    return run
+
+
+def layer_by_layer(name: str, argument: Any) -> Callable[[Any], None]:
+    """Call a method of each of the layers."""
+
+    def run(cache: Any) -> None:
+        for layer in cache.layers:
+            getattr(layer, name)(argument)
+
+    return run
+
+
+def call(name: str, argument: Any) -> Callable[[Any], Any]:
+    """Call a method of the cache."""
+    return lambda cache: getattr(cache, name)(argument)
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
