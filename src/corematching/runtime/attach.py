@@ -78,8 +78,11 @@ def attach(
     """Install a method on one model; nothing runs before the model does.
 
     A turn that goes on from a cache keeps that cache's choices: only the first prompt drops tokens.
-    A sliding window of a shortened cache counts the tokens that are still present. Modules may be
-    replaced meanwhile: the next run reads the model anew, or says what it cannot run on.
+    What a cache remembers follows its rows and columns, whether its own methods change them
+    (``batch_select_indices``, ``crop``, ...) or its keys and values are replaced. A sliding window
+    of a shortened cache counts the tokens that are still present. generate() refuses
+    ``use_cache=False``, which would run the prompt again at every step. Modules may be replaced
+    meanwhile: the next run reads the model anew, or says what it cannot run on.
 
     Parameters
     ----------

@@ -52,6 +52,8 @@ class Record:
         What was chosen.
     counts : list of int
         Neurons that a decode step computes in each layer.
+    rows : list of int or None
+        Of a continued turn: the row of the first one that each row goes on from.
     """
 
     valid: Tensor
@@ -62,6 +64,7 @@ class Record:
     number: int = 0
     continued: bool = False
     earlier: Record | None = None
+    rows: list[int] | None = None
     expand: int = 1
     cached: bool = False
     logit_rows: int = 1
@@ -209,11 +212,18 @@ class _SampleCounter:
         self.depth = len(parts.layers)
         self.counts, self.widths = record.counts, parts.widths
         chosen = _chosen(record)
-        self.image, self.valid = chosen.image.cpu(), chosen.valid.cpu()
+        rows = slice(None) if chosen is record or record.rows is None else record.rows
+        self.image, self.valid = chosen.image.cpu()[rows], chosen.valid.cpu()[rows]
         self.own_valid = record.valid.cpu()
         self.context = record.context.cpu()
         self.stages = [
-            (s.layer, s.origin.cpu(), s.present.cpu(), s.choice.keep.cpu(), _floats(s))
+            (
+                s.layer,
+                s.origin.cpu()[rows],
+                s.present.cpu()[rows],
+                s.choice.keep.cpu()[rows],
+                _floats(s, rows),
+            )
             for s in chosen.selection.stages
         ]
         self.new = _count_new_tokens(record)
@@ -279,9 +289,6 @@ class _SampleCounter:
         step = [1] * self.depth
         head = 2 * self.head_macs
         steps = step, step
-        if not record.cached:  # every step runs the whole prompt again
-            steps = [n + 1 for n in sparse], [n + 1 for n in dense]
-            after, shares = contexts, ones
         return {
             "prefill_flops": text_flops(self.costs, sparse, contexts[1], ones) + head * heads[1],
             "dense_prefill_flops": text_flops(self.costs, dense, contexts[0], ones)
@@ -298,8 +305,8 @@ class _SampleCounter:
         return sum(c.kv_bytes * min(tokens, c.window or tokens) for c in self.costs)
 
 
-def _floats(stage: Any) -> tuple[Tensor, Tensor]:
-    return stage.choice.scores.float().cpu(), stage.choice.cut.float().cpu()
+def _floats(stage: Any, rows: Any) -> tuple[Tensor, Tensor]:
+    return stage.choice.scores.float().cpu()[rows], stage.choice.cut.float().cpu()[rows]
 
 
 def _finite(value: float) -> float | None:

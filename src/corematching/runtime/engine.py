@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections import deque
 from typing import Any
@@ -13,17 +14,19 @@ from torch import Tensor, nn
 from corematching.errors import AlreadyInstalledError, InputError, UnsupportedModelError
 from corematching.protocol import Method
 
-from .cache import check_cache, fit_mask, is_fresh, memory_of, remember, widen_sliding_layers
+from .cache import check_cache, fit_mask, is_fresh, widen_sliding_layers
 from .checks import Parts, check_model, choose_counts
+from .choices import HeldChoices
 from .count import Record, layer_costs, mark
 from .decode import Backend, check_engine
 from .ffn import SparseFFN
-from .generation import GenerationPatches
+from .generation import GenerationPatches, replay_error
 from .lock import UseLock
 from .offload import Offload
 from .patches import Patches
 from .prefill import Prefill
-from .prompt import query_length, read_prompt
+from .prompt import batch_size, query_length, read_prompt
+from .remembering import memory_of, remember
 from .selection import Selection
 from .tower import find_tower
 from .vision import VisionMeter
@@ -31,6 +34,8 @@ from .watch import ModuleSnapshot
 from .weights import LayerWeights
 
 MAX_RECORDS = 16
+FIRST_NUMBERS = itertools.count(0, 1 << 32)
+"""Of the records of each engine, so that no cache takes another engine's for its own."""
 NO_CACHE_YET = object()
 """Stands for the cache of a generate() that has not made one, so that no forward fits it."""
 
@@ -78,9 +83,8 @@ class Engine:
         self._ends: tuple[int, ...] = ()
         self._first: Record | None = None
         self._counting: Record | None = None
-        self._owner: Any = None
         self._cache: Any = None
-        self._numbers = 0
+        self._numbers = next(FIRST_NUMBERS)
         self.generating = self._stepping = False
         self._resumed: Record | None = None
         self._snapshot: ModuleSnapshot | None = None
@@ -105,6 +109,7 @@ class Engine:
             if offload is None
             else offload.make_ffns(self.parts, chosen)
         )
+        self.choices = HeldChoices(self.sparse)
         share = getattr(method.neurons, "decode_share", 1.0)
         self.counts = [max(1, round(share * count)) for count in counts]
         self.backend = Backend(model, self.parts, self.sparse, self._kind)
@@ -160,7 +165,7 @@ class Engine:
             )
         self._drop_prefill()
         self._inner.undo()
-        self._snapshot = self._owner = None
+        self._snapshot = None
         self._read_model()
         self._install_inside()
 
@@ -187,6 +192,17 @@ class Engine:
         compiled = cache is not None and cache.is_compileable
         for ffn in self.sparse.values():
             ffn.gather(copies=compiled)
+
+    def follow(self, cache: Any, batch: int) -> None:
+        """``batch`` rows of tokens go on from a cache: FFNs get what it chose for its rows.
+
+        Raises
+        ------
+        InputError
+            The cache is of other prompts, of another number of them, or of another method's.
+        """
+        if self.choices.follow(cache, batch):
+            self.backend.refresh()
 
     def settle(self, record: Record) -> None:
         """Note what the decode steps of the latest record have read."""
@@ -229,7 +245,6 @@ class Engine:
             first.steps = max(first.steps - 1, 0)
             self.settle(first)
             first.last = mark(self._device)
-            first.selection.forget_hidden()
 
     @property
     def _device(self) -> torch.device:
@@ -304,20 +319,23 @@ class Engine:
             check_cache(cache)
             widen_sliding_layers(cache, length)
         self._start_streaming(valid)
-        first = self._first
-        repeat = first.selection if first is not None and cache is None else None
-        if repeat is None:
-            for ffn in self.sparse.values():
-                ffn.clear()
-            if not self.generating:
-                self._vision.take()
-        prefill = Prefill(self.parts, self.method, self.sparse, valid, image, repeat, self._tower)
+        if self._first is not None and cache is None and (self.method.tokens or self.sparse):
+            raise replay_error()
+        for ffn in self.sparse.values():
+            ffn.clear()
+        if not self.generating:
+            self._vision.take()
+        prefill = Prefill(self.parts, self.method, self.sparse, valid, image, self._tower)
         if prefill.cuts and kwargs.get("labels") is not None:
             raise InputError(
                 "labels do not fit a prompt that gets shorter: remove the method before training "
                 "or computing a loss"
             )
-        self.prefill, self._owner = prefill, None
+        self.prefill = prefill
+        self.choices.hold(None)
+        earlier = memory_of(cache)
+        if earlier is not None:
+            earlier.forget()
         self._start = mark(self._device)
         if length > 1:
             prefill.install()
@@ -350,8 +368,9 @@ class Engine:
         if not self.generating:
             self.gather_neurons(cache)
         if cache is not None and (selection.stages or selection.neurons):
-            remember(cache, prefill.make_memory(self._numbers))
-        self._owner = None if cache is None else weakref.ref(cache)
+            memory = prefill.make_memory(self._numbers)
+            remember(cache, memory)
+            self.choices.hold(memory)
         logits = getattr(output, "logits", None)
         batch = prefill.valid.shape[0]
         self._add(
@@ -369,21 +388,14 @@ class Engine:
     def _resume(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
         """A cache that is not empty comes in: its own choices hold."""
         self.backend.refresh()
-        if self._owner is None or self._owner() is not cache:
-            memory = memory_of(cache)
-            for index, ffn in self.sparse.items():
-                if memory is None or index not in memory.neurons:
-                    ffn.clear()
-                else:
-                    ffn.take(memory.neurons[index])
-            self._owner = weakref.ref(cache)
+        self.follow(cache, batch_size(kwargs))
         self.gather_neurons(cache)
         self._stepping = length == 1 and not self.generating
         if self._stepping:
             return
         memory = memory_of(cache)
         number = -1 if memory is None else memory.record
-        earlier = next((r for r in self.records if r.number == number), None)
+        earlier = next((r for r in self.records if r.number == number and number >= 0), None)
         if not self.generating:
             self._vision.take()
         valid, image = read_prompt(self.model, kwargs, self.parts.image_ids, length)
@@ -391,17 +403,17 @@ class Engine:
         seen = int(cache.get_seq_length())
         dropped = 0 if memory is None else int(memory.dropped)
         context = torch.tensor([[seen, seen - dropped]]).expand(valid.shape[0], 2)
-        same = earlier is not None and earlier.valid.shape[0] == valid.shape[0]
         self._start = mark(self._device)
         self._add(
             Record(
                 valid=valid,
-                image=image if not same else torch.zeros_like(image),
+                image=image if earlier is None else torch.zeros_like(image),
                 context=context,
                 selection=Selection(length),
                 counts=self.counts if memory is not None and memory.neurons else self.parts.widths,
                 continued=True,
-                earlier=earlier if same else None,
+                earlier=earlier,
+                rows=None if memory is None else memory.rows,
                 cached=True,
             )
         )
@@ -423,8 +435,6 @@ class Engine:
         self.records.append(record)
         if self.generating:
             self._first = record
-        else:
-            record.selection.forget_hidden()
 
     def _count_step(self) -> None:
         """A hand-written loop has taken a decode step."""
@@ -434,6 +444,8 @@ class Engine:
 
     def _fit(self, kwargs: dict[str, Any], cache: Any, length: int) -> dict[str, Any]:
         """A caller's mask made to fit the cache; generate() gets one that fits by itself."""
+        if torch.compiler.is_compiling():
+            self.choices.check_compiled(cache)
         return kwargs if self.generating else fit_mask(kwargs, cache, length)
 
     def _drop_prefill(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corematching.errors import ConfigError
+from corematching.errors import ConfigError, InputError
 from corematching.kernels import (
     CompactWeights,
     FFNWeights,
@@ -84,6 +84,7 @@ class SparseFFN:
         self._rows: FFNWeights | None = None
         self._weights: CompactWeights | None = None
         self._copied = False
+        self._batch = 1
         self._bias: Tensor | None = None
         self._limits: Thresholds = Thresholds()
         self._taken: NeuronChoice | None = None
@@ -154,6 +155,7 @@ class SparseFFN:
         """(B, T, d) to (B, T, d), on the chosen neurons where T is 1 and a choice is set."""
         if not self.active or x.dim() != 3 or x.shape[1] != 1:
             return self._original(x, *args, **kwargs)
+        self.check_batch(x.shape[0])
         if self.plan is not None and self._runs_in_place(x):
             assert self._kernel is not None and self._rows is not None
             return self._kernel.run(x[:, 0], self._rows, self.plan)[:, None]
@@ -248,6 +250,21 @@ class SparseFFN:
                 "output_threshold"
             )
 
+    def check_batch(self, batch: int) -> None:
+        """Refuse tokens of ``batch`` rows that do not fall evenly to the choice's samples.
+
+        Raises
+        ------
+        InputError
+            They do not.
+        """
+        if batch % self._batch:
+            raise InputError(
+                f"neurons were chosen for {self._batch} samples, and tokens of {batch} rows come "
+                "in: decode as many rows as the prompt had, or change the cache's rows with "
+                "cache.batch_select_indices() or cache.batch_repeat_interleave()"
+            )
+
     def clear(self) -> None:
         """Run every token on all neurons until the next choice; the buffers stay for reuse."""
         self.active, self._taken = False, None
@@ -305,6 +322,7 @@ class SparseFFN:
         device = self.parts.down.weight.device
         limits = [None if x is None else x.to(device, torch.float32) for x in _limits_of(choice)]
         indices = indices.to(device)
+        self._batch = indices.shape[0]
         step = indices.shape[0] // _count_sets([indices, *(x for x in limits if x is not None)])
         own = (None if x is None else x[::step] for x in limits)
         self._limits = Thresholds(

@@ -134,26 +134,6 @@ def shorten_mask(
     return F.pad(short, (0, missing), value=_blocked_value(short.dtype)) if missing > 0 else short
 
 
-def hide_columns(
-    mask: Tensor | None,
-    gone: Tensor,
-    new: int,
-    valid: Tensor,
-    causal: bool,
-    implementation: str | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Hide the columns in ``gone`` (B, K) from the last ``new`` rows of a layer's mask.
-
-    For a prompt that runs again with new tokens at its end: with a cache, these would find the
-    survivors' keys only, in the layers before the cut as well.
-    """
-    if mask is None:
-        mask = _plain_mask(valid, causal, implementation, dtype)
-    rows = torch.arange(valid.shape[1], device=valid.device) >= valid.shape[1] - new
-    return mask.masked_fill((rows[:, None] & gone[:, None, :])[:, None], _blocked_value(mask.dtype))
-
-
 def weigh_mask(
     mask: Tensor | None,
     logarithms: Tensor,

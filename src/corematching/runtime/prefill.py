@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corematching.errors import ConfigError, UnsupportedModelError
+from corematching.errors import ConfigError
 from corematching.protocol import (
     ACTIVATIONS,
     ATTENTION,
@@ -30,14 +30,15 @@ from corematching.protocol import (
     PrefillView,
 )
 
-from .cache import Memory, compact, is_fresh, widen_sliding_layers
+from .cache import compact, is_fresh, widen_sliding_layers
+from .cache_memory import Memory
 from .checks import Parts
 from .ffn import SparseFFN
 from .gates import Wish, make_wish
 from .hooks import Reader, stay_eager
-from .masks import hide_columns, shorten_mask, survivors, take, weigh_mask
+from .masks import shorten_mask, survivors, take, weigh_mask
 from .patches import Patches
-from .selection import Selection, Stage, extend, find_dropped, find_weights
+from .selection import Selection, Stage
 from .tower import TowerProbe
 from .view import AttentionProbe, FFNProbe
 from .weights import can_weigh
@@ -56,8 +57,6 @@ class Prefill:
         The layers' sparse FFNs, by layer; layers that stay dense are not in it.
     valid, image : Tensor
         (B, T) bool, the prompt's tokens that are no padding, and those that are image tokens.
-    repeat : Selection or None
-        Choices to repeat, where this prompt only continues an earlier one (``use_cache=False``).
     tower : TowerProbe or None
         Shows the vision tower, to a token policy that reads it.
     """
@@ -69,7 +68,6 @@ class Prefill:
         sparse: Mapping[int, SparseFFN],
         valid: Tensor,
         image: Tensor,
-        repeat: Selection | None = None,
         tower: TowerProbe | None = None,
     ) -> None:
         self.parts, self.method, self.sparse = parts, method, sparse
@@ -79,7 +77,6 @@ class Prefill:
         batch, self.length = valid.shape
         self.origin = torch.arange(self.length, device=valid.device).expand(batch, -1)
         self.selection = Selection(self.length)
-        self.repeat = repeat
         self.weights: Tensor | None = None
         self.shortened = False
         self.cache: Any = None
@@ -98,14 +95,6 @@ class Prefill:
         self._probe: AttentionProbe | None = None
         self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._patches = Patches()
-        self._gone = None if repeat is None or not self.cuts else find_dropped(repeat, self.length)
-        self._final = None if repeat is None or not self.cuts else find_weights(repeat, self.length)
-        if self._gone is not None and "flash" in str(parts.config._attn_implementation):
-            raise UnsupportedModelError(
-                "use_cache=False runs the prompt again at every step, and flash attention cannot "
-                "hide the dropped tokens from the new ones: leave use_cache at True, or call "
-                "model.set_attn_implementation('sdpa')"
-            )
 
     def install(self) -> None:
         """Put the hooks on the layers."""
@@ -123,9 +112,6 @@ class Prefill:
                 self._install_probe(index)
             if {INPUTS, GATE} & needs:
                 self._install_ffn_probe(index)
-            if self.repeat is not None and index in self.sparse:
-                hook = functools.partial(self._after_repeated_ffn, index)
-                self._patches.add_hook(self.parts.ffns[index], hook)
         if self.cuts and hasattr(self.parts.decoder, "_deepstack_process"):
             self._wrap_deepstack()
 
@@ -151,14 +137,15 @@ class Prefill:
             shortened=bool(chosen.stages),
             record=record,
             logarithms=None if weights is None else weights.float().log(),
+            origin=self.origin,
         )
 
     def _needs(self, index: int) -> frozenset[str]:
         """What the policies read of this layer."""
         needs: frozenset[str] = frozenset()
-        if self.repeat is None and index in self.cuts:
+        if index in self.cuts:
             needs |= self.token_needs
-        if self.repeat is None and index in self.sparse:
+        if index in self.sparse:
             needs |= self.neuron_needs | {ACTIVATIONS}
         return needs
 
@@ -206,7 +193,7 @@ class Prefill:
         if self._ffn is not None:
             self._ffn.forget()
         self._activations = self._probe = self._ffn = None
-        if not self.shortened and self._gone is None:
+        if not self.shortened:
             return None
         kwargs = dict(kwargs, position_ids=None)
         if "attention_mask" in kwargs:
@@ -230,7 +217,7 @@ class Prefill:
     def _see_activations(self, index: int, activations: Tensor) -> None:
         """What enters the down projection: choose this layer's neurons."""
         self._activations = activations
-        if index in self.sparse and self.repeat is None:
+        if index in self.sparse:
             with torch.no_grad():
                 view = self._view(index, None, self.neuron_needs | {ACTIVATIONS})
                 if KEPT in self.neuron_needs and self.cuts and index <= self.cuts[-1]:
@@ -255,16 +242,6 @@ class Prefill:
             view.kept = alive.to(origin.device).gather(1, origin) & view.valid
             self._choose_neurons(view)
         self._waiting.clear()
-
-    def _after_repeated_ffn(self, index: int, _: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """Without a cache: compute the tokens behind the first prompt as a decode step would."""
-        assert self.repeat is not None
-        new, ffn = self.length - self.repeat.length, self.sparse[index]
-        if new <= 0 or not ffn.active or args[0].shape[1] == 1:
-            return output
-        x = args[0][:, -new:]
-        steps = [ffn.forward(x[:, i : i + 1]) for i in range(new)]
-        return torch.cat([output[:, :-new], *steps], dim=1)
 
     def _view(self, layer: int, hidden: Tensor | None, needs: frozenset[str]) -> PrefillView:
         probe, valid = self._probe, self.valid
@@ -291,13 +268,8 @@ class Prefill:
     @torch.no_grad()
     def _cut(self, layer: int, hidden: Tensor) -> Tensor:
         """Let the policy choose after ``layer``; (B, K, d) hidden states to the survivors'."""
-        stage = len(self.selection.stages)
-        if self.repeat is not None:
-            choice = extend(self.repeat.stages[stage].choice, hidden)
-        else:
-            assert self.method.tokens is not None
-            view = self._view(layer, hidden, self.token_needs)
-            choice = self.method.tokens.choose(view)
+        assert self.method.tokens is not None
+        choice = self.method.tokens.choose(self._view(layer, hidden, self.token_needs))
         if choice.keep.shape != self.valid.shape:
             raise ConfigError(
                 f"expected a keep mask {tuple(self.valid.shape)} after layer {layer}, got "
@@ -307,7 +279,8 @@ class Prefill:
         weights = choice.weights
         if weights is not None and not can_weigh(self.parts.config):
             weights = None
-        choice = replace(choice, keep=keep, weights=weights)
+        merged = hidden if choice.hidden is None else choice.hidden.to(hidden)
+        choice = replace(choice, keep=keep, weights=weights, hidden=None)
         self.selection.stages.append(Stage(layer, self.origin, self.valid, choice))
         order, valid = survivors(keep)
         self.origin = self.origin.gather(1, order)
@@ -320,7 +293,7 @@ class Prefill:
             self._choose_waiting()
         self._memo.clear()
         self._wished = None
-        return take(hidden if choice.hidden is None else choice.hidden.to(hidden), order)
+        return take(merged, order)
 
     def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:
         count = stored = self.valid.shape[1]
@@ -335,29 +308,11 @@ class Prefill:
             kv_length = count if mask is None and bool(valid.all()) else stored
             how = (causal, config._attn_implementation, hidden.dtype)
             short = shorten_mask(mask, origin, valid, kv_length, *how)
-            if self._gone is not None and self.repeat is not None:
-                new = self.length - self.repeat.length
-                gone = self._gone.to(origin.device).gather(1, origin)
-                short = hide_columns(short, gone, new, valid, *how)
-            logarithms = self._logarithms()
-            if logarithms is not None:
+            if self.weights is not None:
+                logarithms = self.weights.float().log()[:, None, None]
                 short = weigh_mask(short, logarithms, valid, stored, causal, hidden.dtype)
             self._memo[key] = (mask, short)
         return self._memo[key][1]
-
-    def _logarithms(self) -> Tensor | None:
-        """What attention adds to scores, (B, 1, K or 1, K): rows, of keys; None: nothing."""
-        now, final = self.weights, self._final
-        if now is None and final is None:
-            return None
-        now = torch.ones_like(self.valid, dtype=torch.float32) if now is None else now
-        rows = now.float().log()[:, None, None]
-        if final is None or self.repeat is None:
-            return rows
-        new = torch.arange(rows.shape[-1], device=rows.device)
-        new = new >= rows.shape[-1] - (self.length - self.repeat.length)
-        last = final.to(rows.device).gather(1, self.origin).float().log()[:, None, None]
-        return torch.where(new[:, None], last, rows)
 
     def _rotations(self, rotations: Any) -> Any:
         """Gather cosines and sines, (..., B or 1, T, D) each."""

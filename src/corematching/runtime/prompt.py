@@ -23,6 +23,13 @@ def query_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 0 if x is None else x.shape[1]
 
 
+def batch_size(kwargs: dict[str, Any]) -> int:
+    """Rows of a forward with these inputs, by name."""
+    ids = kwargs.get("input_ids")
+    x: Any = kwargs.get("inputs_embeds") if ids is None else ids
+    return int(x.shape[0])
+
+
 def read_prompt(
     model: nn.Module, kwargs: dict[str, Any], image_ids: tuple[int, ...], length: int
 ) -> tuple[Tensor, Tensor]:

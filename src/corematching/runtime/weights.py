@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cache import Memory, memory_of
+from .cache_memory import Memory
 from .checks import Parts
 from .masks import add_weights
 from .patches import Patches
+from .remembering import memory_of
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +82,11 @@ def _run_layer(index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         mask = _weigh(memory, mask, stored, first, hidden)
     else:
-        key = (id(mask), stored, first, hidden.device)
-        if memory.masks is None or memory.masks[0] != key:
+        key = (stored, first, hidden.device)
+        known = memory.masks
+        if known is None or known[0] != key or known[1] is not mask:
             memory.masks = key, mask, _weigh(memory, mask, stored, first, hidden)
+        assert memory.masks is not None
         mask = memory.masks[2]
     return original(*args, **dict(kwargs, attention_mask=mask))
 
@@ -91,6 +94,7 @@ def _run_layer(index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
 def _weigh(memory: Memory, mask: Tensor | None, stored: int, first: int, hidden: Tensor) -> Tensor:
     """The mask (B, 1, Q, S) of a layer whose columns are ``first`` and the ``stored`` behind it."""
     assert memory.logarithms is not None
+    memory.check_batch(hidden.shape[0])
     columns = memory.logarithms.to(hidden.device)
     missing = first + stored - columns.shape[1]
     columns = F.pad(columns, (0, missing)) if missing > 0 else columns

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..remembering import memory_of
+
 LEAST_ROOM = 64
 CPU = torch.device("cpu")
 
@@ -108,6 +110,9 @@ class CacheBuffers:
         for layer, keys, values in zip(cache.layers, views[::2], views[1::2], strict=True):
             layer.keys, layer.values = keys, values
         self._own[cache] = buffer, views
+        memory = memory_of(cache)
+        if memory is not None:
+            memory.note(cache)
 
 
 def _are_shown(cache: Any, views: tuple[Tensor, ...]) -> bool:

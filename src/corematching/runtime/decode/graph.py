@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..cache import logarithms_of
 from ..checks import Parts
 from ..ffn import SparseFFN
 from ..hooks import CAPTURING, HookWatch
 from ..patches import Patches
+from ..remembering import logarithms_of
 from ..watch import Watch
 from .buffers import CacheBuffers
 from .frame import Frame, make_frame, show_columns
@@ -163,7 +163,7 @@ class GraphSteps:
             frame.x.copy_(x)
             frame.positions.copy_(positions)
             frame.column.fill_(stored)
-            show_columns(frame.mask, visible, logarithms_of(cache))
+            show_columns(frame.mask, visible, logarithms_of(cache, batch))
             if not self._run(frame):
                 return None
             buffers.show(cache, frame.buffer, stored + 1)
@@ -218,7 +218,7 @@ class GraphSteps:
         """The frame in which the cache's next token has a column."""
         frame = self._frame
         additive = self.parts.config._attn_implementation == "eager"
-        additive = additive or logarithms_of(cache) is not None
+        additive = additive or logarithms_of(cache, x.shape[0]) is not None
         form = (x.shape, x.dtype, positions.shape, additive)
         if self._stale and frame is not None and frame.addresses:
             if not self._watch.unchanged() or self._addresses() != frame.addresses:

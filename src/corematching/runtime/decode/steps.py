@@ -11,12 +11,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from corematching.kernels.native import KERNEL, MAX_BATCH, DecodeStep, Plan, use_large_pages
 
-from ..cache import logarithms_of
 from ..checks import Parts
 from ..ffn import SparseFFN
 from ..ffn_parts import FFNParts
 from ..hooks import CAPTURING, HookWatch
 from ..patches import Patches
+from ..remembering import logarithms_of
 from ..watch import Watch
 from .buffers import CacheBuffers
 from .layout import Layout, OddDecoderError, read_layout
@@ -143,7 +143,7 @@ class NativeSteps:
         buffer = buffers.take(cache, stored, batch)
         step.set_plans(plans, batch)
         step.set_buffer(buffer)
-        logarithms = logarithms_of(cache)
+        logarithms = logarithms_of(cache, batch)
         out = step.run(x[:, 0].contiguous(), *angles, valid, stored + 1, logarithms)
         buffers.show(cache, buffer, stored + 1)
         return out[:, None]
@@ -169,14 +169,20 @@ class NativeSteps:
         return fits and not self._hooks.sees_any()
 
     def _plans(self, batch: int) -> list[Plan] | None:
-        """What each layer's FFN computes, or None where one has no plan for such a batch."""
+        """What each layer's FFN computes, or None where one has no plan.
+
+        Raises
+        ------
+        InputError
+            The neurons were chosen for another number of rows.
+        """
         plans = list(self._dense)
         for index, ffn in self.sparse.items():
             if not ffn.active:
                 continue
-            sets = ffn.plan.sets if isinstance(ffn.plan, Plan) else None
-            if sets is None or batch % sets.indices.shape[0]:
+            if not isinstance(ffn.plan, Plan) or ffn.plan.sets is None:
                 return None
+            ffn.check_batch(batch)
             plans[index] = ffn.plan
         return plans
 
