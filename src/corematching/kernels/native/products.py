@@ -263,10 +263,11 @@ def check_kept(
         return
     places, gates = kept
     check_tensor("the places", places, (rows,), torch.int32)
-    check_tensor("the room for gates", gates, (len(gates), width), dtype)
-    if rows and int(places.max()) >= len(gates):
+    check_tensor("the room for gates", gates, (*gates.shape[:-1], width), dtype)
+    room = gates.numel() // width
+    if rows and int(places.max()) >= room:
         raise InvalidTensorError(
-            f"a gate is to be kept in row {int(places.max())} of {len(gates)}: give places below it"
+            f"a gate is to be kept in row {int(places.max())} of {room}: give places below that"
         )
 
 
@@ -278,6 +279,6 @@ def _check_activation(name: str | None) -> None:
 
 def _refuse_factors(x: Tensor, weight: Tensor) -> InvalidTensorError:
     return InvalidTensorError(
-        f"x, {describe(x)}, cannot be multiplied with a matrix {describe(weight)}: their inputs and "
-        "their dtypes must be the same"
+        f"x, {describe(x)}, cannot be multiplied with a matrix {describe(weight)}: their inputs "
+        "and their dtypes must be the same"
     )

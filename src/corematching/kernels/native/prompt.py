@@ -83,11 +83,12 @@ def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | Non
     if library is None:
         return None
     batch, length, width = _sizes_of(values)
-    if counts.ndim != 3 or any(n not in (1, m) for n, m in zip(counts.shape, (batch, length, 1))):
+    try:
+        counts = counts.expand(batch, length, 1).contiguous()
+    except RuntimeError as error:
         raise InvalidTensorError(
             f"expected counts ({batch}, {length}, 1), got {describe(counts)}: give one per token"
-        )
-    counts = counts.expand(batch, length, 1).contiguous()
+        ) from error
     check_tensor("the counts", counts, (batch, length, 1), torch.long)
     _check_range("counts", counts, 1, width)
     marks = torch.empty(batch, length, width, dtype=torch.bool)

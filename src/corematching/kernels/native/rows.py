@@ -93,11 +93,22 @@ def rotate_apart(x: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tens
         (B, H, T, D), in x's memory.
     key, value : Tensor
         (B, G, T, D), contiguous, in memory of their own.
+
+    Raises
+    ------
+    InvalidTensorError
+        Something is of another shape or dtype, x is not contiguous, or D is odd.
     """
     library = find_library()
     assert library is not None
+    if x.ndim != 4 or not 0 < 2 * groups < x.shape[2] or x.shape[3] % 2:
+        raise InvalidTensorError(
+            f"{describe(x)} is no (B, T, H + 2G, D) with {groups} groups and an even D: pass such x"
+        )
     batch, length, total, size = x.shape
     heads, cos, sin = total - 2 * groups, cos.contiguous(), sin.contiguous()
+    check_tensor("x", x, (batch, length, total, size), *DTYPES)
+    check_angles(x, cos, sin, size)
     key, value = x.new_empty(2, batch, groups, length, size).unbind()
     if not x.numel():
         return x[:, :, :heads].transpose(1, 2), key, value
