@@ -28,8 +28,6 @@ def refuse_matrix(weight: Tensor) -> str | None:
         return f"it is on {weight.device}"
     if weight.dtype not in DTYPES:
         return f"it is {weight.dtype}".replace("torch.", "")
-    if weight.ndim != 2 or not weight.numel():
-        return f"its shape is {tuple(weight.shape)}"
     return None if weight.is_contiguous() else "its rows are not contiguous"
 
 

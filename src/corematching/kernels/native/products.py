@@ -63,7 +63,7 @@ def refuse_product(weight: Tensor, unit: str) -> str | None:
     unit : str
         ``vectors`` or ``tiles``.
     """
-    if weight.ndim != 2:
+    if weight.ndim != 2 or not weight.numel():
         return f"its shape is {tuple(weight.shape)}"
     reason = refuse_matrix(weight if weight.is_contiguous() else weight.t())
     if reason is not None:
