@@ -16,6 +16,7 @@ from corematching.protocol import Method
 
 from .cache import check_cache, fit_mask, is_fresh, memory_of, remember, widen_sliding_layers
 from .checks import Parts, check_model, choose_counts
+from .choices import check_settled
 from .count import Record, layer_costs, mark
 from .decode import Backend, check_engine
 from .ffn import SparseFFN
@@ -158,6 +159,7 @@ class Engine:
         pays for it.
         """
         compiled = cache is not None and cache.is_compileable
+        check_settled(self.sparse.values())
         for ffn in self.sparse.values():
             ffn.gather(copies=compiled)
 

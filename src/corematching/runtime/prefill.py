@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corematching.errors import ConfigError, UnsupportedModelError
+from corematching.errors import UnsupportedModelError
 from corematching.protocol import (
     ACTIVATIONS,
     ATTENTION,
@@ -32,6 +32,7 @@ from corematching.protocol import (
 
 from .cache import Memory, compact, is_fresh, widen_sliding_layers
 from .checks import Parts
+from .choices import check_tokens
 from .ffn import SparseFFN
 from .gates import Wish, make_wish
 from .hooks import Reader, stay_eager
@@ -302,12 +303,8 @@ class Prefill:
             assert self.method.tokens is not None
             view = self._view(layer, hidden, self.token_needs)
             choice = self.method.tokens.choose(view)
-        if choice.keep.shape != self.valid.shape:
-            raise ConfigError(
-                f"expected a keep mask {tuple(self.valid.shape)} after layer {layer}, got "
-                f"{tuple(choice.keep.shape)}: a policy must choose among the tokens it is shown"
-            )
-        keep = (choice.keep.bool() & self.valid) | (self.valid & ~self.image)
+        check_tokens(choice, self.valid, hidden, layer)
+        keep = (choice.keep & self.valid) | (self.valid & ~self.image)
         weights = choice.weights
         if weights is not None and not can_weigh(self.parts.config):
             weights = None
