@@ -54,6 +54,20 @@ def check_optional(
         check_tensor(name, x, shape, *dtypes, device=device)
 
 
+def check_dims(name: str, x: Tensor, dims: int) -> None:
+    """Refuse a tensor of another number of dimensions.
+
+    Raises
+    ------
+    InvalidTensorError
+        It has another one.
+    """
+    if not isinstance(x, Tensor) or x.ndim != dims:
+        raise InvalidTensorError(
+            f"expected {name} of {dims} dimensions, got {describe(x)}: pass such a tensor"
+        )
+
+
 def check_order(indices: Tensor, width: int) -> None:
     """Refuse (S, K) indices that are not ascending in [0, width); waits for the device.
 

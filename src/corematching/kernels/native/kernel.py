@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from corematching.errors import InvalidTensorError
-from corematching.kernels.check import check_optional, check_tensor, describe, refuse_order
+from corematching.kernels.check import (
+    check_dims,
+    check_optional,
+    check_tensor,
+    describe,
+    refuse_order,
+)
 from corematching.kernels.interface import ACTIVATIONS, FFNWeights, NeuronSets, Thresholds
 
 from .build import find_library
@@ -87,14 +93,16 @@ class Plan:
         return int(sum(self.rows_read.tolist())) * row
 
     def _check(self) -> None:
-        weights, (width, hidden), dtype = self.weights, self.weights.up.shape, self.weights.up.dtype
+        weights, dtype = self.weights, self.weights.up.dtype
+        check_dims("up", weights.up, 2)
+        width, hidden = weights.up.shape
         check_tensor("up", weights.up, (width, hidden), *DTYPES)
         check_optional("gate", weights.gate, (width, hidden), dtype)
         for name in ("up_bias", "gate_bias"):
             check_optional(name, getattr(weights, name), (width,), dtype)
         by_neuron = self.down is weights.down_t
         check_tensor("down", self.down, (width, hidden) if by_neuron else (hidden, width), dtype)
-        biases = 1 if self.bias is None else len(self.bias)
+        biases = 1 if self.bias is None else self.bias.numel() // hidden
         check_optional("the bias", self.bias, (biases, hidden), dtype)
         if weights.activation not in ACTIVATION_NUMBERS or not width * hidden * biases:
             raise InvalidTensorError(
@@ -104,6 +112,7 @@ class Plan:
             )
         if self.sets is None:
             return
+        check_dims("indices", self.sets.indices, 2)
         count = len(self.sets.indices)
         check_tensor("indices", self.sets.indices, (count, self.sets.indices.shape[-1]), torch.long)
         for name, limits in vars(self.sets.thresholds).items():
@@ -200,6 +209,7 @@ class NativeKernel:
         """
         library = find_library()
         assert library is not None
+        check_dims("x", x, 2)
         x, hidden = x.contiguous(), prepared.hidden
         batch = len(x)
         check_tensor("x", x, (batch, hidden), prepared.weights.up.dtype)
@@ -224,6 +234,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     library = find_library()
     assert library is not None
     x = x.contiguous()
+    check_dims("the weight", weight, 2)
+    check_dims("x", x, 2)
     batch, (outputs, inputs) = len(x), weight.shape
     check_tensor("the weight", weight, (outputs, inputs), *DTYPES)
     check_optional("the bias", bias, (outputs,), weight.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from corematching.errors import InvalidTensorError
-from corematching.kernels.check import check_optional, check_tensor, describe
+from corematching.kernels.check import check_dims, check_optional, check_tensor, describe
 
 from .build import find_library
 from .kernel import DTYPES, address
@@ -70,6 +70,7 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
 
 def check_angles(x: Tensor, cos: Tensor, sin: Tensor, size: int) -> None:
     """Refuse cosines and sines that are not (B or 1, T, D), contiguous, for x, (B, T, ...)."""
+    check_dims("the cosines", cos, 3)
     shape = (cos.shape[0] if cos.shape[0] == 1 else x.shape[0], x.shape[1], size)
     check_tensor("the cosines", cos, shape, x.dtype)
     check_tensor("the sines", sin, shape, x.dtype)

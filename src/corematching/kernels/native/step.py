@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from corematching.errors import InvalidTensorError
-from corematching.kernels.check import check_optional, check_tensor, describe
+from corematching.kernels.check import check_dims, check_optional, check_tensor, describe
 
 from .build import find_library
 from .kernel import DTYPES, Plan, address
@@ -136,6 +136,7 @@ class DecodeStep:
         """
         if buffer is self._buffer:
             return
+        check_dims("the buffer", buffer, 5)
         batch, shape = self._struct.batch, self._shape
         sizes = (2 * len(self._layers), batch, shape.kv_heads, buffer.shape[3], shape.head_dim)
         check_tensor("the buffer", buffer, sizes, self._kept[1].dtype)
@@ -217,6 +218,7 @@ class DecodeStep:
         check_tensor("the sines", sin, (batch, struct.head_dim), torch.float32)
         check_optional("the valid columns", valid, (batch, length), torch.uint8)
         if logarithms is not None:
+            check_dims("the logarithms", logarithms, 2)
             columns = logarithms.shape[-1]
             check_tensor("the logarithms", logarithms, (batch, columns), torch.float32)
 
@@ -226,6 +228,7 @@ def _is(a: object, b: object) -> bool:
 
 
 def _check_weights(layers: list[LayerWeights], final_norm: Tensor, shape: Shape) -> None:
+    check_dims("the final norm", final_norm, 1)
     hidden, dtype = final_norm.shape[0], final_norm.dtype
     heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_dim
     if min(heads, kv_heads, size, hidden, len(layers)) < 1 or heads % kv_heads or size % 2:
