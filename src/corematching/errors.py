@@ -14,6 +14,10 @@ class ConfigError(CoreMatchingError, ValueError):
     """A parameter has a value that makes no sense."""
 
 
+class InvalidTensorError(ConfigError):
+    """A tensor has another shape, dtype or layout, or other values, than what reads it takes."""
+
+
 class UnsupportedModelError(CoreMatchingError):
     """The model has a part that this library cannot shorten or thin out."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 from functools import partial
 
 import pytest
@@ -200,34 +199,6 @@ def test_the_switch_turns_kernels_off(monkeypatch):
     assert find_library() is None and find_kernel(weights) is None
     monkeypatch.delenv("CORE_MATCHING_NATIVE")
     assert find_kernel(weights) is KERNEL
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """An empty cache, and nothing loaded yet."""
-    monkeypatch.setenv("CORE_MATCHING_CACHE", str(tmp_path))
-    build._find_once.cache_clear()
-    yield tmp_path
-    build._find_once.cache_clear()
-
-
-def test_compiles_once_and_leaves_nothing_else(fresh, monkeypatch):
-    assert find_library() is not None
-    (made,) = (fresh / "native").iterdir()
-    build._find_once.cache_clear()
-    monkeypatch.setattr(build, "_compile", None)
-    assert find_library() is not None
-    assert list((fresh / "native").iterdir()) == [made]
-
-
-@pytest.mark.parametrize("compiler", ["false", "true"])
-def test_a_broken_compiler_is_reported_once(fresh, monkeypatch, caplog, compiler):
-    monkeypatch.setenv("CC", compiler)
-    with caplog.at_level(logging.WARNING):
-        assert find_library() is None and find_library() is None
-    (message,) = [r.message for r in caplog.records]
-    assert message.startswith("no native kernels, FFNs run in PyTorch:")
-    assert not list((fresh / "native").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from corematching.protocol import Method
 
 from .cache import check_cache, fit_mask, is_fresh, widen_sliding_layers
 from .checks import Parts, check_model, choose_counts
+from .choice_checks import check_settled
 from .choices import HeldChoices
 from .count import Record, layer_costs, mark
 from .decode import Backend, check_engine
@@ -190,6 +191,7 @@ class Engine:
         pays for it.
         """
         compiled = cache is not None and cache.is_compileable
+        check_settled(self.sparse.values())
         for ffn in self.sparse.values():
             ffn.gather(copies=compiled)
 

@@ -31,6 +31,7 @@ from corematching.kernels import (
 )
 from corematching.protocol import NeuronChoice
 
+from .choice_checks import check_neurons, check_settled, limits_of
 from .ffn_parts import FFNParts, find_ffn
 from .patches import Patches
 
@@ -59,6 +60,8 @@ class SparseFFN:
         Whether a single token now runs on the chosen neurons.
     count : int
         Neurons of each choice.
+    checked : NeuronChoice or None
+        The choice that was taken, once `check_settled` has looked at it.
     plan : Any
         What the kernel made of the choice; None where compact copies are used.
 
@@ -88,6 +91,7 @@ class SparseFFN:
         self._bias: Tensor | None = None
         self._limits: Thresholds = Thresholds()
         self._taken: NeuronChoice | None = None
+        self.checked: NeuronChoice | None = None
         if not 1 <= count <= self.width:
             raise ConfigError(
                 f"an FFN of {self.width} neurons cannot keep {count}: "
@@ -124,6 +128,11 @@ class SparseFFN:
     def down_proj(self) -> nn.Linear:
         """The module whose input is the activations."""
         return self.parts.down
+
+    @property
+    def taken(self) -> NeuronChoice | None:
+        """A choice that the next `gather` makes hold."""
+        return self._taken
 
     @property
     def width(self) -> int:
@@ -177,12 +186,12 @@ class SparseFFN:
         Raises
         ------
         ConfigError
-            The choice has another number of neurons than ``count``, or a mean of another shape.
+            See `check_choice`.
         """
         if choice.indices is not None:
-            self._check(choice.indices, choice)
+            self.check_choice(choice)
         self.clear()
-        limited = any(x is not None for x in _limits_of(choice))
+        limited = any(x is not None for x in limits_of(choice))
         if self.count < self.width or choice.later or limited:
             self._taken = choice
 
@@ -199,10 +208,9 @@ class SparseFFN:
             not where that kernel runs in compiled code as well.
         """
         if self._taken is not None:
-            choice, self._taken = self._taken.settle(), None
-            if choice.indices is None:
-                raise ConfigError("a policy must choose neurons, at once or with 'later'")
-            self._check(choice.indices, choice)
+            check_settled([self])
+            choice, self._taken, self.checked = self._taken, None, None
+            assert choice.indices is not None
             with torch.inference_mode(False), torch.no_grad():
                 self._settle(choice.indices, choice)
             self.active = True
@@ -222,27 +230,16 @@ class SparseFFN:
                 type(self.mlp).__name__,
             )
 
-    def _check(self, indices: Tensor, choice: NeuronChoice) -> None:
-        """Refuse another number of neurons, or of means, than asked for, and unfit thresholds.
+    def check_choice(self, choice: NeuronChoice) -> None:
+        """Refuse a choice that this FFN cannot compute with; see `check_neurons`.
 
-        Thresholds have to be one per sample, and on a gate only if there is one.
+        Raises
+        ------
+        ConfigError
+            It is of other shapes or dtypes, its indices do not ascend in [0, width), or it
+            thresholds a gate that is not there.
         """
-        if indices.dim() != 2 or indices.shape[1] != self.count:
-            raise ConfigError(
-                f"expected neuron indices (batch, {self.count}), got {tuple(indices.shape)}: "
-                "a policy must choose as many neurons as it was asked for"
-            )
-        mean = choice.mean
-        if mean is not None and mean.shape != (indices.shape[0], self.width):
-            raise ConfigError(
-                f"expected means ({indices.shape[0]}, {self.width}), got {tuple(mean.shape)}: "
-                "a policy must give one mean per neuron, 0 on the kept ones"
-            )
-        limits = _limits_of(choice)
-        if any(x is not None and x.shape != indices.shape[:1] for x in limits):
-            raise ConfigError(
-                f"expected thresholds ({len(indices)},): a policy must give one per sample"
-            )
+        check_neurons(choice, self.count, self.width)
         if choice.gate_threshold is not None and not self.parts.gated:
             raise ConfigError(
                 f"{type(self.mlp).__name__} has no gate to compare with a threshold: use a method "
@@ -320,7 +317,7 @@ class SparseFFN:
     def _settle(self, indices: Tensor, choice: NeuronChoice) -> None:
         """Turn a choice into sets of neurons, and give them to the kernel."""
         device = self.parts.down.weight.device
-        limits = [None if x is None else x.to(device, torch.float32) for x in _limits_of(choice)]
+        limits = [None if x is None else x.to(device, torch.float32) for x in limits_of(choice)]
         indices = indices.to(device)
         self._batch = indices.shape[0]
         step = indices.shape[0] // _count_sets([indices, *(x for x in limits if x is not None)])
@@ -367,10 +364,6 @@ class SparseFFN:
         else:
             bias = F.linear(mean.to(down.weight), down.weight, down.bias)
         self._bias = None if bias is None else _refill(self._bias, bias)
-
-
-def _limits_of(choice: NeuronChoice) -> tuple[Tensor | None, ...]:
-    return choice.input_threshold, choice.gate_threshold, choice.output_threshold
 
 
 def _fields(limits: Thresholds) -> tuple[Tensor | None, ...]:

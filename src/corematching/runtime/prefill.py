@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corematching.errors import ConfigError
 from corematching.protocol import (
     ACTIVATIONS,
     ATTENTION,
@@ -33,6 +32,7 @@ from corematching.protocol import (
 from .cache import compact, is_fresh, widen_sliding_layers
 from .cache_memory import Memory
 from .checks import Parts
+from .choice_checks import check_tokens
 from .ffn import SparseFFN
 from .gates import Wish, make_wish
 from .hooks import Reader, stay_eager
@@ -270,12 +270,8 @@ class Prefill:
         """Let the policy choose after ``layer``; (B, K, d) hidden states to the survivors'."""
         assert self.method.tokens is not None
         choice = self.method.tokens.choose(self._view(layer, hidden, self.token_needs))
-        if choice.keep.shape != self.valid.shape:
-            raise ConfigError(
-                f"expected a keep mask {tuple(self.valid.shape)} after layer {layer}, got "
-                f"{tuple(choice.keep.shape)}: a policy must choose among the tokens it is shown"
-            )
-        keep = (choice.keep.bool() & self.valid) | (self.valid & ~self.image)
+        check_tokens(choice, self.valid, hidden, layer)
+        keep = (choice.keep & self.valid) | (self.valid & ~self.image)
         weights = choice.weights
         if weights is not None and not can_weigh(self.parts.config):
             weights = None

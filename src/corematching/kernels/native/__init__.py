@@ -8,18 +8,16 @@ from .products import (
     STEP,
     TILES,
     VECTORS,
-    Norm,
     Products,
     Scratch,
     find_unit,
     has_tiles,
     list_dtypes,
-    normalise,
     refuse_product,
-    rotate_apart,
 )
 from .prompt import find_size, mark_highest, pick_highest, sum_rows, weigh_marks
 from .prompt_layer import PromptLayer
+from .rows import Norm, normalise, rotate_apart
 from .step import DecodeStep, LayerWeights, Shape
 from .structs import MAX_BATCH
 

@@ -7,6 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from corematching.errors import InvalidTensorError
+
 from .build import find_library
 from .products import STEP, Scratch, has_tiles
 from .structs import AttentionStruct, integers
@@ -63,7 +65,7 @@ def _list_steps(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
 
 
 class TiledAttention:
-    """Attention of what `refuse_attention` takes. Holds the scratch memory: one thread at a time.
+    """Attention of what `refuse_attention` takes.
 
     Softmax and sums are float32; weights and results are rounded to bfloat16.
     """
@@ -99,9 +101,19 @@ class TiledAttention:
         -------
         Tensor
             (B, T, H, D), the same for any number of threads.
+
+        Raises
+        ------
+        InvalidTensorError
+            `refuse_attention` refuses them, or the factor is not above 0.
         """
         library = find_library()
         assert library is not None
+        reason = refuse_attention(query, key, value, mask)
+        if reason is None and not scaling > 0:
+            reason = f"the factor of the scores is {scaling}"
+        if reason is not None:
+            raise InvalidTensorError(f"tiles cannot attend to these: {reason}")
         batch, heads, length, size = query.shape
         out = torch.empty(batch, length, heads, size, dtype=query.dtype)
         how = AttentionStruct(

@@ -8,14 +8,16 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
-import platformdirs
-
+from . import store
 from .structs import declare
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,10 @@ SWITCH = "CORE_MATCHING_NATIVE"
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-fno-math-errno", "-shared", "-fPIC")
 VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
-COMPILE_SECONDS = 120
+ANSWER_SECONDS, COMPILE_SECONDS = 10, 90
+"""A compiler says its version within the first, and compiles within the second."""
+
+_lock = threading.Lock()
 
 
 class BuildError(Exception):
@@ -38,7 +43,8 @@ def find_library() -> ctypes.CDLL | None:
     """
     if os.environ.get(SWITCH, "1").lower() in ("0", "off", "false", "no"):
         return _say_off()
-    return _find_once()
+    with _lock:
+        return _find_once()
 
 
 @functools.lru_cache(maxsize=1)
@@ -49,7 +55,7 @@ def _say_off() -> None:
 @functools.lru_cache(maxsize=1)
 def _find_once() -> ctypes.CDLL | None:
     try:
-        library = _load(_compiled())
+        library = _find()
     except (BuildError, OSError) as error:
         log.warning("no native kernels, FFNs run in PyTorch: %s", error)
         return None
@@ -57,62 +63,129 @@ def _find_once() -> ctypes.CDLL | None:
     return library
 
 
-def _compiled() -> Path:
-    """The shared library in the cache; compiled first where it is not there."""
+def _find() -> ctypes.CDLL:
+    """The library in the cache; compiled first where none is there that can be loaded."""
     compiler = _compiler()
-    files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.c")])
-    digest = hashlib.sha256()
-    for part in (repr((FLAGS, VARIANTS)), compiler, platform.machine(), _cpu()):
-        digest.update(part.encode() + b"\0")
-    for file in files:
-        digest.update(file.read_bytes())
-    path = _cache_directory() / f"kernels-{digest.hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, path)
-    return path
+    key, directory = _key(compiler), store.cache_directory()
+    path = store.find_stored(directory, key)
+    if path is not None:
+        try:
+            library = _load(path)
+        except BuildError as error:
+            log.warning("%s: the kernels are compiled again", error)
+        else:
+            store.note_use(path)
+            return library
+    reason = store.open_directory(directory)
+    if reason is None:
+        try:
+            return _build(compiler, directory, key)
+        except OSError as error:
+            reason = f"{directory} cannot be written to: {error.strerror}"
+    log.warning(
+        "%s: the kernels are compiled for this process alone; set %s to a directory of your own",
+        reason,
+        store.VARIABLE,
+    )
+    with tempfile.TemporaryDirectory(prefix="corematching-") as place:
+        return _build(compiler, Path(place), key)
 
 
-def _compile(compiler: str, path: Path) -> None:
-    """Try the variants in turn; the file appears whole or not at all."""
+def _build(compiler: list[str], directory: Path, key: str) -> ctypes.CDLL:
+    """Compile into a directory, and load; what cannot be loaded does not stay."""
+    with tempfile.TemporaryDirectory(prefix=store.BUILDING, dir=directory) as place:
+        made = Path(place) / "kernels.so"
+        _compile(compiler, made)
+        path = store.put(made, directory, key)
+    try:
+        library = _load(path)
+    except BuildError:
+        path.unlink(missing_ok=True)
+        raise
+    store.remove_unused(directory)
+    return library
+
+
+def _compile(compiler: list[str], out: Path) -> None:
+    """Try the variants in turn."""
+    name = shlex.join(compiler)
     said = ""
+    _run([*compiler, "--version"], out.parent, ANSWER_SECONDS)
     for variant in VARIANTS:
-        with tempfile.TemporaryDirectory(dir=path.parent) as place:
-            out = Path(place) / path.name
-            source = str(SOURCES / "corematching.c")
-            command = [compiler, *FLAGS, *variant, "-o", str(out), source, "-lm"]
-            try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
-                )
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise BuildError(f"'{compiler}' did not run: {error}") from error
-            if done.returncode == 0:
-                os.replace(out, path)
-                log.info("compiled the native kernels with '%s %s'", compiler, " ".join(variant))
-                return
-            said = said or done.stderr.strip()
-    raise BuildError(f"'{compiler}' failed: {said.splitlines()[0] if said else 'no message'}")
+        source = str(SOURCES / "corematching.c")
+        command = [*compiler, *FLAGS, *variant, "-o", str(out), source, "-lm"]
+        code, message = _run(command, out.parent, COMPILE_SECONDS)
+        if code == 0 and out.is_file():
+            log.info("compiled the native kernels with '%s %s'", name, " ".join(variant))
+            return
+        said = said or message
+    raise BuildError(f"'{name}' failed: {said.splitlines()[0] if said else 'no message'}")
+
+
+def _run(command: list[str], place: Path, seconds: int) -> tuple[int, str]:
+    """The exit code of a command and what it said; it and all that it started end in time."""
+    with tempfile.TemporaryFile(dir=place) as said:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "LC_ALL": "C"},
+            )
+        except OSError as error:
+            raise BuildError(f"'{command[0]}' did not run: {error}") from error
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(
+                f"'{command[0]}' did not end within {seconds} seconds: check CC"
+            ) from error
+        finally:
+            _end_group(process)
+        said.seek(0)
+        return code, said.read().decode(errors="replace").strip()
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a process and of what it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _load(path: Path) -> ctypes.CDLL:
     """Load the library; torch has loaded its OpenMP runtime by now, which is then shared."""
-    return declare(ctypes.CDLL(str(path)))
+    try:
+        return declare(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"{path} is no library of these kernels: {error}") from error
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """The words of the command that compiles."""
     if sys.platform == "win32":
         raise BuildError("no native build on Windows yet")
-    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
-        if name and shutil.which(name.split()[0]):
-            return name.split()[0]
+    chosen = os.environ.get("CC", "")
+    try:
+        words = shlex.split(chosen)
+    except ValueError as error:
+        raise BuildError(f"CC={chosen!r} is no command: {error}") from error
+    for command in (words, ["cc"], ["gcc"], ["clang"]):
+        if command and shutil.which(command[0]):
+            return command
     raise BuildError("no C compiler found: install one (gcc or clang), or set CC")
 
 
-def _cache_directory() -> Path:
-    override = os.environ.get("CORE_MATCHING_CACHE")
-    root = Path(override) if override else Path(platformdirs.user_cache_dir("corematching"))
-    return root / "native"
+def _key(compiler: list[str]) -> str:
+    """What tells builds apart: sources, flags, compiler and processor."""
+    digest = hashlib.sha256()
+    for part in (repr((FLAGS, VARIANTS)), shlex.join(compiler), platform.machine(), _cpu()):
+        digest.update(part.encode() + b"\0")
+    for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.c")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _cpu() -> str:

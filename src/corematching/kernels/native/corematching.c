@@ -119,14 +119,19 @@ void cm_linear(const void *weight, const void *bias, const void *x, void *out, i
         linear_alone_float(weight, bias, x, out, (int)batch, inputs, outputs, (int)threads, memory);
 }
 
-/* The union of sets of neurons, ascending. Set i holds for `group` rows of the batch from
-   i * group on. `marks` has `width` zeros and is left so. Returns the neurons in the union. */
+/* The union of sets of neurons, each ascending. Set i holds for `group` rows of the batch from
+   i * group on. `marks` has `width` zeros and is left so. Returns the neurons in the union; -1, and
+   `marks` half made, where a set does not ascend within the width. */
 int64_t cm_unite(const int64_t *indices, int64_t sets, int64_t count, int64_t group, int64_t width,
                  int32_t *rows, uint32_t *members, uint32_t *marks) {
     int64_t found = 0;
     for (int64_t s = 0; s < sets; s++) {
         uint32_t bits = ((1u << group) - 1) << (s * group);
-        for (int64_t i = 0; i < count; i++) marks[indices[s * count + i]] |= bits;
+        for (int64_t i = 0, last = -1; i < count; i++) {
+            int64_t index = indices[s * count + i];
+            if (index <= last || index >= width) return -1;
+            marks[last = index] |= bits;
+        }
     }
     for (int64_t n = 0; n < width; n++) {
         if (!marks[n]) continue;

@@ -4,13 +4,12 @@ enum { VECTORS, TILES };
 
 /* Bytes of scratch memory, on a cache line, that cm_multiply needs */
 int64_t cm_multiply_scratch(int64_t rows, int64_t inputs, int64_t threads, int unit, int is_bf16) {
-    int64_t line = LINE / sizeof(float);
     int64_t floats = (is_bf16 ? rows * wide_stride(inputs) : 0) + threads * THREAD_FLOATS;
 #if defined(CM_HAS_TILES)
     if (unit == TILES) floats = count_tiled_floats(rows, inputs, threads);
 #endif
     (void)unit;
-    return (floats + line) * (int64_t)sizeof(float);
+    return floats * (int64_t)sizeof(float);
 }
 
 static void multiply_bf16s(const product_bf16 *products, int count, int threads, int unit) {
@@ -35,6 +34,7 @@ void cm_multiply(const void *up, const void *gate, const void *up_bias, const vo
                  int64_t outputs, int64_t activation, int by_input, const int32_t *places,
                  void *gates, const void *norm, const void *shift, double epsilon, int64_t threads,
                  void *scratch, int unit, int is_bf16) {
+    if (rows <= 0 || inputs <= 0 || outputs <= 0) return;
     if (is_bf16) {
         product_bf16 p = {up,     gate,    up_bias, gate_bias,  x,        residual, out, rows,
                           inputs, outputs, outputs, activation, by_input, scratch, places, gates,
@@ -49,7 +49,7 @@ void cm_multiply(const void *up, const void *gate, const void *up_bias, const vo
 }
 
 /* out (rows, the sum of the outputs) = x, normalised first on tiles where there is a norm, times up
-   to 4 matrices, one beside the other */
+   to 4 matrices, one beside the other. Nothing is done with no rows or more matrices. */
 void cm_multiply_several(const void *const *weights, const void *const *biases,
                          const int64_t *outputs, int64_t count, const void *x, void *out,
                          int64_t rows, int64_t inputs, const void *norm, const void *shift,
@@ -57,6 +57,7 @@ void cm_multiply_several(const void *const *weights, const void *const *biases,
     product_bf16 halves[MOST_PRODUCTS];
     product_float floats[MOST_PRODUCTS];
     int64_t stride = 0, place = 0;
+    if (rows <= 0 || inputs <= 0 || count <= 0 || count > MOST_PRODUCTS) return;
     for (int64_t i = 0; i < count; i++) stride += outputs[i];
     for (int64_t i = 0; i < count; place += outputs[i++]) {
         halves[i] = (product_bf16){.up = weights[i], .up_bias = biases[i], .x = x,

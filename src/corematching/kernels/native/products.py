@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from corematching.devices import multiplies
+from corematching.errors import InvalidTensorError
+from corematching.kernels.check import check_optional, check_tensor, describe
 
 from .build import find_library
 from .kernel import address, refuse_matrix
+from .rows import Norm, check_norm, check_rows, normalise
 from .structs import ACTIVATION_NUMBERS, NO_ACTIVATION, integers, pointers
 
 LINE = 64
 STEP = 32
 """Inputs and outputs of a matrix on tiles come in multiples of this."""
+MOST_PRODUCTS = 4
+"""Matrices that are multiplied with the same rows at once."""
 VECTORS, TILES = "vectors", "tiles"
 UNIT_NUMBERS = {VECTORS: 0, TILES: 1}
 
@@ -58,6 +63,8 @@ def refuse_product(weight: Tensor, unit: str) -> str | None:
     unit : str
         ``vectors`` or ``tiles``.
     """
+    if weight.ndim != 2 or not weight.numel():
+        return f"its shape is {tuple(weight.shape)}"
     reason = refuse_matrix(weight if weight.is_contiguous() else weight.t())
     if reason is not None:
         return reason
@@ -70,33 +77,16 @@ def refuse_product(weight: Tensor, unit: str) -> str | None:
     return None if has_tiles() else "there are no matrix tiles"
 
 
-class Norm(NamedTuple):
-    """An RMSNorm of Llama's form or, with a shift, PyTorch's LayerNorm.
-
-    Attributes
-    ----------
-    weight : Tensor
-        (d,), of x's dtype.
-    epsilon : float
-    shift : Tensor or None
-        (d,), the LayerNorm's bias.
-    """
-
-    weight: Tensor
-    epsilon: float
-    shift: Tensor | None = None
-
-
-class Scratch:
-    """Memory that grows as needed and is kept, for one thread at a time."""
+class Scratch(threading.local):
+    """Memory that grows as needed and is kept, for every thread its own."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, size: int) -> int:
-        """Where the first cache line begins in ``size`` bytes of memory."""
-        if self._memory.numel() < size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
+        """Where the first cache line begins, with ``size`` bytes of memory from there on."""
+        if self._memory.numel() < size + LINE:
+            self._memory = torch.empty(size + LINE, dtype=torch.uint8)
         return (self._memory.data_ptr() + LINE - 1) // LINE * LINE
 
 
@@ -104,7 +94,7 @@ class Products:
     """Multiplies the rows of prompts with matrices that `refuse_product` does not refuse.
 
     Sums are fp32 and are rounded once, so that a row's result does not depend on the other rows.
-    Holds the scratch memory: one thread at a time.
+    Its methods raise an InvalidTensorError where something is of another shape, dtype or layout.
 
     Parameters
     ----------
@@ -133,8 +123,12 @@ class Products:
         both only if the weight is stored by output. ``residual``, of the output's shape, is added
         to what is then rounded again.
         """
-        assert weight.is_contiguous() or (activation is None and norm is None)
+        if not weight.is_contiguous() and (activation is not None or norm is not None):
+            raise InvalidTensorError(
+                "a weight stored by input goes with no activation and no norm: store it by output"
+            )
         residual = None if residual is None else residual.contiguous()
+        _check_activation(activation)
         number = NO_ACTIVATION if activation is None else ACTIVATION_NUMBERS[activation]
         return self._multiply(x, weight, None, bias, None, number, residual, norm=norm)
 
@@ -156,6 +150,9 @@ class Products:
         number the row's ``act(gate(x))`` is put; -1 for a row that is not wanted.
         With a ``norm``, x is normalised first.
         """
+        _check_activation(activation)
+        check_tensor("gate", gate, tuple(up.shape), x.dtype)
+        check_tensor("up", up, tuple(up.shape), x.dtype)
         number = ACTIVATION_NUMBERS[activation]
         return self._multiply(x, up, gate, up_bias, gate_bias, number, kept=kept, norm=norm)
 
@@ -171,10 +168,21 @@ class Products:
         With a ``norm``, x is normalised first.
         """
         assert self._library is not None
-        x, norm = self._normalise_first(x.contiguous(), norm)
-        rows, inputs, count = x.numel() // x.shape[-1], x.shape[-1], len(weights)
+        inputs, count = x.shape[-1], len(weights)
+        if not 0 < count <= MOST_PRODUCTS or len(biases) != count:
+            raise InvalidTensorError(
+                f"{count} matrices with {len(biases)} biases: pass 1 to {MOST_PRODUCTS} of both"
+            )
+        for weight, bias in zip(weights, biases, strict=True):
+            check_tensor("a weight", weight, (weight.shape[0], inputs), x.dtype)
+            self._check_matrix(weight)
+            check_optional("a bias", bias, (weight.shape[0],), x.dtype)
         sizes = [weight.shape[0] for weight in weights]
         out = torch.empty(*x.shape[:-1], sum(sizes), dtype=x.dtype)
+        rows = x.numel() // inputs
+        if not rows:
+            return out
+        x, norm = self._normalise_first(check_rows(x), norm)
         threads = torch.get_num_threads()
         self._library.cm_multiply_several(
             pointers(*map(address, weights)), pointers(*map(address, biases)),
@@ -196,10 +204,19 @@ class Products:
         norm: Norm | None = None,
     ) -> Tensor:
         assert self._library is not None
-        x, norm = self._normalise_first(x.contiguous(), norm)
+        self._check_matrix(up)
         outputs, inputs = up.shape
         rows, threads = x.numel() // inputs, torch.get_num_threads()
+        check_optional("the bias", up_bias, (outputs,), up.dtype)
+        check_optional("the gate's bias", gate_bias, (outputs,), up.dtype)
+        check_optional("the residual", residual, (*x.shape[:-1], outputs), up.dtype)
+        check_kept(kept, rows, outputs, up.dtype)
         out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+        if x.shape[-1:] != (inputs,) or x.dtype != up.dtype:
+            raise _refuse_factors(x, up)
+        if not rows:
+            return out
+        x, norm = self._normalise_first(check_rows(x), norm)
         self._library.cm_multiply(
             up.data_ptr(), address(gate), address(up_bias), address(gate_bias), x.data_ptr(),
             address(residual), out.data_ptr(), rows, inputs, outputs, activation,
@@ -210,9 +227,19 @@ class Products:
 
     def _normalise_first(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Norm | None]:
         """What to multiply, and the norm that the product itself applies."""
+        if norm is not None:
+            check_norm(x, norm)
         if norm is None or self.unit == TILES:
             return x, norm
         return normalise(x, norm), None
+
+    def _check_matrix(self, weight: Tensor) -> None:
+        """Refuse a matrix, (outputs, inputs), that the unit cannot multiply."""
+        reason = refuse_product(weight, self.unit)
+        if reason is not None:
+            raise InvalidTensorError(
+                f"a matrix {describe(weight)} cannot be multiplied on {self.unit}: {reason}"
+            )
 
     def _how(self, x: Tensor, rows: int, threads: int) -> tuple[int, int, bool]:
         """The address of enough scratch memory, the unit's number, and whether it is bf16."""
@@ -228,48 +255,30 @@ def _describe(norm: Norm | None) -> tuple[int | None, int | None, float]:
     return norm.weight.data_ptr(), address(norm.shift), norm.epsilon
 
 
-def normalise(x: Tensor, norm: Norm) -> Tensor:
-    """The norm of every row: (..., d) to (..., d), float32 or bfloat16."""
-    library = find_library()
-    assert library is not None
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    width = x.shape[-1]
-    library.cm_normalise(
-        x.data_ptr(), norm.weight.data_ptr(), address(norm.shift), out.data_ptr(),
-        x.numel() // width, width, norm.epsilon, torch.get_num_threads(),
-        x.dtype == torch.bfloat16,
-    )  # fmt: skip
-    return out
+def check_kept(
+    kept: tuple[Tensor, Tensor] | None, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    """Refuse places and room for gates that do not fit so many rows of so many outputs."""
+    if kept is None:
+        return
+    places, gates = kept
+    check_tensor("the places", places, (rows,), torch.int32)
+    check_tensor("the room for gates", gates, (*gates.shape[:-1], width), dtype)
+    room = gates.numel() // width
+    if rows and int(places.max()) >= room:
+        raise InvalidTensorError(
+            f"a gate is to be kept in row {int(places.max())} of {room}: give places below that"
+        )
 
 
-def rotate_apart(x: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotary embedding of queries and keys, and each where attention and caches want it.
+def _check_activation(name: str | None) -> None:
+    if name is not None and name not in ACTIVATION_NUMBERS:
+        known = ", ".join(ACTIVATION_NUMBERS)
+        raise InvalidTensorError(f"unknown activation '{name}': known: {known}")
 
-    Parameters
-    ----------
-    x : Tensor
-        (B, T, H + 2G, D), queries, keys and values, contiguous; the queries are rotated in place.
-    cos, sin : Tensor
-        (B or 1, T, D), of x's dtype.
-    groups : int
-        G, heads of keys and of values.
 
-    Returns
-    -------
-    query : Tensor
-        (B, H, T, D), in x's memory.
-    key, value : Tensor
-        (B, G, T, D), contiguous, in memory of their own.
-    """
-    library = find_library()
-    assert library is not None
-    batch, length, total, size = x.shape
-    heads, cos, sin = total - 2 * groups, cos.contiguous(), sin.contiguous()
-    key, value = x.new_empty(2, batch, groups, length, size).unbind()
-    library.cm_rotate_apart(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), key.data_ptr(), value.data_ptr(),
-        batch, length, heads, groups, size, cos.shape[0] * length,
-        torch.get_num_threads(), x.dtype == torch.bfloat16,
-    )  # fmt: skip
-    return x[:, :, :heads].transpose(1, 2), key, value
+def _refuse_factors(x: Tensor, weight: Tensor) -> InvalidTensorError:
+    return InvalidTensorError(
+        f"x, {describe(x)}, cannot be multiplied with a matrix {describe(weight)}: their inputs "
+        "and their dtypes must be the same"
+    )

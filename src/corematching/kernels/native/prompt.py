@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching.errors import InvalidTensorError
+from corematching.kernels.check import check_tensor, describe
+
 from .build import find_library
 from .kernel import DTYPES, address
 
@@ -32,14 +35,22 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
     Tensor or None
         (B, F) float32, the same for any number of threads; None where the C code cannot run: no
         compiler, another device or dtype, values that are not contiguous.
+
+    Raises
+    ------
+    InvalidTensorError
+        The tokens are no (B, T) bool.
     """
     library = _library_for(values, *SUMMED)
     if library is None:
         return None
-    batch, length, width = values.shape
+    batch, length, width = _sizes_of(values)
+    tokens = tokens.contiguous()
+    check_tensor("the tokens", tokens, (batch, length), torch.bool)
+    if what not in SUMS:
+        raise InvalidTensorError(f"no sum of {what!r}: choose {', '.join(SUMS)}")
     factors = torch.empty(batch, length, dtype=torch.float32, device=values.device)
     total = torch.empty(batch, width, dtype=torch.float32, device=values.device)
-    tokens = tokens.contiguous()
     library.cm_sum_rows(
         *(address(values), address(tokens), SUMS[what], address(factors), address(total)),
         *(batch, length, width, torch.get_num_threads(), SUMMED[values.dtype]),
@@ -52,9 +63,10 @@ def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
     library = _library_for(marks, torch.bool)
     if library is None:
         return None
-    batch, length, width = marks.shape
-    total = torch.empty(batch, length, dtype=torch.float32)
+    batch, length, width = _sizes_of(marks)
     weights = weights.float().contiguous()
+    check_tensor("the weights", weights, (batch, width), torch.float32)
+    total = torch.empty(batch, length, dtype=torch.float32)
     library.cm_weigh_marks(
         *(marks.data_ptr(), weights.data_ptr(), total.data_ptr()),
         *(batch, length, width, torch.get_num_threads()),
@@ -70,9 +82,16 @@ def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | Non
     library = _library_for(values, *DTYPES)
     if library is None:
         return None
-    batch, length, width = values.shape
+    batch, length, width = _sizes_of(values)
+    try:
+        counts = counts.expand(batch, length, 1).contiguous()
+    except RuntimeError as error:
+        raise InvalidTensorError(
+            f"expected counts ({batch}, {length}, 1), got {describe(counts)}: give one per token"
+        ) from error
+    check_tensor("the counts", counts, (batch, length, 1), torch.long)
+    _check_range("counts", counts, 1, width)
     marks = torch.empty(batch, length, width, dtype=torch.bool)
-    counts = counts.expand(batch, length, 1).contiguous()
     library.cm_mark_largest(
         *(values.data_ptr(), counts.data_ptr(), marks.data_ptr(), batch * length, width),
         *(absolute, torch.get_num_threads(), values.dtype == torch.bfloat16),
@@ -84,7 +103,7 @@ def _library_for(values: Tensor, *dtypes: torch.dtype) -> Any:
     """The compiled kernels, if they can read these values."""
     if values.device.type != "cpu" or values.dtype not in dtypes or not values.is_contiguous():
         return None
-    return find_library()
+    return find_library() if values.numel() else None
 
 
 def pick_highest(scores: Tensor, count: int) -> Tensor | None:
@@ -109,6 +128,11 @@ def pick_highest(scores: Tensor, count: int) -> Tensor | None:
     if library is None:
         return None
     scores = scores.contiguous()
+    if scores.ndim != 2 or not 0 <= count <= scores.shape[1]:
+        raise InvalidTensorError(
+            f"cannot pick {count} of each row of {describe(scores)}: pass (B, F) scores and a "
+            "count of at most F"
+        )
     places = torch.empty(scores.shape[0], count, dtype=torch.long)
     width = scores.shape[1]
     for row in range(scores.shape[0]):
@@ -129,9 +153,16 @@ def find_size(
     library = _library_for(values, *DTYPES)
     if library is None:
         return None
-    batch, length, width = values.shape
+    batch, length, width = _sizes_of(values)
     tokens, ranks = tokens.contiguous(), ranks.contiguous()
-    neurons = None if neurons is None else neurons.contiguous()
+    check_tensor("the tokens", tokens, (batch, length), torch.bool)
+    check_tensor("the ranks", ranks, (batch,), torch.long)
+    each = width
+    if neurons is not None:
+        neurons, each = neurons.contiguous(), neurons.shape[-1]
+        check_tensor("the neurons", neurons, (batch, each), torch.long)
+        _check_range("neurons", neurons, 0, width - 1)
+    _check_range("ranks", ranks, 0, tokens.sum(1) * each)
     found = torch.empty(batch, dtype=torch.float32)
     fine = library.cm_find_size(
         *(address(x) for x in (values, tokens, neurons, ranks, found)),
@@ -139,3 +170,23 @@ def find_size(
         values.dtype == torch.bfloat16,
     )
     return found if fine else None
+
+
+def _sizes_of(values: Tensor) -> tuple[int, int, int]:
+    """B, T and F of (B, T, F)."""
+    if values.ndim != 3:
+        raise InvalidTensorError(
+            f"expected (samples, tokens, neurons), got {describe(values)}: pass such values"
+        )
+    batch, length, width = values.shape
+    return batch, length, width
+
+
+def _check_range(name: str, x: Tensor, least: int, most: int | Tensor) -> None:
+    """Refuse whole numbers outside [least, most]."""
+    if bool(((x < least) | (x > most)).any()):
+        bound = f"at most {most}" if isinstance(most, int) else "of as many as count"
+        raise InvalidTensorError(
+            f"{name} from {int(x.min())} to {int(x.max())} lie outside what they count: give some "
+            f"of at least {least}, {bound}"
+        )

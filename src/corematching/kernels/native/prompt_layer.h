@@ -103,6 +103,7 @@ static void project_jointly(const prompt_layer_t *l, const prompt_t *p, const pr
 
 /* Keys and values go to their places; the residuals are added where the products are rounded */
 void cm_prompt_layer(const prompt_layer_t *l, const prompt_t *p) {
+    if (p->batch * p->length <= 0) return;
     prompt_scratch_t s = lay_out_prompt(l, p);
     int threads = (int)p->threads;
     project_jointly(l, p, &s);

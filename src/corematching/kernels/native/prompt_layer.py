@@ -9,10 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from corematching.errors import InvalidTensorError
+from corematching.kernels.check import check_optional, check_tensor
+
 from .attention import describe_mask, refuse_keys
 from .build import find_library
 from .kernel import address
-from .products import Norm, Scratch
+from .products import STEP, TILES, Scratch, check_kept, refuse_product
+from .rows import Norm, check_angles, check_norm
 from .structs import ACTIVATION_NUMBERS, PromptLayerStruct, PromptStruct
 
 
@@ -65,6 +69,11 @@ class PromptLayer:
     ----------
     ffn_norm : Norm
         The second of the norms.
+
+    Raises
+    ------
+    InvalidTensorError
+        The weights do not make a layer that tiles can compute.
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class PromptLayer:
         scaling: float,
         scratch: Scratch,
     ) -> None:
+        _check_layer(weights, norms, size, activation)
         self._kept, self._scratch = (dict(weights), norms), scratch
         first, second = norms
         q, k, up, down = (weights[name] for name in ("q", "k", "up", "down"))
@@ -123,9 +133,21 @@ class PromptLayer:
             Like x; memory for `Computed.middle`.
         kept : tuple of Tensor or None
             As `Products.gated` takes it.
+
+        Raises
+        ------
+        InvalidTensorError
+            Something is of another shape, dtype or layout.
         """
         library = find_library()
         assert library is not None
+        if x.ndim != 3 or not self.takes(x, mask):
+            raise InvalidTensorError(
+                "tiles cannot attend to so many tokens, or under this mask: call `takes` first"
+            )
+        check_tensor("x", x, (*x.shape[:2], self._struct.hidden), torch.bfloat16)
+        check_optional("the room for the middle", middle, tuple(x.shape), torch.bfloat16)
+        check_kept(kept, x.shape[0] * x.shape[1], self._width, torch.bfloat16)
         batch, length, _ = x.shape
         middle = torch.empty_like(x) if middle is None else middle
         active, out = x.new_empty(batch, length, self._width), torch.empty_like(x)
@@ -140,6 +162,7 @@ class PromptLayer:
             prompt.joint = joint.data_ptr()
         else:
             cos, sin = (part.contiguous() for part in angles)
+            check_angles(x, cos, sin, self._size)
             key, value = x.new_empty(2, batch, self._groups, length, self._size).unbind()
             prompt.cosine, prompt.sine = cos.data_ptr(), sin.data_ptr()
             prompt.keys, prompt.values = key.data_ptr(), value.data_ptr()
@@ -152,3 +175,38 @@ class PromptLayer:
         prompt.scratch = self._scratch.reserve(library.cm_prompt_layer_scratch(self._place, place))
         library.cm_prompt_layer(self._place, place)
         return Computed(joint, key, value, middle, active, out)
+
+
+def _check_layer(
+    weights: Mapping[str, Tensor | None], norms: tuple[Norm, Norm], size: int, activation: str
+) -> None:
+    """Refuse weights of which the C code would read something else."""
+    dtype, down = torch.bfloat16, weights.get("down")
+    for name in ("q", "k", "v", "o", "up", "down"):
+        weight = weights.get(name)
+        reason = "it is missing" if weight is None else refuse_product(weight, TILES)
+        if reason is not None:
+            raise InvalidTensorError(f"tiles cannot compute a layer with this '{name}': {reason}")
+    q, k, up = (weights[name] for name in ("q", "k", "up"))
+    assert q is not None and k is not None and up is not None and down is not None
+    (inner, hidden), groups, width = q.shape, k.shape[0], up.shape[0]
+    if size < 1 or size % STEP or groups % size or inner % groups:
+        raise InvalidTensorError(
+            f"{inner} queries and {groups} keys are not heads of {size} that share keys evenly: "
+            f"a head's size must be a multiple of {STEP}"
+        )
+    if activation not in ACTIVATION_NUMBERS:
+        raise InvalidTensorError(f"the C code does not know the activation '{activation}'")
+    shapes = {
+        "q": (inner, hidden), "k": (groups, hidden), "v": (groups, hidden), "o": (hidden, inner),
+        "gate": (width, hidden), "up": (width, hidden), "down": (hidden, width),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        weight = weights.get(name)
+        turned = name == "down" and not down.is_contiguous()
+        if weight is not None:
+            stored, shape_stored = (weight.t(), shape[::-1]) if turned else (weight, shape)
+            check_tensor(name, stored, shape_stored, dtype)
+        check_optional(f"{name}_bias", weights.get(f"{name}_bias"), shape[:1], dtype)
+    for norm in norms:
+        check_norm(down.new_empty(hidden), norm)

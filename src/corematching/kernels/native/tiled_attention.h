@@ -34,7 +34,7 @@ INLINE int64_t attention_bytes(const attention_t *a) {
 /* Bytes of scratch memory, on a cache line, that cm_attend needs */
 int64_t cm_attend_scratch(const attention_t *a) {
     int64_t packed = a->batch * a->groups * round_up(a->stored, SPAN) * a->size;
-    return 2 * packed * (int64_t)sizeof(bf16) + a->threads * attention_bytes(a) + LINE;
+    return 2 * packed * (int64_t)sizeof(bf16) + a->threads * attention_bytes(a);
 }
 
 /* Values [32 * chunk, ...) of a head as right operands: a tile of (key pairs, 16 numbers) for every

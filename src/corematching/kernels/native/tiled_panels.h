@@ -117,7 +117,7 @@ INLINE void finish_row(const product_bf16 *p, int64_t row, int64_t output, const
         high = _mm512_add_ps(high, (__m512)load_bf16(p->up_bias + output + TILE));
     }
     low = activate_sum(p, low), high = activate_sum(p, high);
-    __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    __m512i rounded = narrow_pair(low, high);
     if (p->residual) rounded = add_rows(rounded, p->residual + row * p->outputs + output);
     _mm512_storeu_si512(p->out + row * p->stride + output, rounded);
 }

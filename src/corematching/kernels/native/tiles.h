@@ -3,10 +3,17 @@
    Weights stay as they are. A tile of 16 outputs x 32 inputs of a matrix (outputs, inputs) is a
    left operand as it lies in memory, so the product comes out transposed and is turned when it is
    stored; the prompt's rows, far fewer bytes, are the operand that is packed. */
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(CM_EMULATE_TILES) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define CM_HAS_TILES
+#include "emulated_tiles.h"
+#elif defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && \
+    defined(__linux__)
 #define CM_HAS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+
+#if defined(CM_HAS_TILES)
 
 #include "lanes.h"
 
@@ -87,8 +94,8 @@ INLINE uint32_t *packed_of(const product_bf16 *p) { return p->scratch; }
 
 /* Two outputs of 16 rows, rounded, side by side in every word */
 INLINE __m512i pair_outputs(__m512 even, __m512 odd) {
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)narrow_lanes((vec)even));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)narrow_lanes((vec)odd));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
@@ -140,7 +147,7 @@ INLINE __m512i add_rows(__m512i row, const bf16 *more) {
     __m512 low = (__m512)load_bf16(own), high = (__m512)load_bf16(own + TILE);
     low = _mm512_add_ps(low, (__m512)load_bf16(more));
     high = _mm512_add_ps(high, (__m512)load_bf16(more + TILE));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    return narrow_pair(low, high);
 }
 
 /* Where the gate of a row is kept, NULL if it is not */
@@ -313,7 +320,9 @@ INLINE int64_t count_tiled_floats(int64_t rows, int64_t inputs, int64_t threads)
 
 /* Whether this machine lets this process use matrix tiles */
 int cm_has_tiles(void) {
-#if defined(CM_HAS_TILES)
+#if defined(CM_EMULATE_TILES) && defined(CM_HAS_TILES)
+    return 1;
+#elif defined(CM_HAS_TILES)
     const long ask = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM */
     return syscall(SYS_arch_prctl, ask, tile_data) == 0;
 #else

@@ -54,6 +54,18 @@ INLINE halves narrow_lanes(vec v) {
 #endif
 }
 
+#if defined(__AVX512F__)
+/* 32 numbers, rounded, the first 16 of them `low` */
+INLINE __m512i narrow_pair(__m512 low, __m512 high) {
+#if defined(__AVX512BF16__)
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+    __m512i half = _mm512_castsi256_si512((__m256i)narrow_lanes((vec)low));
+    return _mm512_inserti64x4(half, (__m256i)narrow_lanes((vec)high), 1);
+#endif
+}
+#endif
+
 INLINE void store_bf16(bf16 *p, vec v) {
     halves narrow = narrow_lanes(v);
     memcpy(p, &narrow, sizeof narrow);
@@ -94,7 +106,8 @@ INLINE float sum_lanes(vec v) {
 #endif
 }
 
-/* exp, to 2 units in the last place; written so that compilers vectorise loops over it */
+/* exp, to 2 units in the last place; NaN stays NaN. Written so that compilers vectorise loops over it:
+   the whole number n stands in the lowest bits of `shifted`, and no NaN becomes an integer. */
 INLINE float exp_fast(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23 rounds to an integer */
@@ -107,8 +120,10 @@ INLINE float exp_fast(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    uint32_t bits;
     float scale;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
     memcpy(&scale, &bits, sizeof scale);
     return p * scale;
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from corematching.errors import InvalidTensorError
 from corematching.kernels.native import KERNEL, MAX_BATCH, DecodeStep, Plan, use_large_pages
 
 from ..checks import Parts
@@ -101,7 +102,14 @@ class NativeSteps:
         addresses = tuple(tensor.data_ptr() for tensor in layout.tensors)
         if addresses == self._addresses:
             return
+        try:
+            self._prepare(layout)
+        except InvalidTensorError as error:
+            self.reason, self._step, self._addresses = str(error), None, ()
+            return
         self._addresses, self._layout, self.reason = addresses, layout, ""
+
+    def _prepare(self, layout: Layout) -> None:
         shape = layout.shape
         use_large_pages(layout.tensors)
         earlier: list[Plan | None] = [*self._dense] or [None] * len(self.ffns)
@@ -140,12 +148,13 @@ class NativeSteps:
         angles = self._rotations(x, kwargs.get("position_ids"), cache) if fits else None
         if angles is None:
             return None
-        buffer = buffers.take(cache, stored, batch)
-        step.set_plans(plans, batch)
-        step.set_buffer(buffer)
         logarithms = logarithms_of(cache, batch)
-        out = step.run(x[:, 0].contiguous(), *angles, valid, stored + 1, logarithms)
-        buffers.show(cache, buffer, stored + 1)
+        with step.lock:
+            buffer = buffers.take(cache, stored, batch)
+            step.set_plans(plans, batch)
+            step.set_buffer(buffer)
+            out = step.run(x[:, 0].contiguous(), *angles, valid, stored + 1, logarithms)
+            buffers.show(cache, buffer, stored + 1)
         return out[:, None]
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
