@@ -68,13 +68,13 @@ def analyze(
     image, question = choose_example(image, question)
     check_folder(out, "--out")
     from corematching.analyze import analyze_picture, build_picture_page, default_rules, save_page
-    from corematching.cli.images import read_image
     from corematching.cli.loading import load_model
     from corematching.cli.overlay import shown_area
     from corematching.cli.run import has_square_patches
     from corematching.evaluate import Subject
+    from corematching.media import read_picture
 
-    picture = read_image(image)
+    picture = read_picture(image, public_only=False)
     loaded = load_model(model, device, dtype)
     subject = Subject(loaded.name, loaded.model, loaded.processor)
     processor = loaded.processor.image_processor

@@ -17,6 +17,7 @@ from torch import Tensor
 from corematching.errors import InputError
 from corematching.evaluate.oracle import BoxCoverage
 from corematching.evaluate.task import Question, Task
+from corematching.media import open_picture
 from corematching.report import Report
 from corematching.runtime import Run
 
@@ -204,10 +205,9 @@ def read_picture(path: Path) -> Image.Image:
         It cannot be read.
     """
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"cannot read the picture {path}: the split is damaged") from error
+        return open_picture(path)
+    except InputError as error:
+        raise InputError(f"{error}; the split is damaged") from error
 
 
 def split_batches(
