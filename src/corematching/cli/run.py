@@ -17,7 +17,7 @@ from corematching.cli.answer import Answer, Writer, ask
 from corematching.cli.loading import LoadedModel, load_model
 from corematching.cli.method_options import build_method, build_text_method
 from corematching.cli.overlay import Choice, draw_overlay, shown_area
-from corematching.cli.prompt import check_inputs
+from corematching.cli.prompt import build_inputs
 from corematching.cli.table import tabulate
 from corematching.errors import ConfigError, InputError
 from corematching.media import read_picture
@@ -71,7 +71,7 @@ def answer_request(request: Request) -> None:
     check_memory(request)
     images = [read_picture(place, public_only=False) for place in request.images]
     loaded = load_model(request.model, request.device, request.dtype, request.memory)
-    check_inputs(loaded, images, request.question)
+    build_inputs(loaded, images, request.question, request.max_new_tokens)  # refuses what is wrong
     if not loaded.takes_images:
         method = build_text_method(request.method, request.options or {})
     # refuses an unsupported model before anything runs

