@@ -183,7 +183,7 @@ def test_no_such_model_offline(ask, monkeypatch):
 
 
 def test_no_room_on_disk(ask, monkeypatch, tmp_path):
-    from corematching.cli import loading
+    from corematching import loading
 
     def fail(*args, **kwargs):
         raise OSError(28, os.strerror(28))

@@ -51,7 +51,9 @@ def test_second_call_uses_the_cache(built, tmp_path, assets, language):
         "null",
         '{"config.json": 1}',
         '["config.json"]',
+        "[" * 100_000,
     ],
+    ids=lambda damage: damage[:20],
 )
 def test_damage_is_repaired(built, tmp_path, assets, language, damage):
     weights = built / "model.safetensors"

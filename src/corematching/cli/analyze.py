@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.once import OnceCommand
 from corematching.cli.repeat import write_command
 from corematching.errors import ConfigError, InputError, unknown_name
 
@@ -31,6 +32,7 @@ TASK_EXAMPLES = """
 """
 TASKS = ("sceneqa",)
 ANSWER_TOKENS = 40
+LAST_LAYER = 9_999
 
 Picture = Annotated[str | None, typer.Option("--image", "-i", help="Picture, a file or a URL.")]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="What to ask.")]
@@ -158,8 +160,8 @@ def analyze_task(
 
 def register_analyze(app: typer.Typer) -> None:
     """Make them commands of the app."""
-    app.command("analyze", epilog=EXAMPLES)(analyze)
-    app.command("analyze-task", epilog=TASK_EXAMPLES)(analyze_task)
+    app.command("analyze", epilog=EXAMPLES, cls=OnceCommand)(analyze)
+    app.command("analyze-task", epilog=TASK_EXAMPLES, cls=OnceCommand)(analyze_task)
 
 
 def choose_example(image: str | None, question: str | None) -> tuple[str, str]:
@@ -193,11 +195,16 @@ def read_layers(text: str | None) -> list[int] | None:
         return None
     layers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
-        if int(first) > int(last):
+        match = re.fullmatch(r"\s*([0-9]{1,20})(?:\s*-\s*([0-9]{1,20}))?\s*", part)
+        first, last = map(int, (match[1], match[2] or match[1])) if match else (1, 0)
+        if first > last:
             raise ConfigError(f"--layers {text}: '{part}' is no layer or range, write 0,8-15")
-        layers.update(range(int(first), int(last) + 1))
+        if last > LAST_LAYER:
+            raise ConfigError(
+                f"--layers {text}: no model has a layer {last}, {LAST_LAYER} is the last that is "
+                "looked for"
+            )
+        layers.update(range(first, last + 1))
     return sorted(layers)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.once import OnceCommand
 from corematching.cli.repeat import write_command
 from corematching.errors import ConfigError, InputError
 
@@ -120,7 +121,7 @@ def bench(
 
 def register_bench(app: typer.Typer) -> None:
     """Make it a command of the app."""
-    app.command("bench", epilog=EXAMPLES)(bench)
+    app.command("bench", epilog=EXAMPLES, cls=OnceCommand)(bench)
 
 
 def choose_methods(
@@ -132,9 +133,12 @@ def choose_methods(
 ) -> dict[str, Any]:
     """The methods to time, by the text that makes them, dense first."""
     from corematching.bench import name_by_hand
+    from corematching.cli.method_options import check_text
     from corematching.methods import method_from_text
 
     chosen = list(texts or [])
+    for text in chosen:
+        check_text(text)
     if after is not None and keep is None:
         raise ConfigError("--after says where --keep drops tokens: give --keep as well")
     if keep is not None or neurons is not None:

@@ -103,7 +103,10 @@ def open_picture(visual: Any) -> Image.Image:
         return media.to_rgb(visual)
     if not isinstance(visual, str | Path):
         raise _not_a_picture(type(visual).__name__)
-    return media.open_picture(visual)
+    try:
+        return media.open_picture(visual)
+    except InputError as error:
+        raise _not_a_picture(str(visual)) from error
 
 
 def pictures_of(turns: Sequence[Turn]) -> list[Image.Image]:
