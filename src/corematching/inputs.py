@@ -160,18 +160,20 @@ def check_length(model: Any, tokens: int, new_tokens: int = 1, tokenizer: Any = 
     check_room(limit, tokens, new_tokens)
 
 
-def check_room(limit: int | None, tokens: int, new_tokens: int = 1) -> None:
-    """As `check_length`, for a known limit; None is none."""
+SHORTER = "ask something shorter, or show fewer or smaller pictures"
+
+
+def check_room(limit: int | None, tokens: int, new_tokens: int = 1, fix: str = SHORTER) -> None:
+    """As `check_length`, for a known limit, where None is none; ``fix`` says what to do."""
     if limit is None or tokens + new_tokens <= limit:
         return
     if tokens >= limit:
         raise InputError(
-            f"the prompt has {tokens:,} tokens, the model takes {limit:,} at most: ask something "
-            "shorter, or show fewer or smaller pictures"
+            f"the prompt has {tokens:,} tokens, the model takes {limit:,} at most: {fix}"
         )
     raise InputError(
         f"the prompt has {tokens:,} tokens and the answer up to {new_tokens:,}, the model takes "
-        f"{limit:,} at most: ask something shorter, or for {limit - tokens:,} new tokens at most"
+        f"{limit:,} at most: {fix}, or ask for {limit - tokens:,} new tokens at most"
     )
 
 

@@ -13,6 +13,7 @@ import typer
 
 from corematching.cli import console, options
 from corematching.cli.once import OnceCommand
+from corematching.cli.outputs import check_file
 from corematching.cli.repeat import write_command
 from corematching.errors import ConfigError, InputError, unknown_name
 
@@ -68,7 +69,7 @@ def analyze(
     wanted = read_layers(layers)
     given = {"image": image, "question": question, "model": model, "layers": layers, "out": out}
     image, question = choose_example(image, question)
-    check_folder(out, "--out")
+    check_file(out, "--out")
     from corematching.analyze import analyze_picture, build_picture_page, default_rules, save_page
     from corematching.cli.loading import load_model
     from corematching.cli.overlay import shown_area
@@ -115,9 +116,9 @@ def analyze_task(
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
     wanted = read_layers(layers)
-    check_folder(out, "--out")
+    check_file(out, "--out")
     if table is not None:
-        check_folder(table, "--table")
+        check_file(table, "--table")
     from corematching.analyze import (
         StudyPlan,
         build_study_page,
@@ -206,14 +207,6 @@ def read_layers(text: str | None) -> list[int] | None:
             )
         layers.update(range(first, last + 1))
     return sorted(layers)
-
-
-def check_folder(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before any work is done."""
-    if not path.parent.is_dir():
-        raise InputError(f"no directory {path.parent} for {option}: create it first")
-    if path.is_dir():
-        raise InputError(f"{path} is a directory: give {option} a file")
 
 
 def answer_both(loaded: Any, picture: Any, question: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ import typer
 
 from corematching.cli import console, options
 from corematching.cli.once import OnceCommand
+from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def evaluate(
     methods = make_methods(method or ["corematching"], budget)
     plan = Plan(limit, seed, batch, max_new_tokens, engine, share)
     task = SceneQA.load(split)
+    make_folder(out, "--out")
     given = {
         "model": model,
         "split": split,

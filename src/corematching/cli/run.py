@@ -16,6 +16,7 @@ from corematching.cli import console
 from corematching.cli.answer import Answer, Writer, ask
 from corematching.cli.loading import LoadedModel, load_model
 from corematching.cli.method_options import build_method, build_text_method
+from corematching.cli.outputs import check_file
 from corematching.cli.overlay import Choice, draw_overlay, shown_area
 from corematching.cli.prompt import build_inputs
 from corematching.cli.table import tabulate
@@ -95,8 +96,7 @@ def check_overlay(request: Request) -> None:
         return
     if not request.images:
         raise InputError("--overlay needs a picture: give one with --image")
-    if not request.overlay.parent.is_dir():
-        raise InputError(f"no directory {request.overlay.parent} for --overlay: create it first")
+    check_file(request.overlay, "--overlay")
 
 
 def check_memory(request: Request) -> None:

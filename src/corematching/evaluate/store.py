@@ -94,8 +94,10 @@ class RunDirectory:
         self.path = path
         try:
             (path / "answers").mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise InputError(f"cannot use {path} as --out: give a directory of your own") from error
+        except OSError as error:
+            raise InputError(
+                f"cannot use {path} as --out ({error.strerror}): give a directory of your own"
+            ) from error
         self.methods: dict[str, dict[str, Any]] = {}
         file = path / SETTINGS
         if file.exists():
@@ -103,7 +105,12 @@ class RunDirectory:
             check_same(path, stored["settings"], settings)
             self.methods = stored["methods"]
         self.settings = dict(settings)
-        self._write_settings()
+        try:
+            self._write_settings()
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {path} ({error.strerror}): give another --out"
+            ) from error
 
     @contextmanager
     def hold(self) -> Iterator[None]:
