@@ -71,6 +71,15 @@ def test_missing_weights_end_the_command(broken, picture, capsys):  # noqa: F811
     assert said.err.count("\n") == 1 and "1.mlp.down_proj.weight" in said.err
 
 
+def test_the_command_shows_weights_that_are_too_many(broken, picture):  # noqa: F811
+    change_weights(broken, lambda t: t.update({"model.head.weight": torch.zeros(2)}))
+    asked = ["-i", str(picture), "-q", "What?", "--max-new-tokens", "2"]
+    line = [sys.executable, "-m", "corematching.cli", "run", "-m", str(broken), *asked]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("model.head.weight") == 1
+
+
 def test_weights_of_another_shape_are_named(broken):
     change_weights(broken, lambda t: t.update({name_of(t, 0): torch.zeros(3, 5)}))
     assert "0.mlp.down_proj.weight (3, 5), not (32, 64)" in refused(broken)
