@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -187,6 +188,37 @@ def test_code_of_a_processor_is_never_run(broken, tmp_path):
     path.write_text(json.dumps(config))
     refused(broken)
     assert not mark.exists()
+
+
+def test_code_of_a_generation_is_never_run(tiny_lm, tmp_path):  # noqa: F811
+    folder = shutil.copytree(tiny_lm, tmp_path / "model")
+    mark = tmp_path / "it ran"
+    (folder / "custom_generate").mkdir()
+    code = OWN_CODE.format(mark=str(mark)) + "def generate(*args, **options): raise ValueError\n"
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    with contextlib.suppress(CoreMatchingError):
+        model, tokenizer, _ = load_pretrained(folder, device="cpu")
+        model.generate(**tokenizer("What?", return_tensors="pt"), max_new_tokens=2)
+    assert not mark.exists()
+
+
+def test_pickled_code_is_never_run(tiny_lm, tmp_path):  # noqa: F811
+    folder = shutil.copytree(tiny_lm, tmp_path / "model")
+    mark = tmp_path / "it ran"
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Touch(mark)}, folder / "pytorch_model.bin")
+    assert "cannot load the weights" in refused(folder)
+    assert not mark.exists()
+
+
+class Touch:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return type(self.mark).touch, (self.mark,)
 
 
 def test_errors_of_the_machine_pass():

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import itertools
 import socket
+import threading
 
 import pytest
 
@@ -108,6 +109,20 @@ def test_a_server_that_drips_meets_the_deadline(serve, where):
 def test_a_silent_server_meets_the_deadline(serve):
     server = serve(lambda connection, path: server.ended.wait(20))
     assert "(" in refused(server.url, SHORT)
+
+
+def test_a_lookup_that_hangs_meets_the_deadline(monkeypatch):
+    done = threading.Event()
+
+    def hang(*args, **options):
+        done.wait(60)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    for public_only in (False, True):
+        assert "not done after 0.6 s" in refused("http://h/", SHORT, public_only)
+        assert not done.is_set()
+    done.set()
 
 
 @pytest.mark.parametrize("announced", [True, False])

@@ -25,6 +25,7 @@ HEADERS = {
     "Accept-Encoding": "identity",
 }
 IDLE_SECONDS = 15.0
+GRACE_SECONDS = 1.0
 SHOWN = 200
 
 
@@ -47,15 +48,14 @@ def download(url: str, limits: Limits | None = None, public_only: bool = True) -
     InputError
         The address is none, cannot be fetched, is refused, or a limit is reached.
     """
-    work = _Work(url, limits or Limits(), public_only)
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return work.run()
-    # a loop cannot run inside another one
-    thread = threading.Thread(target=work.run_aside, daemon=True)
+    limits = limits or Limits()
+    work = _Work(url, limits, public_only)
+    # aside, as a loop cannot run inside another one, and a name's lookup cannot be stopped
+    thread = threading.Thread(target=work.run, name="download", daemon=True)
     thread.start()
-    thread.join()
+    thread.join(limits.seconds + GRACE_SECONDS)
+    if thread.is_alive():
+        raise _failure(url, f"not done after {limits.seconds:g} s")
     if work.error is not None:
         raise work.error
     return work.data
@@ -76,12 +76,9 @@ class _Work:
         self.data = b""
         self.error: BaseException | None = None
 
-    def run(self) -> bytes:
-        return asyncio.run(download_async(*self.arguments))
-
-    def run_aside(self) -> None:
+    def run(self) -> None:
         try:
-            self.data = self.run()
+            self.data = asyncio.run(download_async(*self.arguments))
         except BaseException as error:
             self.error = error
 
