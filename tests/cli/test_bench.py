@@ -97,6 +97,12 @@ def test_a_model_through_its_own_processor(measure, tiny_vlm, tmp_path):
     assert board["contenders"][0]["parts"]["preprocessing"]["median"] > 0
 
 
+@pytest.mark.parametrize("option", ["--prompt-tokens", "--new-tokens"])
+def test_more_tokens_than_a_model_takes(measure, tiny_vlm, option):
+    message = refused(measure("bench", "--force", "--model", tiny_vlm, option, "99999999"))
+    assert "99,999,999" in message and "the model takes 512 at most" in message
+
+
 def test_missing_peer_is_named_with_its_install_line(measure, write_peers):  # noqa: F811
     folder = write_peers(needs="no_such_module")
     code, out, err = measure(*TINY, "--peers", "all", "--peers-dir", folder)
@@ -124,6 +130,14 @@ def test_busy_machine_is_refused(measure, monkeypatch):
         (("--shape", "tiny", "--peers", "vllm", "--peers-dir", "/no"), "benchmarks/peers"),
         (("--shape", "tiny", "--new-tokens", "1"), "new-tokens"),
         (("--shape", "tiny", "--device", "gpu9"), "--device cpu"),
+        (
+            ("--shape", "tiny", "--prompt-tokens", "99999999"),
+            "the prompt has 100,000,015 tokens, the model takes 4,096 at most",
+        ),
+        (
+            ("--shape", "tiny", "--new-tokens", "99999999"),
+            "the answer up to 99,999,999, the model takes 4,096 at most",
+        ),
     ],
 )
 def test_bad_options(measure, arguments, message):

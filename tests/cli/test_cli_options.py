@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from corematching.cli.entry import run_command
 from corematching.cli.method_options import build_method, read_keep
 from corematching.errors import ConfigError
 from corematching.methods import CoreMatching
@@ -37,8 +38,6 @@ def test_options_join_lists_in_the_name():
     text = "corematching:layer=[0.1,0.3],keep=[0.5,0.2],firing=0.25"
     ours = CoreMatching(layer=(0.1, 0.3), keep=(0.5, 0.2), firing=0.25, beta=0.5)
     assert build_method(text, {"--neurons": 0.5}) == ours
-    last = build_method(text, {"--keep": "0.1"})
-    assert last == CoreMatching(layer=(0.1, 0.3), keep=0.1, firing=0.25)
 
 
 @pytest.mark.parametrize("keep", ["0", "-0.1", "1.5", "64", "nan", "inf"])
@@ -71,6 +70,40 @@ def test_neurons_outside_their_range(share):
 def test_unknown_names_get_the_nearest(text, options, hint):
     with pytest.raises(ConfigError, match=hint):
         build_method(text, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("corematching:keep=0.1,keep=0.2", {}),
+        ("corematching:keep=0.1, keep=0.1", {}),
+        ("corematching:keep=0.1", {"--keep": "0.2"}),
+        ("corematching:keep=0.1", {"--keep": "0.1"}),
+        ("paper:beta=0.1", {"--neurons": 0.2}),
+    ],
+)
+def test_a_parameter_given_twice(text, options):
+    with pytest.raises(ConfigError, match=r"is given twice .*: leave one out"):
+        build_method(text, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("corematching:layer=" + "[" * 100_000, "100,019 characters"),
+        ("corematching:layer=" + "[" * 5000, "5,000 brackets in one another"),
+        ("corematching:layer=" + "9" * 5000, "5,000 digits in one number"),
+        ("x" * 20_000, "20,000 characters"),
+        ("{" * 5000, "5,000 brackets"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "bench", "eval"])
+def test_text_that_no_one_means(text, what, command, tmp_path, capsys):
+    fixed = {"run": ["-q", "What?"], "bench": ["--force"], "eval": []}[command]
+    out = [] if command == "run" else ["--out", str(tmp_path)]
+    assert run_command([command, *fixed, *out, "--method", text]) == 2
+    said = capsys.readouterr().err
+    assert what in said and said.count("\n") == 1 and len(said) < 300
 
 
 def test_option_that_the_method_lacks():

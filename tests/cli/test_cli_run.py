@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from corematching.cli.entry import run_command
+from tests.cli.conftest import join
 from tests.demo.scene_fakes import byte_tokenizer
 
 QUESTION = "How many?"
@@ -22,8 +23,8 @@ def ask(tiny_vlm, picture, capsys):
 
     def run(*arguments, model=tiny_vlm, image=picture):
         images = ("--image", str(image)) if image else ()
-        fixed = ("run", "--model", str(model), *images, "--question", QUESTION)
-        code = run_command([*fixed, "--max-new-tokens", "6", *arguments])
+        defaults = {"--model": model, "--question": QUESTION, "--max-new-tokens": 6}
+        code = run_command(["run", *images, *join(defaults, arguments)])
         return code, *capsys.readouterr()
 
     return run
@@ -183,7 +184,7 @@ def test_no_such_model_offline(ask, monkeypatch):
 
 
 def test_no_room_on_disk(ask, monkeypatch, tmp_path):
-    from corematching.cli import loading
+    from corematching import loading
 
     def fail(*args, **kwargs):
         raise OSError(28, os.strerror(28))

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from corematching.cli.entry import run_command
+from tests.cli.conftest import join
 from tests.cli.test_cli_run import refused
 from tests.evaluate.conftest import write_split
 
@@ -17,8 +18,9 @@ def measure(tiny_vlm, tmp_path, capsys):
     split = write_split(tmp_path / "split", pictures=2)
 
     def run(*arguments, model=tiny_vlm, out="run"):
-        fixed = ["eval", "--model", str(model), "--split", str(split), "--out", str(tmp_path / out)]
-        code = run_command([*fixed, "--max-new-tokens", "4", "--batch", "3", *arguments])
+        defaults = {"--model": model, "--split": split, "--out": tmp_path / out}
+        defaults |= {"--max-new-tokens": 4, "--batch": 3}
+        code = run_command(["eval", *join(defaults, arguments)])
         return code, *capsys.readouterr()
 
     return run

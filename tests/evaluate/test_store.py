@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from math import nan
+
 import pytest
 import torch
 
@@ -42,6 +46,87 @@ def test_a_damaged_file_is_named(tmp_path):
     file.path.write_text("{}\n")
     with pytest.raises(InputError, match=r"a\.jsonl is damaged: delete it"):
         file.read()
+
+
+LINE = json.dumps(asdict(answer(1)))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        "[" * 100_000,
+        '{"id": ' + "9" * 5000 + "}",
+        *(
+            LINE.replace(old, new)
+            for old, new in (
+                ('"id": 1', '"id": "1"'),
+                ('"id": 1', '"id": -1'),
+                ('"id": 1', '"id": 1.0'),
+                ('"text": "a pig"', '"text": null'),
+                ('"correct": true', '"correct": 1'),
+                ('"correct": true', '"correct": "no"'),
+                ('"kl": 0.5', '"kl": NaN'),
+                ('"kl": 0.5', '"kl": -Infinity'),
+                ('"kl": 0.5', '"kl": [0.5]'),
+                ('"tokens_kept": 0.2', '"tokens_kept": 20'),
+                ('"neurons_kept": 0.6', '"neurons_kept": -0.6'),
+                ('"prefill_flops": 1', '"prefill_flops": -1'),
+                ('"prefill_flops": 1', '"prefill_flops": true'),
+                ('"decode_seconds": 0.3', '"decode_seconds": Infinity'),
+                ('"batch": 16', '"batch": 0'),
+                ('"layer_tokens": null', '"layer_tokens": 2.0'),
+                ('"layer_tokens": null', '"other": null'),
+            )
+        ),
+    ],
+    ids=lambda line: line[:40],
+)
+def test_stored_answers_are_checked(tmp_path, line):
+    file = AnswerFile(tmp_path / "a.jsonl")
+    assert LINE not in (line, "")
+    file.path.write_text(f"{LINE}\n{line}\n")
+    with pytest.raises(InputError, match=r"a\.jsonl is damaged: .* \(line 2: ") as caught:
+        file.read()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("size", ["", "{", "[]", '{"words": "2"}', '{"words": 0}', '{"words": -1}'])
+def test_the_size_of_first_tokens_is_checked(tmp_path, size):
+    first = FirstTokens(tmp_path / "first.bin")
+    first.append([7], torch.tensor([[3, 1]]), torch.tensor([[-0.5, -1.5]]))
+    (tmp_path / "first.json").write_text(size)
+    with pytest.raises(InputError, match=r"first\.bin is damaged: delete"):
+        first.read()
+
+
+@pytest.mark.parametrize(
+    ("words", "log_probs"), [([-3, 1], [-0.5, -1.5]), ([3, 1], [nan, -1.5]), ([3, 1], [-0.5, 7.0])]
+)
+def test_first_tokens_are_checked(tmp_path, words, log_probs):
+    first = FirstTokens(tmp_path / "first.bin")
+    first.append([7], torch.tensor([words]), torch.tensor([log_probs]))
+    with pytest.raises(InputError, match=r"first\.bin is damaged: delete"):
+        first.read()
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"settings": 1, "methods": {}}'])
+def test_damaged_settings(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(InputError, match="is not of a run"):
+        RunDirectory(tmp_path, {"seed": 0})
+
+
+def test_a_directory_that_cannot_be_written_to(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("corematching.evaluate.store.write_whole", refuse)
+    with pytest.raises(InputError, match=r"Read-only file system.*give another --out"):
+        RunDirectory(tmp_path, {"seed": 0})
 
 
 def test_first_tokens_come_back(tmp_path):

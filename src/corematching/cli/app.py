@@ -8,6 +8,7 @@ from corematching.cli import console, options
 from corematching.cli.analyze import register_analyze
 from corematching.cli.bench import register_bench
 from corematching.cli.eval import register_eval
+from corematching.cli.once import OnceCommand
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -21,7 +22,13 @@ EXAMPLES = """
   corematching run --model llava-hf/llava-1.5-7b-hf --image a.png -q "What is this?" --json
 """
 
+
+def accept_debug(debug: options.Debug = False) -> None:
+    """Vision-language models that answer from their core tokens and core neurons only."""
+
+
 app = typer.Typer(
+    callback=accept_debug,
     name="corematching",
     help="Vision-language models that answer from their core tokens and core neurons only.",
     epilog=EXAMPLES,
@@ -32,7 +39,7 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog=EXAMPLES)
+@app.command(epilog=EXAMPLES, cls=OnceCommand)
 def run(
     question: options.Question,
     image: options.Images = None,
@@ -82,7 +89,7 @@ def run(
     )
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def demo(overlay: options.Overlay = None) -> None:
     """Ask SceneVLM the shipped question about the shipped picture, dense beside sparse."""
     console.keep_bars_away(own_bars=True)
@@ -102,7 +109,7 @@ def demo(overlay: options.Overlay = None) -> None:
     )
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def models() -> None:
     """List the model families that work."""
     from rich.table import Table

@@ -13,14 +13,17 @@ from typing import Annotated, Any
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.once import OnceCommand
+from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
-from corematching.errors import ConfigError, InputError
+from corematching.errors import ConfigError
 
 DEFAULT_OUT = Path("corematching-bench")
 DEFAULT_PEERS = Path("benchmarks/peers")
 SHAPE_TEXT_TOKENS = 64
 SHAPE_KEEP, SHAPE_NEURONS = 0.2, 0.4
 DENSE = "dense"
+FEWER = "give fewer --prompt-tokens"
 EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -110,9 +113,9 @@ def bench(
     plan = Plan(new_tokens=new_tokens, rounds=rounds, force=force)
     methods = choose_methods(method, keep, neurons, after, by_shape=shape is not None)
     adapters = choose_adapters(peers or [], peers_dir)
-    make_folder(out)
+    make_folder(out, "--out")
     require_quiet(force=force)
-    workload = open_workload(model, shape, dtype, device, batch, prompt_tokens)
+    workload = open_workload(model, shape, dtype, device, batch, prompt_tokens, new_tokens)
     board = measure(workload, methods, adapters, plan, given)
     save(board, out)
     show(board, out, as_json)
@@ -120,7 +123,7 @@ def bench(
 
 def register_bench(app: typer.Typer) -> None:
     """Make it a command of the app."""
-    app.command("bench", epilog=EXAMPLES)(bench)
+    app.command("bench", epilog=EXAMPLES, cls=OnceCommand)(bench)
 
 
 def choose_methods(
@@ -132,9 +135,12 @@ def choose_methods(
 ) -> dict[str, Any]:
     """The methods to time, by the text that makes them, dense first."""
     from corematching.bench import name_by_hand
+    from corematching.cli.method_options import check_text
     from corematching.methods import method_from_text
 
     chosen = list(texts or [])
+    for text in chosen:
+        check_text(text)
     if after is not None and keep is None:
         raise ConfigError("--after says where --keep drops tokens: give --keep as well")
     if keep is not None or neurons is not None:
@@ -151,20 +157,35 @@ def open_workload(
     device: str | None,
     batch: int,
     prompt_tokens: int | None,
+    new_tokens: int,
 ) -> Any:
-    """The model and what it is asked: loaded, or a shape's with random weights."""
+    """The model and what it is asked: loaded, or a shape's with random weights.
+
+    Raises
+    ------
+    InputError
+        Prompt and answer are longer than the model takes.
+    """
     from corematching.bench import LoadedWorkload, RandomWorkload, build_random, find_shape
     from corematching.cli.loading import choose_device, load_model
+    from corematching.inputs import check_room, max_positions
 
     if shape is None:
         loaded = load_model(model, device, dtype)
-        return LoadedWorkload(loaded.name, loaded.model, loaded.processor, batch, prompt_tokens)
+        limit = max_positions(loaded.model.config, loaded.tokenizer)
+        check_room(limit, prompt_tokens or 0, new_tokens, FEWER)  # before the text is written
+        made = LoadedWorkload(loaded.name, loaded.model, loaded.processor, batch, prompt_tokens)
+        check_room(limit, made.prompt_tokens, new_tokens, FEWER)
+        return made
     chosen, target = find_shape(shape), choose_device(device)
+    text_tokens = prompt_tokens or SHAPE_TEXT_TOKENS
+    limit = max_positions(chosen.make_config())
+    check_room(limit, chosen.image_tokens + text_tokens, new_tokens, FEWER)
     kind = read_dtype(dtype)
     console.quieten_libraries()
     with console.waiting(f"filling {chosen.name} with random weights"):
-        made = build_random(chosen, target, kind)
-    return RandomWorkload(chosen, made, batch, prompt_tokens or SHAPE_TEXT_TOKENS)
+        filled = build_random(chosen, target, kind)
+    return RandomWorkload(chosen, filled, batch, text_tokens)
 
 
 def read_dtype(name: str) -> Any:
@@ -241,16 +262,6 @@ def find_checkpoint(model: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     return snapshot_download(model, local_files_only=True)
-
-
-def make_folder(path: Path) -> None:
-    """Make the output folder, before anything is measured."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {path} ({error.strerror}): give another folder with --out"
-        ) from error
 
 
 def save(board: dict[str, Any], out: Path) -> None:

@@ -22,6 +22,8 @@ from rich.progress import (
 
 StepProgress = Callable[[str, float], None]
 
+MUTED = ("accelerate", "huggingface_hub", "matplotlib", "PIL", "torch", "transformers")
+
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
@@ -31,13 +33,27 @@ def note(message: str) -> None:
     err.print(message, style="dim", markup=False)
 
 
+class NoteHandler(logging.Handler):
+    """Shows a log's messages as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        note(record.getMessage())
+
+
 def quieten_libraries() -> None:
-    """Keep the libraries' warnings off the screen, and their bars where no one watches."""
+    """Keep the libraries' warnings off the screen, and their bars where no one watches.
+
+    What matters of them, such as weights that a checkpoint lacks, `corematching.loading` says.
+    """
     import transformers
 
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(MUTED)})(\.|$)")
     transformers.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    loading = logging.getLogger("corematching.loading")
+    if not any(isinstance(handler, NoteHandler) for handler in loading.handlers):
+        loading.addHandler(NoteHandler(logging.WARNING))
     if not err.is_terminal:
         hide_library_bars()
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.once import OnceCommand
+from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
 
 if TYPE_CHECKING:
@@ -106,12 +108,16 @@ def evaluate(
 ) -> None:
     """Measure what methods lose on SceneQA, beside the dense model."""
     console.keep_bars_away(own_bars=model is None)
+    from corematching.cli.method_options import check_text
     from corematching.evaluate import Crew, Plan, SceneQA, make_methods
     from corematching.evaluate import evaluate as run_methods
 
+    for text in method or ():
+        check_text(text)
     methods = make_methods(method or ["corematching"], budget)
     plan = Plan(limit, seed, batch, max_new_tokens, engine, share)
     task = SceneQA.load(split)
+    make_folder(out, "--out")
     given = {
         "model": model,
         "split": split,
@@ -149,7 +155,7 @@ def load_subject(model: str | None, device: str | None, dtype: str) -> Subject:
 
 def register_eval(app: typer.Typer) -> None:
     """Make it a command of the app."""
-    app.command("eval", epilog=EXAMPLES)(evaluate)
+    app.command("eval", epilog=EXAMPLES, cls=OnceCommand)(evaluate)
 
 
 @contextmanager

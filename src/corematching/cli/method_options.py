@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from corematching.errors import ConfigError
 from corematching.methods import METHODS, add_parameters, method_by_name, method_from_text
 from corematching.policy.component import canonical
 
+LONGEST_TEXT, DEEPEST_TEXT, LONGEST_NUMBER = 10_000, 20, 30
 PARAMETERS = {
     "--tokens": "token_score",
     "--keep": "keep",
@@ -30,9 +32,10 @@ def build_method(text: str, options: dict[str, Any]) -> Any:
     Raises
     ------
     ConfigError
-        A name is unknown (the message has the nearest one), a value is out of range, or the method
-        has no such option.
+        A name is unknown (the message has the nearest one), a value is out of range, the method has
+        no such option, or the text states what an option does.
     """
+    check_text(text)
     values = {
         option: read_option(option, value) for option, value in options.items() if value is not None
     }
@@ -52,6 +55,28 @@ def build_text_method(text: str, options: dict[str, Any]) -> Any:
     return build_method(
         text, options | {"--tokens": "none"} if takes_score and not asked else options
     )
+
+
+def check_text(text: str) -> None:
+    """Refuse a method's text that no one means: one that is huge, or nested without end.
+
+    Raises
+    ------
+    ConfigError
+        Saying what there is too much of.
+    """
+    depth, deepest = 0, 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        deepest = max(deepest, depth)
+    digits = max(map(len, re.findall(r"\d+", text)), default=0)
+    for found, limit, what in (
+        (len(text), LONGEST_TEXT, "characters"),
+        (deepest, DEEPEST_TEXT, "brackets in one another"),
+        (digits, LONGEST_NUMBER, "digits in one number"),
+    ):
+        if found > limit:
+            raise ConfigError(f"a method's text has {found:,} {what}, {limit:,} are the most")
 
 
 def takes(name: str, parameter: str) -> bool:

@@ -9,6 +9,9 @@ import typer
 
 METHOD = "Method options"
 
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")
+]
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Model id on the Hugging Face Hub, or a directory."),

@@ -14,13 +14,14 @@ from PIL import Image
 
 from corematching.cli import console
 from corematching.cli.answer import Answer, Writer, ask
-from corematching.cli.images import read_images
 from corematching.cli.loading import LoadedModel, load_model
 from corematching.cli.method_options import build_method, build_text_method
+from corematching.cli.outputs import check_file
 from corematching.cli.overlay import Choice, draw_overlay, shown_area
-from corematching.cli.prompt import check_inputs
+from corematching.cli.prompt import build_inputs
 from corematching.cli.table import tabulate
 from corematching.errors import ConfigError, InputError
+from corematching.media import read_picture
 from corematching.report import MemoryReport
 from corematching.sizes import format_size, parse_size
 
@@ -69,9 +70,9 @@ def answer_request(request: Request) -> None:
     method = build_method(request.method, request.options or {})
     check_overlay(request)
     check_memory(request)
-    images = read_images(request.images)
+    images = [read_picture(place, public_only=False) for place in request.images]
     loaded = load_model(request.model, request.device, request.dtype, request.memory)
-    check_inputs(loaded, images, request.question)
+    build_inputs(loaded, images, request.question, request.max_new_tokens)  # refuses what is wrong
     if not loaded.takes_images:
         method = build_text_method(request.method, request.options or {})
     # refuses an unsupported model before anything runs
@@ -95,8 +96,7 @@ def check_overlay(request: Request) -> None:
         return
     if not request.images:
         raise InputError("--overlay needs a picture: give one with --image")
-    if not request.overlay.parent.is_dir():
-        raise InputError(f"no directory {request.overlay.parent} for --overlay: create it first")
+    check_file(request.overlay, "--overlay")
 
 
 def check_memory(request: Request) -> None:

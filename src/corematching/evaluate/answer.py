@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from corematching.errors import InputError
+from corematching.errors import InputError, translating
 from corematching.evaluate.oracle import BoxCoverage
 from corematching.evaluate.task import Question, Task
+from corematching.inputs import check_length, longest_prompt, plain_text
+from corematching.media import open_picture
 from corematching.report import Report
 from corematching.runtime import Run
 
@@ -66,8 +68,12 @@ class Subject:
 
     def encode(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Any:
         """Tokens and pixels of a batch, one picture and one question each, padded on the left."""
-        texts = [self._render(prompt) for prompt in prompts]
-        return encode_texts(self.model, self.processor, texts, [[image] for image in images])
+        with translating(
+            f"the processor of '{self.name}' cannot take these questions and pictures",
+            "repair its tokenizer and chat template",
+        ):
+            texts = [self._render(plain_text(self.processor, prompt)) for prompt in prompts]
+            return encode_texts(self.model, self.processor, texts, [[image] for image in images])
 
     def _render(self, prompt: str) -> str:
         """The chat template's text, or the bare prompt where there is none."""
@@ -83,6 +89,11 @@ def encode_texts(model: Any, processor: Any, texts: list[str], images: list | No
 
     Padded on the left, with the end token where the tokenizer names none to pad with; a prompt that
     starts with the tokenizer's first token gets no second one.
+
+    Raises
+    ------
+    InputError
+        A prompt has more tokens than the model takes.
     """
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -94,6 +105,7 @@ def encode_texts(model: Any, processor: Any, texts: list[str], images: list | No
         add_special_tokens=not starts_itself(processor, texts[0]),
         return_tensors="pt",
     ).to(model.device)
+    check_length(model, longest_prompt(inputs), tokenizer=processor.tokenizer)
     for name, value in inputs.items():
         if hasattr(value, "is_floating_point") and value.is_floating_point():
             inputs[name] = value.to(model.dtype)
@@ -204,10 +216,9 @@ def read_picture(path: Path) -> Image.Image:
         It cannot be read.
     """
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"cannot read the picture {path}: the split is damaged") from error
+        return open_picture(path)
+    except InputError as error:
+        raise InputError(f"{error}; the split is damaged") from error
 
 
 def split_batches(

@@ -61,8 +61,10 @@ class Crew:
             ProcessPoolExecutor(1, context, initializer=_start, initargs=given)
             for _ in range(count)
         ]
+        before = set(multiprocessing.active_children())
         for worker in self._workers:
             worker.submit(_rest)
+        self._processes = [p for p in multiprocessing.active_children() if p not in before]
 
     def __enter__(self) -> Crew:
         return self
@@ -73,6 +75,9 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:  # what they load or answer now, no one waits for
+            for process in self._processes:
+                process.terminate()
         for worker in self._workers:
             worker.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:

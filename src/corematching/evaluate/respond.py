@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from corematching.errors import InputError
 from corematching.evaluate.answer import Batch, Subject, answer_batch, encode_batch, show_scenes
 from corematching.evaluate.measure import condense, kl_from
 from corematching.evaluate.plan import DENSE, Plan
@@ -121,7 +122,13 @@ class Respondent:
             device = said.logits.device
             words, log_probs = (torch.from_numpy(part).to(device) for part in assignment.dense)
             distances = kl_from(words, log_probs, said.logits).tolist()
-        answers = grade(self.task, batch, said, distances, timed=not self.plan.share)
+        try:
+            answers = grade(self.task, batch, said, distances, timed=not self.plan.share)
+        except ValueError as error:
+            raise InputError(
+                f"'{assignment.text}' gave an answer with {error}: the model's logits are not "
+                "finite, try --dtype float32"
+            ) from error
         return Reply(assignment.text, answers, first)
 
     def _record(self, inputs: Any) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +21,14 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corematching.errors import InputError
+from corematching.errors import InputError, describe_error
+from corematching.evaluate.entry import Answer, read_answer
 
 SETTINGS = "settings.json"
 FIRST_TOKENS = "first-tokens.bin"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer and what it cost.
-
-    Attributes
-    ----------
-    id : int
-        The question.
-    text : str
-    correct : bool
-    kl : float
-        Of the first token, dense from sparse, in nats.
-    tokens_kept, neurons_kept : float
-        Shares of the image tokens and of the neurons of a decode step.
-    prefill_flops, dense_prefill_flops, decode_flops, dense_decode_flops : int
-    kv_bytes, dense_kv_bytes : int
-        As the report has them.
-    vision_seconds, prefill_seconds, decode_seconds : float
-        Of the batch, divided by its size; 0 of what was shared with other methods.
-    new_tokens : int
-    batch : int
-        Size of its batch.
-    layer_tokens : float or None
-        Share of the image tokens that a layer computes, averaged over the layers; None in answers
-        of versions that did not count it.
-    """
-
-    id: int
-    text: str
-    correct: bool
-    kl: float
-    tokens_kept: float
-    neurons_kept: float
-    prefill_flops: int
-    dense_prefill_flops: int
-    decode_flops: int
-    dense_decode_flops: int
-    kv_bytes: int
-    dense_kv_bytes: int
-    vision_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-    new_tokens: int
-    batch: int
-    layer_tokens: float | None = None
+MOST_WORDS = 1 << 24
+TOP_LOG_PROB = 1e-3
+"""Log-probabilities are at most 0, but for rounding."""
 
 
 class RunDirectory:
@@ -94,8 +51,10 @@ class RunDirectory:
         self.path = path
         try:
             (path / "answers").mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise InputError(f"cannot use {path} as --out: give a directory of your own") from error
+        except OSError as error:
+            raise InputError(
+                f"cannot use {path} as --out ({error.strerror}): give a directory of your own"
+            ) from error
         self.methods: dict[str, dict[str, Any]] = {}
         file = path / SETTINGS
         if file.exists():
@@ -103,7 +62,12 @@ class RunDirectory:
             check_same(path, stored["settings"], settings)
             self.methods = stored["methods"]
         self.settings = dict(settings)
-        self._write_settings()
+        try:
+            self._write_settings()
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {path} ({error.strerror}): give another --out"
+            ) from error
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -148,7 +112,7 @@ class RunDirectory:
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             return {"settings": dict(stored["settings"]), "methods": dict(stored["methods"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{file} is not of a run: give another --out, or delete {self.path}"
             ) from error
@@ -189,11 +153,17 @@ class AnswerFile:
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             self.path.write_bytes(whole)
-        try:
-            answers = [Answer(**json.loads(line)) for line in whole.splitlines()]
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{self.path} is damaged: delete it to run it again") from error
-        return {answer.id: answer for answer in answers}
+        answers: dict[int, Answer] = {}
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            try:
+                answer = read_answer(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{self.path} is damaged: delete it to run it again (line {number}: "
+                    f"{describe_error(error)})"
+                ) from error
+            answers[answer.id] = answer
+        return answers
 
     def append(self, answers: Iterable[Answer]) -> None:
         """Write answers behind the others."""
@@ -208,6 +178,20 @@ class FirstTokens:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._size = path.with_suffix(".json")
+
+    def _damaged(self) -> InputError:
+        return InputError(
+            f"{self.path} is damaged: delete {self.path.parent} to run everything again"
+        )
+
+    def _read_size(self) -> int:
+        try:
+            size = json.loads(self._size.read_text(encoding="utf-8"))["words"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._damaged() from error
+        if type(size) is not int or not 0 < size <= MOST_WORDS:
+            raise self._damaged()
+        return size
 
     def append(self, ids: list[int], words: Tensor, log_probs: Tensor) -> None:
         """Write the distributions (B, K) of a batch."""
@@ -224,12 +208,21 @@ class FirstTokens:
             file.write(records.tobytes())
 
     def read(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """(K,) words and (K,) log-probabilities by question."""
+        """(K,) words and (K,) log-probabilities by question.
+
+        Raises
+        ------
+        InputError
+            The file is damaged.
+        """
         if not self._size.exists() or not self.path.exists():
             return {}
-        dtype = _record(json.loads(self._size.read_text())["words"])
+        dtype = _record(self._read_size())
         data = self.path.read_bytes()
         records: NDArray[Any] = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
+        log_probs = records["log_probs"]
+        if (records["words"] < 0).any() or not (log_probs <= TOP_LOG_PROB).all():
+            raise self._damaged()
         return {
             int(record["id"]): (
                 torch.from_numpy(record["words"].astype(np.int64)),

@@ -145,6 +145,9 @@ def add_parameters(text: str, given: Mapping[str, Any]) -> str:
     """
     name, params = _split_text(text)
     known = METHODS[_find_name(name)].parameters
+    twice = [key for key in given if key in params]
+    if twice:
+        raise ConfigError(f"'{twice[0]}' is given twice for method '{text}': leave one out")
     added = dict(given)
     if "beta" in added and "firing" in known and "firing" not in params:
         added.setdefault("firing", None)
@@ -167,6 +170,8 @@ def _split_text(text: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"'{part}' in method '{text}': write it as param=value")
+        if key.strip() in params:
+            raise ConfigError(f"'{key.strip()}' is given twice in method '{text}': leave one out")
         params[key.strip()] = read_value(value.strip())
     return name, params
 

@@ -10,15 +10,9 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-)
 
-from corematching.errors import InputError, MemoryCapError, UnsupportedModelError
+from corematching.errors import InputError, MemoryCapError
+from corematching.loading import choose_loader, load_weights, read_config
 from corematching.sizes import format_size, parse_size
 
 from .ffn import find_ffn
@@ -26,6 +20,7 @@ from .memory import bytes_of
 from .offload import loaded_outside
 from .offload_source import FileSource, Source, open_checkpoint, pin
 
+SAFETENSORS = "its weights must be whole safetensors files, model.save_pretrained(...) writes them"
 WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 """What accelerate replaces on a model that it spreads over devices."""
 
@@ -75,13 +70,7 @@ def load(
     outside = _linear_names(empty)
     _check_rest(empty, outside, cap)
     places = {name: "disk" for name, _ in empty.named_children()}
-    try:
-        model = loader.from_pretrained(path, dtype=dtype, device_map=places).eval()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot load '{path}' without its FFNs ({str(error).splitlines()[0]}): its weights "
-            "must be safetensors files, model.save_pretrained(...) writes them"
-        ) from error
+    model = load_weights(loader, path, SAFETENSORS, dtype=dtype, device_map=places)
     stored = _find_sources(model)
     _clear(model)
     moved = {f"{name}.weight" for name in outside}
@@ -97,21 +86,8 @@ def load(
 
 def _build_empty(path: str | Path, dtype: torch.dtype | str) -> tuple[Any, nn.Module]:
     """The auto class of a model, and the model without any weights."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no model '{path}' ({str(error).splitlines()[0]}): check the name and the network"
-        ) from error
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        loader: Any = AutoModelForImageTextToText
-    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        loader = AutoModelForCausalLM
-    else:
-        raise UnsupportedModelError(
-            f"'{path}' is a '{config.model_type}', which generates no text: see `corematching "
-            "models` for the architectures that work"
-        )
+    config = read_config(path)
+    loader, _ = choose_loader(path, config)
     kind = dtype if dtype != "auto" else (config.dtype or torch.float32)
     kind = getattr(torch, kind) if isinstance(kind, str) else kind
     with init_empty_weights(include_buffers=False):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
 from corematching.demo import load_demo
 from corematching.evaluate.lmms.settings import check_dtype
+from corematching.loading import load_pretrained
 
 SCENEVLM = "scenevlm"
 
@@ -33,17 +31,15 @@ def load_pair(
     ------
     ConfigError
         The dtype is unknown.
-    OSError
-        There is no such model.
+    InputError
+        There is no such model, or it is damaged.
     """
     check_dtype(dtype)
     model: Any
     if str(pretrained).lower() == SCENEVLM:
         model, processor = load_demo(None if dtype == "auto" else dtype, device)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype)
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        processor = AutoProcessor.from_pretrained(pretrained)
+        model, processor, _ = load_pretrained(pretrained, dtype, device)
     if attention is not None:
         model.set_attn_implementation(attention)
     return model, processor

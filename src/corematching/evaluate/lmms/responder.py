@@ -15,6 +15,7 @@ from corematching.errors import InputError
 from corematching.evaluate.answer import encode_texts, starts_itself
 from corematching.evaluate.lmms.settings import Settings, StopAtText, cut_at
 from corematching.evaluate.lmms.turns import Turn, pictures_of
+from corematching.inputs import plain_text
 from corematching.methods import Installable
 from corematching.report import Report
 
@@ -96,7 +97,7 @@ class Responder:
         """The chat template's text; the texts behind the pictures where there is no template."""
         if getattr(self.processor, "chat_template", None):
             bare = [
-                {**turn, "content": [_without_picture(part) for part in turn["content"]]}
+                {**turn, "content": [self._bare(part) for part in turn["content"]]}
                 for turn in turns
             ]
             return self.processor.apply_chat_template(
@@ -104,8 +105,14 @@ class Responder:
             )
         place = getattr(self.processor, "image_token", None) or ""
         parts = [part for turn in turns for part in turn["content"]]
-        texts = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        texts = "\n".join(self._bare(part)["text"] for part in parts if part["type"] == "text")
         return place * len(pictures_of(turns)) + texts
+
+    def _bare(self, part: dict[str, Any]) -> dict[str, Any]:
+        """A part for the template: its text without control tokens, or a picture's place."""
+        if part["type"] != "text":
+            return {"type": "image"}
+        return {"type": "text", "text": plain_text(self.processor, part["text"])}
 
     def encode(self, chats: Sequence[Sequence[Turn]]) -> Any:
         """Tokens and pixels of a batch, padded on the left; all with pictures or all without."""
@@ -245,7 +252,3 @@ def _apart(chats: Sequence[Sequence[Turn]], work: Callable[[list[int]], list[Any
         for row, result in zip(rows, work(rows) if rows else [], strict=True):
             results[row] = result
     return results
-
-
-def _without_picture(part: dict[str, Any]) -> dict[str, Any]:
-    return part if part["type"] == "text" else {"type": "image"}

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from corematching import media
 from corematching.errors import InputError
 
 Part = dict[str, Any]
@@ -99,13 +100,12 @@ def open_picture(visual: Any) -> Image.Image:
         It is neither, or cannot be read.
     """
     if isinstance(visual, Image.Image):
-        return visual.convert("RGB")
+        return media.to_rgb(visual)
     if not isinstance(visual, str | Path):
         raise _not_a_picture(type(visual).__name__)
     try:
-        with Image.open(visual) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        return media.open_picture(visual)
+    except InputError as error:
         raise _not_a_picture(str(visual)) from error
 
 
