@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from corematching.errors import UnsupportedModelError
 from corematching.kernels import CompactWeights, FFNWeights, activation_name, sparse_ffn
 
+from .offload_weight import AbsentWeight
+
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
 PLAIN_NAMES = (
     ("fc1", "fc2"),
@@ -216,7 +218,8 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
         )
     weight = getattr(linear, "weight", None)
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    if not plain or not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
+    plain = plain and isinstance(weight, Tensor)
+    if not plain or not (isinstance(weight, AbsentWeight) or type(weight.data) is Tensor):
         raise UnsupportedModelError(
             f"{kind} is quantised or sharded, so the rows of single neurons cannot be gathered: "
             "load the model in bf16 or fp32 without tensor parallelism, or drop tokens only "
