@@ -216,10 +216,10 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{kind} carries an adapter: merge it first (model = model.merge_and_unload())"
         )
-    weight = getattr(linear, "weight", None)
+    weight: Any = getattr(linear, "weight", None)
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    plain = plain and isinstance(weight, Tensor)
-    if not plain or not (isinstance(weight, AbsentWeight) or type(weight.data) is Tensor):
+    held = isinstance(weight, Tensor) and not isinstance(weight, AbsentWeight)
+    if not plain or weight is None or (held and type(weight.data) is not Tensor):
         raise UnsupportedModelError(
             f"{kind} is quantised or sharded, so the rows of single neurons cannot be gathered: "
             "load the model in bf16 or fp32 without tensor parallelism, or drop tokens only "

@@ -318,7 +318,8 @@ def refuse_loaded(kind: str, what: str) -> CoreMatchingError:
     """The error for what cannot be done with a model that was loaded without its FFNs."""
     return InputError(
         f"{what} needs all weights, but this {kind} was loaded without its FFNs "
-        f"(load(..., memory=...)): use {kind}.from_pretrained(...) for that"
+        f"(load(..., memory=...)): use {kind}.from_pretrained(...) for that, or tell load() the "
+        "dtype and the device"
     )
 
 

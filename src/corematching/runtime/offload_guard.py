@@ -33,8 +33,6 @@ class WeightGuard:
         Those that are not there.
     refuse : callable
         ``refuse(what)`` makes the error; ``what`` names what was asked for.
-    dtypes : bool
-        Whether a conversion to another dtype is refused, not only one to another device.
     """
 
     def __init__(
@@ -42,9 +40,8 @@ class WeightGuard:
         model: nn.Module,
         weights: Iterable[Tensor],
         refuse: Callable[[str], CoreMatchingError],
-        dtypes: bool = True,
     ) -> None:
-        self._refuse, self._dtypes = refuse, dtypes
+        self._refuse = refuse
         self._patches = InstancePatches()
         self._model, self._holders = model, _holders(model, {id(weight) for weight in weights})
 
@@ -65,21 +62,17 @@ class WeightGuard:
     def _raise(self, name: str, *_: Any, **__: Any) -> Any:
         raise self._refuse(f"{name}()")
 
-    def _convert(
-        self, module: nn.Module, original: Any, fn: Any, *args: Any, **kwargs: Any
-    ) -> nn.Module:
+    def _convert(self, module: nn.Module, _: Any, fn: Any, *__: Any, **___: Any) -> nn.Module:
         """Stand in for ``_apply``, which runs ``fn`` on every parameter and buffer."""
-        probes = [torch.empty(1, dtype=kind, device=place) for kind, place in _kinds(module)]
-        before = [probe.is_shared() for probe in probes]
-        results = [fn(probe) for probe in probes]
-        same = all(new is old for new, old in zip(results, probes, strict=True))
-        if same and before == [probe.is_shared() for probe in probes]:
-            return module
-        moved = any(new.device != old.device for new, old in zip(results, probes, strict=True))
-        if self._dtypes or moved:
-            raise self._refuse("a conversion (to(), half(), cuda(), ...)")
-        converted: nn.Module = original(fn, *args, **kwargs)
-        return converted
+        home = next(p.device for p in self._model.parameters() if not p.is_meta)
+        tensors = [*module.parameters(), *module.buffers()]
+        kinds = {(x.dtype, home if x.is_meta else x.device) for x in tensors}
+        for kind, device in kinds:
+            probe = torch.empty(1, dtype=kind, device=device)
+            shared = probe.is_shared()
+            if fn(probe) is not probe or probe.is_shared() != shared:
+                raise self._refuse("a conversion (to(), half(), cuda(), ...)")
+        return module
 
 
 def _holders(model: nn.Module, weights: set[int]) -> list[nn.Module]:
@@ -90,9 +83,3 @@ def _holders(model: nn.Module, weights: set[int]) -> list[nn.Module]:
             parts = path.split(".") if path else []
             paths |= {".".join(parts[:count]) for count in range(len(parts) + 1)}
     return [module for path, module in model.named_modules() if path in paths]
-
-
-def _kinds(module: nn.Module) -> set[tuple[torch.dtype, torch.device]]:
-    """The dtypes and devices of a module's tensors, but for those that are not there at all."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return {(tensor.dtype, tensor.device) for tensor in tensors if not tensor.is_meta}

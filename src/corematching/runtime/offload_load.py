@@ -96,7 +96,7 @@ def load(
     loaded_outside[model] = (sources, cap)
     absent = [weight for weight in model.parameters() if weight.is_meta]
     refuse = functools.partial(refuse_loaded, type(model).__name__)
-    WeightGuard(model, absent, refuse, dtypes=False).install()
+    WeightGuard(model, absent, refuse).install()
     return model
 
 
