@@ -218,8 +218,9 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
         )
     weight: Any = getattr(linear, "weight", None)
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    held = isinstance(weight, Tensor) and not isinstance(weight, AbsentWeight)
-    if not plain or weight is None or (held and type(weight.data) is not Tensor):
+    absent = isinstance(weight, AbsentWeight)
+    plain = plain and isinstance(weight, Tensor) and (absent or type(weight.data) is Tensor)
+    if not plain:
         raise UnsupportedModelError(
             f"{kind} is quantised or sharded, so the rows of single neurons cannot be gathered: "
             "load the model in bf16 or fp32 without tensor parallelism, or drop tokens only "
