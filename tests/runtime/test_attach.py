@@ -47,7 +47,7 @@ def test_detaching_what_is_not_attached_does_nothing(model):
 def test_a_failed_attach_leaves_nothing(model, monkeypatch):
     before = fingerprint(model)
 
-    def broken(self):
+    def broken(self, patches):
         raise RuntimeError("broken")
 
     monkeypatch.setattr("corematching.runtime.generation.GenerationPatches.install", broken)

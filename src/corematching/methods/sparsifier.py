@@ -211,11 +211,17 @@ class Installable(Component, kind="method"):
         self, model: Module, engine: str = "auto", memory: str | int | None = None
     ) -> Iterator[Run]:
         """Put the method on for the length of a ``with`` block, whatever happens in it."""
-        run = self.install(model, engine, memory)
+        run: Run | None = None
         try:
-            yield run
+            try:
+                run = self.install(model, engine, memory)
+                yield run
+            finally:
+                if run is not None:
+                    run.remove()
         finally:
-            self.remove(model)
+            if run is not None:
+                run.remove()  # an interrupt may have cut the first one short
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import nn
@@ -15,8 +14,12 @@ from .count import build_report
 from .engine import Engine
 from .offload import find_offload
 
-# The model's own hooks keep its engine alive, so that both can go when the model goes.
-_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+MARK = "_corematching"
+"""The attribute under which a model has the engine that is on it, or the claim of one to come.
+
+Entries of a dictionary are made and found in one step, so that no lock is needed that an interrupt
+could leave closed.
+"""
 
 
 class Run:
@@ -52,6 +55,18 @@ class Run:
         """The same for the last 16 runs, the latest last."""
         return [self._report(record) for record in self._engine.records]
 
+    def remove(self) -> None:
+        """Take this method off the model; does nothing where it is off already.
+
+        Waits for a run of another thread.
+
+        Raises
+        ------
+        AlreadyInstalledError
+            This thread is in the middle of a run.
+        """
+        _take_off(self.model, self._engine)
+
     def _report(self, record: Any) -> Report:
         self._engine.settle(record)
         return build_report(record, self._engine.parts, self.method, self.model)
@@ -62,10 +77,9 @@ def attach(
 ) -> Run:
     """Install a method on one model; nothing runs before the model does.
 
-    With ``use_cache=False``, generate() runs the whole prompt again at every step; each of them
-    repeats the choices that the first one made. A turn that goes on from a cache keeps that cache's
-    choices: only the first prompt drops tokens. A sliding window of a shortened cache counts the
-    tokens that are still present.
+    A turn that goes on from a cache keeps that cache's choices: only the first prompt drops tokens.
+    A sliding window of a shortened cache counts the tokens that are still present. Modules may be
+    replaced meanwhile: the next run reads the model anew, or says what it cannot run on.
 
     Parameters
     ----------
@@ -98,49 +112,65 @@ def attach(
     UnsupportedModelError
         The model cannot be shortened; the message says why and what to do.
     """
-    if model in _installed:
+    claim = object()
+    offload = at_work = None
+    try:
+        _claim(model, claim)
+        offload = find_offload(model, memory)
+        at_work = Engine(model, method, engine, offload)
+        at_work.install()
+        vars(model)[MARK] = at_work
+        return Run(at_work)
+    except BaseException:
+        if at_work is not None:
+            at_work.remove()
+        if offload is not None:
+            offload.remove()
+        _forget(model, claim, at_work)
+        raise
+
+
+def _claim(model: nn.Module, claim: object) -> None:
+    """Let nobody else install on this model."""
+    if isinstance(model, nn.Module) and vars(model).setdefault(MARK, claim) is not claim:
         raise AlreadyInstalledError(
             f"a method is already installed on this {type(model).__name__}: remove it first "
             "(leave its `with` block, or call remove(model))"
         )
-    offload = find_offload(model, memory)
-    try:
-        at_work = Engine(model, method, engine, offload)
-    except BaseException:
-        if offload is not None:
-            offload.remove()
-        raise
-    try:
-        at_work.install()
-    except BaseException:
-        at_work.remove()
-        raise
-    _installed[model] = weakref.ref(at_work)
-    return Run(at_work)
+
+
+def _forget(model: nn.Module, *users: object) -> None:
+    """Let others install on this model, where one of these did."""
+    found = getattr(model, MARK, None)
+    if found is not None and any(found is user for user in users):
+        del vars(model)[MARK]
 
 
 def detach(model: nn.Module) -> None:
     """Take the method off the model; no hook, attribute or patch of ours stays.
 
-    Does nothing where none is installed.
+    Does nothing where none is installed; waits for a run of another thread.
 
     Raises
     ------
     AlreadyInstalledError
-        The model is in use.
+        This thread is in the middle of a run, or another one is installing a method.
     """
-    reference = _installed.get(model)
-    engine = None if reference is None else reference()
-    if engine is None:
-        return
-    if engine.lock.held:
+    engine = getattr(model, MARK, None)
+    if engine is not None and not isinstance(engine, Engine):
         raise AlreadyInstalledError(
-            f"the model is in use by {engine.lock.user}: remove the method when it is over"
+            "another thread is installing a method on this model: remove it when that is done"
         )
-    engine.remove()
-    del _installed[model]
+    if engine is not None:
+        _take_off(model, engine)
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether a method is installed on this model."""
-    return model in _installed
+    return isinstance(getattr(model, MARK, None), Engine)
+
+
+def _take_off(model: nn.Module, engine: Engine) -> None:
+    with engine.lock.hold("remove()", wait=True):
+        engine.remove()
+        _forget(model, engine)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import weakref
 from collections import deque
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corematching.errors import AlreadyInstalledError, InputError
+from corematching.errors import AlreadyInstalledError, InputError, UnsupportedModelError
 from corematching.protocol import Method
 
 from .cache import check_cache, fit_mask, is_fresh, memory_of, remember, widen_sliding_layers
@@ -22,14 +21,18 @@ from .ffn import SparseFFN
 from .generation import GenerationPatches
 from .lock import UseLock
 from .offload import Offload
+from .patches import Patches
 from .prefill import Prefill
 from .prompt import query_length, read_prompt
 from .selection import Selection
 from .tower import find_tower
 from .vision import VisionMeter
+from .watch import ModuleSnapshot
 from .weights import LayerWeights
 
 MAX_RECORDS = 16
+NO_CACHE_YET = object()
+"""Stands for the cache of a generate() that has not made one, so that no forward fits it."""
 
 
 class Engine:
@@ -62,39 +65,27 @@ class Engine:
         offload: Offload | None = None,
     ) -> None:
         self.offload = offload
-        engine = check_engine(engine) if offload is None else offload.check_engine(engine)
-        in_place = engine != "torch"
-        self.parts: Parts = check_model(model, method)
+        self._kind = check_engine(engine) if offload is None else offload.check_engine(engine)
         self._model, self.method = weakref.ref(model), method
-        self.lock = UseLock()
+        self.lock, self._pass = UseLock(), UseLock()
         self.prefill: Prefill | None = None
         self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
-        counts = choose_counts(self.parts, method.neurons)
-        per_token = getattr(method.neurons, "per_token", False)
-        chosen = {i: n for i, n in enumerate(counts) if n < self.parts.widths[i] or per_token}
-        self.sparse: dict[int, SparseFFN] = (
-            {i: SparseFFN(self.parts.ffns[i], n, in_place) for i, n in chosen.items()}
-            if offload is None
-            else offload.make_ffns(self.parts, chosen)
-        )
-        share = getattr(method.neurons, "decode_share", 1.0)
-        self.counts = [max(1, round(share * count)) for count in counts]
-        self.backend = Backend(model, self.parts, self.sparse, engine)
-        self._patches = GenerationPatches(self)
-        self._weights = LayerWeights(self.parts, method.tokens)
-        self._handles: list[Any] = []
+        self._patches, self._inner = Patches(), Patches()
+        if offload is not None:
+            offload.prepare()
         self._names = list(inspect.signature(model.forward).parameters)
+        self._read_model()
         self._start: Any = None
-        self._vision = VisionMeter(self.parts.vision, self._device)
-        self._tower = find_tower(model, self.parts.vision, method.tokens)
         self._prompt_width, self._expand_from, self._total = 0, 0, 0
         self._ends: tuple[int, ...] = ()
         self._first: Record | None = None
         self._counting: Record | None = None
         self._owner: Any = None
-        self._thread = self._numbers = 0
+        self._cache: Any = None
+        self._numbers = 0
         self.generating = self._stepping = False
         self._resumed: Record | None = None
+        self._snapshot: ModuleSnapshot | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -103,45 +94,83 @@ class Engine:
         assert model is not None
         return model
 
+    def _read_model(self) -> None:
+        """Find the model's parts, and make what is put on each of them."""
+        model, method, offload = self.model, self.method, self.offload
+        self.parts: Parts = check_model(model, method)
+        counts = choose_counts(self.parts, method.neurons)
+        per_token = getattr(method.neurons, "per_token", False)
+        chosen = {i: n for i, n in enumerate(counts) if n < self.parts.widths[i] or per_token}
+        in_place = self._kind != "torch"
+        self.sparse: dict[int, SparseFFN] = (
+            {i: SparseFFN(self.parts.ffns[i], n, in_place) for i, n in chosen.items()}
+            if offload is None
+            else offload.make_ffns(self.parts, chosen)
+        )
+        share = getattr(method.neurons, "decode_share", 1.0)
+        self.counts = [max(1, round(share * count)) for count in counts]
+        self.backend = Backend(model, self.parts, self.sparse, self._kind)
+        self._vision = VisionMeter(self.parts.vision, self._device)
+        self._tower = find_tower(model, self.parts.vision, method.tokens)
+
     def install(self) -> None:
-        """Put the hooks and patches on the model."""
-        model = self.model
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
-        self._vision.install()
+        """Put everything on the model; `remove` undoes it also where this was interrupted."""
+        model, patches = self.model, self._patches
+        patches.then(self._inner.undo)
+        self._install_inside()
+        patches.wrap(model, "forward", self._forward)
+        GenerationPatches(self).install(patches)
+        patches.forbid_copies(model)
+
+    def _install_inside(self) -> None:
+        """Put on the modules below the model what belongs there."""
+        patches = self._inner
+        self._vision.install(patches)
         if self._tower is not None:
-            self._tower.install()
+            self._tower.install(patches)
         if self.offload is not None:
+            patches.then(self.offload.remove)
             self.offload.install()
         for ffn in self.sparse.values():
+            patches.then(ffn.remove)
             ffn.install()
+        patches.then(self.backend.remove)
         self.backend.install()
-        self._weights.install()
-        self._patches.install()
+        LayerWeights(self.parts, self.method.tokens).install(patches)
+        self._snapshot = ModuleSnapshot(self.model)
 
     def remove(self) -> None:
-        """Take everything off the model again."""
+        """Take everything off the model again; does nothing where nothing is on it."""
         self._drop_prefill()
-        self._patches.remove()
-        self._weights.remove()
-        self.backend.remove()
-        for ffn in self.sparse.values():
-            ffn.remove()
+        self._patches.undo()
+
+    def look_again(self) -> None:
+        """Read the model anew where modules or forwards were replaced since the method came on.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The method cannot run on what stands there now; nothing has run, and the next run
+            looks again.
+        """
+        if self._snapshot is not None and self._snapshot.unchanged():
+            return
         if self.offload is not None:
-            self.offload.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._vision.remove()
-        if self._tower is not None:
-            self._tower.remove()
+            raise UnsupportedModelError(
+                "a module of the model was replaced while its weights are kept outside memory: "
+                "remove the method, and install it again afterwards"
+            )
+        self._drop_prefill()
+        self._inner.undo()
+        self._snapshot = self._owner = None
+        self._read_model()
+        self._install_inside()
 
     def begin_generate(self, prompt_width: int) -> None:
         """A generate() starts."""
+        self.look_again()
         self._drop_prefill()
-        self.generating, self._first = True, None
+        self.generating, self._first, self._cache = True, None, NO_CACHE_YET
         self._vision.take()
         self._prompt_width, self._expand_from, self._ends = prompt_width, 0, ()
         self._total = 0
@@ -173,8 +202,9 @@ class Engine:
         record.decode_bytes = self.backend.bytes_per_step(before, now, record.steps, rows)
         record.dense_decode_bytes = self.backend.dense_bytes()
 
-    def note_generation(self, config: Any, ends: Tensor | None) -> None:
-        """generate() has settled its configuration."""
+    def note_generation(self, config: Any, ends: Tensor | None, cache: Any) -> None:
+        """generate() has settled its configuration, and has a cache."""
+        self._cache = cache
         self._expand_from = max(config.num_beams or 1, config.num_return_sequences or 1)
         self._total = config.max_length or 0
         self.backend.expect(self._total - self._prompt_width)
@@ -193,45 +223,76 @@ class Engine:
             self._first.prompt_width, self._first.ends = self._prompt_width, self._ends
 
     def end_generate(self) -> None:
-        """A generate() is over, also after an exception."""
+        """A generate() is over, also after an exception; may be called again."""
+        first, self._first = self._first, None
+        self.generating, self._cache = False, None
         self._drop_prefill()
-        self.generating = False
-        if self._first is not None:
-            self._first.steps = max(self._first.steps - 1, 0)
-            self.settle(self._first)
-            self._first.last = mark(self._device)
-            self._first.selection.forget_hidden()
-        self._first = None
+        if first is not None:
+            first.steps = max(first.steps - 1, 0)
+            self.settle(first)
+            first.last = mark(self._device)
+            first.selection.forget_hidden()
 
     @property
     def _device(self) -> torch.device:
         return next(self.parts.layers[0].parameters()).device
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Find out what this forward is; compiled decode steps only get their mask fitted."""
         length = query_length(args, kwargs)
         cache = kwargs.get("past_key_values")
-        if length == 1 and (torch.compiler.is_compiling() or self.generating):
+        compiling = torch.compiler.is_compiling()
+        if length == 1 and (compiling or self.generating):
             if self._first is not None and cache is not None:
-                return None
-            if torch.compiler.is_compiling():
-                return args, self._fit(kwargs, cache, length)
-        return self._begin(args, kwargs, length)
+                if not compiling:
+                    self._check_cache(cache)
+                return original(*args, **kwargs)
+            if compiling:
+                return original(*args, **self._fit(kwargs, cache, length))
+        return self._run(original, args, kwargs, length)
 
     @torch.compiler.disable
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> Any:
-        """A prefill starts, an earlier turn goes on, or a hand-written loop takes a step."""
+    def _run(
+        self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
+    ) -> Any:
+        """A prefill, a further turn, or a hand-written loop's step, alone on the model."""
+        inside = self.generating and self.lock.is_mine
+        with (self._pass if inside else self.lock).hold("a forward pass"):
+            try:
+                try:
+                    kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+                    if inside:
+                        self._check_cache(kwargs.get("past_key_values"))
+                    kwargs = self._begin(kwargs, length)
+                    output = original(**kwargs)
+                    self._end(output)
+                    return output
+                finally:
+                    self._leave()
+            finally:
+                self._leave()  # an interrupt may have cut the first one short
+
+    def _check_cache(self, cache: Any) -> None:
+        """Refuse another forward in the middle of a generate(), whoever calls it."""
         self.lock.check()
-        self._check_thread()
-        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+        if cache is not self._cache:
+            raise AlreadyInstalledError(
+                "the model is in use by generate(): a streamer, a hook or a logits processor "
+                "cannot run it for another prompt meanwhile; load the model twice (the weights "
+                "may be shared)"
+            )
+
+    def _begin(self, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
+        """Get ready for this forward; gives its inputs."""
+        self.look_again()
         cache = kwargs.get("past_key_values")
         if not is_fresh(cache, length):
             self._resume(kwargs, cache, length)
-            return (), self._fit(kwargs, cache, length)
+            return self._fit(kwargs, cache, length)
         self._drop_prefill()
         self.backend.refresh()
         self._start_prefill(kwargs, cache, length)
-        return (), kwargs
+        return kwargs
 
     def _start_streaming(self, valid: Tensor) -> None:
         """A prompt begins, whose layers stream their weights."""
@@ -259,30 +320,30 @@ class Engine:
                 "or computing a loss"
             )
         self.prefill, self._owner = prefill, None
-        self._thread = threading.get_ident()
         self._start = mark(self._device)
         if length > 1:
             prefill.install()
 
-    def _after(self, _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """The forward is over; output is None after an exception."""
-        if torch.compiler.is_compiling():
-            return
+    def _end(self, output: Any) -> None:
+        """The forward has gone through."""
         if self.prefill is not None:
-            if self._thread == threading.get_ident():
-                self._finish(output)
+            self._finish(output)
         elif self._resumed is not None:
             self._resumed.filled = self._resumed.last = mark(self._device)
-            self._resumed = None
-        elif self._stepping and output is not None:
+        elif self._stepping:
             self._count_step()
 
-    @torch.compiler.disable
+    def _leave(self) -> None:
+        """The forward is over, also after an exception; may be called again."""
+        self._drop_prefill()
+        self._resumed = None
+        self._stepping = False
+
     def _finish(self, output: Any) -> None:
         prefill = self.prefill
         assert prefill is not None
         self._drop_prefill()
-        if output is None or (self.generating and self._first is not None):
+        if self.generating and self._first is not None:
             return
         cache = prefill.cache
         if cache is None:
@@ -369,20 +430,9 @@ class Engine:
 
     def _count_step(self) -> None:
         """A hand-written loop has taken a decode step."""
-        self._stepping = False
         if self.records:
             self.records[-1].steps += 1
             self.records[-1].last = mark(self._device)
-
-    def _check_thread(self) -> None:
-        """Raise if another thread is in the middle of a prefill of its own."""
-        if self.prefill is None or self._thread == threading.get_ident():
-            return
-        if self._thread in {thread.ident for thread in threading.enumerate()}:
-            raise AlreadyInstalledError(
-                "the model is in use by another thread's forward pass: one run at a time per "
-                "model with a method installed; wait for it, or load the model twice"
-            )
 
     def _fit(self, kwargs: dict[str, Any], cache: Any, length: int) -> dict[str, Any]:
         """A caller's mask made to fit the cache; generate() gets one that fits by itself."""
@@ -393,4 +443,6 @@ class Engine:
             self.prefill.remove()
             if self._tower is not None:
                 self._tower.clear()
+        if self._tower is not None:
+            self._tower.disarm()
         self.prefill = None

@@ -8,6 +8,7 @@ the dense weights where a kernel can read them in place, else on compact copies.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -31,8 +32,12 @@ from corematching.kernels import (
 from corematching.protocol import NeuronChoice
 
 from .ffn_parts import FFNParts, find_ffn
+from .hooks import may_run_late
+from .patches import Patches
 
 __all__ = ["SparseFFN", "find_ffn"]
+
+log = logging.getLogger(__name__)
 
 
 class SparseFFN:
@@ -73,7 +78,8 @@ class SparseFFN:
         self.plan: Any = None
         self._kernel: IndexedKernel | None = None
         self._in_place = in_place
-        self._installed = False
+        self._warned = False
+        self._patches = Patches()
         self._original: Callable[..., Tensor] = mlp.forward
         self._sets: NeuronSets | None = None
         self._rows: FFNWeights | None = None
@@ -126,24 +132,14 @@ class SparseFFN:
 
     def install(self) -> None:
         """Replace the FFN's forward on its instance."""
-        if self._installed:
-            return
-        self._replaced = vars(self.mlp).get("forward")
         self._original = self.mlp.forward
-        self.mlp.forward = self.forward
-        self._installed = True
+        self._patches.wrap(self.mlp, "forward", lambda _, *args, **kw: self.forward(*args, **kw))
         if self._in_place:
             self._choose_kernel()
 
     def remove(self) -> None:
         """Put the FFN's own forward and the layout of its weights back; free the copies."""
-        if self._installed:
-            del self.mlp.forward
-            if self._replaced is not None:
-                self.mlp.forward = self._replaced
-            self._installed = False
-        if self._kernel is not None:
-            self.parts.store_down_as_usual()
+        self._patches.undo()
         self.clear()
         self._weights = self._bias = self._rows = self.plan = self._kernel = None
 
@@ -209,9 +205,21 @@ class SparseFFN:
             with torch.inference_mode(False), torch.no_grad():
                 self._settle(choice.indices, choice)
             self.active = True
+            self._warn_of_hooks()
         copies = copies and not (self._kernel is not None and self._kernel.traceable)
         if self.active and not self._copied and (copies or self.plan is None):
             self._copy_neurons()
+
+    def _warn_of_hooks(self) -> None:
+        """Say once that hooks on the linear layers are not called for single tokens."""
+        hooked = any(x._forward_hooks or not may_run_late(x) for x in self.parts.list_linears())
+        if hooked and not self._warned:
+            self._warned = True
+            log.warning(
+                "hooks on the linear layers of %s are called for prompts only: decoding computes "
+                "the chosen neurons without calling these layers",
+                type(self.mlp).__name__,
+            )
 
     def _check(self, indices: Tensor, choice: NeuronChoice) -> None:
         """Refuse another number of neurons, or of means, than asked for, and unfit thresholds.
@@ -279,7 +287,8 @@ class SparseFFN:
         down = rows.down_t
         rows = dataclasses.replace(rows, down_t=down.new_empty(0).expand(0, 0))
         self._kernel = find_kernel(rows)
-        if self._kernel is not None:
+        if self._kernel is not None and not self.parts.down.weight.t().is_contiguous():
+            self._patches.then(self.parts.store_down_as_usual)
             self.parts.store_down_by_neuron()
 
     def _runs_in_place(self, x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from corematching.errors import UnsupportedModelError
 from corematching.kernels import CompactWeights, FFNWeights, activation_name, sparse_ffn
 
 from .offload_weight import AbsentWeight
+from .patches import has_foreign_forward
 
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
 PLAIN_NAMES = (
@@ -217,6 +218,11 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
             f"{kind} carries an adapter: merge it first (model = model.merge_and_unload())"
         )
     weight: Any = getattr(linear, "weight", None)
+    if has_foreign_forward(linear):
+        raise UnsupportedModelError(
+            f"{kind} has a forward of its own on the instance, which single neurons would skip: "
+            "put the original back (del module.forward), or choose no neurons"
+        )
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
     absent = isinstance(weight, AbsentWeight)
     plain = plain and isinstance(weight, Tensor) and (absent or type(weight.data) is Tensor)

@@ -10,7 +10,7 @@ from transformers.generation import GenerationMode
 from corematching.errors import UnsupportedModelError
 
 from .cache import check_cache, memory_of, short_mask, widen_sliding_layers
-from .patches import InstancePatches
+from .patches import Patches
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -26,31 +26,29 @@ class GenerationPatches:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.patches = InstancePatches()
         self._masks_are_short = False
 
-    def install(self) -> None:
+    def install(self, patches: Patches) -> None:
         """Replace the methods on the model."""
         model = self.engine.model
-        self.patches.wrap(model, "generate", self._generate)
-        self.patches.wrap(model, "_prepare_cache_for_generation", self._prepare_cache)
-        self.patches.wrap(model, "prepare_inputs_for_generation", self._prepare_inputs)
-        self.patches.wrap(model, "_update_model_kwargs_for_generation", self._update_kwargs)
-
-    def remove(self) -> None:
-        """Put the model's own methods back."""
-        self.patches.undo()
+        patches.wrap(model, "generate", self._generate)
+        patches.wrap(model, "_prepare_cache_for_generation", self._prepare_cache)
+        patches.wrap(model, "prepare_inputs_for_generation", self._prepare_inputs)
+        patches.wrap(model, "_update_model_kwargs_for_generation", self._update_kwargs)
 
     def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         engine = self.engine
         with engine.lock.hold("generate()"):
-            engine.begin_generate(_prompt_width(args, kwargs))
             self._masks_are_short = False
             try:
-                output = original(*args, **kwargs)
-                engine.note_output(output)
+                try:
+                    engine.begin_generate(_prompt_width(args, kwargs))
+                    output = original(*args, **kwargs)
+                    engine.note_output(output)
+                finally:
+                    engine.end_generate()
             finally:
-                engine.end_generate()
+                engine.end_generate()  # an interrupt may have cut the first one short
         return output
 
     def _prepare_cache(
@@ -91,7 +89,7 @@ class GenerationPatches:
                 capacity = getattr(self.engine.model, "_previous_max_cache_length", 0)
                 widen_sliding_layers(cache, max_cache_length, max(max_cache_length, capacity))
         ends = getattr(generation_config, "_eos_token_tensor", None)
-        self.engine.note_generation(generation_config, ends)
+        self.engine.note_generation(generation_config, ends, cache)
         return result
 
     def _prepare_inputs(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

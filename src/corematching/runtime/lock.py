@@ -4,49 +4,102 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from corematching.errors import AlreadyInstalledError
 
+POLL_SECONDS = 0.005
+
+
+@dataclass(eq=False)
+class Holder:
+    """Who uses a model.
+
+    Attributes
+    ----------
+    user : str
+        What it runs.
+    thread : int
+        In which thread.
+    """
+
+    user: str
+    thread: int
+
 
 class UseLock:
-    """Lets one run at a time use the model."""
+    """Lets one run at a time use the model; a second one is refused before anything changes.
+
+    No lock of the operating system: the holder's entry is released by whoever made it, also where
+    an exception arrives between the two, and goes with its thread.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-        self.user = ""
+        self._holders: dict[str, Holder] = {}
 
     @contextlib.contextmanager
-    def hold(self, user: str) -> Iterator[None]:
+    def hold(self, user: str, wait: bool = False) -> Iterator[None]:
         """Use the model for as long as the block lasts.
+
+        Parameters
+        ----------
+        user : str
+            What runs, for the message that others get.
+        wait : bool
+            Wait for other threads instead of raising.
 
         Raises
         ------
         AlreadyInstalledError
-            Somebody else does.
+            Somebody else uses it; with ``wait``, this very thread does.
         """
-        if not self._lock.acquire(blocking=False):
-            raise AlreadyInstalledError(
-                f"the model is in use by {self.user}: one run at a time per model with a method "
-                "installed; wait for it, or load the model twice (the weights may be shared)"
-            )
-        self._owner, self.user = threading.get_ident(), user
+        mine = Holder(user, threading.get_ident())
         try:
-            yield
+            try:
+                while (other := self._holders.setdefault("", mine)) is not mine:
+                    self._give_way(other, wait)
+                yield
+            finally:
+                self._release(mine)
         finally:
-            self._owner = None
-            self._lock.release()
+            self._release(mine)  # an interrupt may have cut the first one short
 
     def check(self) -> None:
         """Raise unless the model is free or held by this thread."""
-        if self._lock.locked() and self._owner != threading.get_ident():
-            raise AlreadyInstalledError(
-                f"the model is in use by {self.user} in another thread: one run at a time per "
-                "model with a method installed; wait for it, or load the model twice"
-            )
+        holder = self._holders.get("")
+        if holder is not None and holder.thread != threading.get_ident():
+            raise _in_use(holder)
 
     @property
     def held(self) -> bool:
         """Whether the model is in use."""
-        return self._lock.locked()
+        return bool(self._holders)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread uses the model."""
+        holder = self._holders.get("")
+        return holder is not None and holder.thread == threading.get_ident()
+
+    def _release(self, mine: Holder) -> None:
+        if self._holders.get("") is mine:
+            del self._holders[""]
+
+    def _give_way(self, other: Holder, wait: bool) -> None:
+        """Raise or wait; a holder whose thread has ended gives way."""
+        if other.thread not in {thread.ident for thread in threading.enumerate()}:
+            self._release(other)
+        elif not wait or other.thread == threading.get_ident():
+            raise _in_use(other)
+        else:
+            time.sleep(POLL_SECONDS)
+
+
+def _in_use(holder: Holder) -> AlreadyInstalledError:
+    where = "" if holder.thread == threading.get_ident() else " in another thread"
+    return AlreadyInstalledError(
+        f"the model is in use by {holder.user}{where}: one run at a time per model with a method "
+        "installed; wait for it, or load the model twice (the weights may be shared)"
+    )

@@ -28,7 +28,7 @@ from .native_attention import PromptAttention, inputs_of, is_close, uses_sdpa
 from .native_inputs import is_plain, is_prompt
 from .native_layer import LlamaLayer, activate
 from .native_tower import TowerAttention, TowerLayer
-from .patches import InstancePatches
+from .patches import Patches, has_foreign_forward
 
 FEWEST_FLOAT_ROWS = 64
 """PyTorch multiplies fewer rows of float32 in less time."""
@@ -57,7 +57,7 @@ class NativePrompts:
     def __init__(self, parts: Parts, unit: str | None = "") -> None:
         self.parts = parts
         self.unit = find_unit() if unit == "" else unit
-        self._patches = InstancePatches()
+        self._patches = Patches()
         self._products = Products(self.unit or VECTORS)
         self._attend = PromptAttention(self.unit)
         self._scratch = Scratch()
@@ -77,16 +77,21 @@ class NativePrompts:
         seeing = [self.parts.vision, self.parts.projector]
         tower = [module for part in seeing if part is not None for module in part.modules()]
         for module in [*layers, *tower]:
+            if has_foreign_forward(module):
+                continue
             if _is_plain_linear(module):
                 self._wrap(module, self._linear, module)
             elif self.unit == VECTORS and type(module) in CONVOLUTIONS:
                 self._wrap(module, _run_convolution, module)
-        if self.unit == TILES:
+        if self.unit == TILES and not any(map(has_foreign_forward, tower)):
             self._install_in_tower(tower)
         final = getattr(self.parts.decoder, "norm", None)
-        norms = list(filter(_is_norm, [*layers, final]))
+        every: list[Any] = [*layers, final]
+        norms = [module for module in every if _is_norm(module) and not has_foreign_forward(module)]
         for norm in norms:
             self._wrap(norm, _run_norm, norm)
+        if any(map(has_foreign_forward, layers)):
+            return  # what follows runs several modules at once
         ffns = ffns if _are_known(ffns) else []
         for ffn in ffns:
             inner = [module for module in ffn.mlp.modules() if module not in (ffn.mlp, ffn.down)]

@@ -30,8 +30,6 @@ from .offload_weight import Outside, blank
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 16
-"""Interrupts that putting a model back survives."""
 FFN_TENSORS, LAYER_TENSORS, SCORE_TENSORS = 3, 8, 2
 """Tensors of a layer at work on a prompt: as wide as its FFN, as wide as its input, and scores."""
 
@@ -82,7 +80,6 @@ class Offload:
         self._stream: LayerStream | None = None
         self._scratch: Scratch | None = None
         self._ffns: dict[int, StreamedFFN] = {}
-        self._fill_places(model)
 
     def check_engine(self, engine: str) -> str:
         """What runs the decode steps: PyTorch.
@@ -98,6 +95,26 @@ class Offload:
                 "chosen neurons are there: leave engine at 'auto', or memory out"
             )
         return "torch"
+
+    def prepare(self) -> None:
+        """Give weights that were never loaded a place of their shape, dtype and device.
+
+        From here on `remove` has something to undo.
+        """
+        model = self._model()
+        if not self._sources or model is None:
+            return
+        device = next(p.device for p in model.parameters() if not p.is_meta)
+        for path, owner in model.named_modules():
+            for name, old in list(owner._parameters.items()):
+                source = self._sources.get(f"{path}.{name}")
+                if old is None or not old.is_meta or source is None:
+                    continue
+                place = nn.Parameter(blank(old.shape, old.dtype, device), requires_grad=False)
+                self._places[id(place)] = Outside(place, source)
+                self._places[id(place)].put_away()
+                self._swapped.append((owner, name, old))
+                owner._parameters[name] = place
 
     def make_ffns(self, parts: Parts, counts: dict[int, int]) -> dict[int, SparseFFN]:
         """The sparse FFNs of the layers with chosen neurons; ``counts`` maps each to its neurons.
@@ -144,22 +161,7 @@ class Offload:
         )
 
     def remove(self) -> None:
-        """Put the model back as it was, and free everything.
-
-        An interrupt meanwhile is raised when that is done.
-        """
-        interrupt: KeyboardInterrupt | None = None
-        for _ in range(ATTEMPTS):
-            try:
-                self._restore()
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
-
-    def _restore(self) -> None:
-        """Undo one thing after the other; what is noted is still to be done."""
+        """Put the model back as it was, and free everything; may run again after an interrupt."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -219,22 +221,6 @@ class Offload:
                 format_size(use.peak),
                 format_size(self.cap),
             )
-
-    def _fill_places(self, model: nn.Module) -> None:
-        """Give weights that were never loaded a place of their shape, dtype and device."""
-        if not self._sources:
-            return
-        device = next(p.device for p in model.parameters() if not p.is_meta)
-        for path, owner in model.named_modules():
-            for name, old in list(owner._parameters.items()):
-                source = self._sources.get(f"{path}.{name}")
-                if old is None or not old.is_meta or source is None:
-                    continue
-                place = nn.Parameter(blank(old.shape, old.dtype, device), requires_grad=False)
-                self._places[id(place)] = Outside(place, source)
-                self._places[id(place)].put_away()
-                self._swapped.append((owner, name, old))
-                owner._parameters[name] = place
 
     def _reckon(
         self, parts: Parts, counts: dict[int, int], weights: dict[int, list[nn.Parameter]]

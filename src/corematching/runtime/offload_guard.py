@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from corematching.errors import CoreMatchingError
 
-from .patches import InstancePatches
+from .patches import Patches
 
 SAVING = ("save_pretrained", "push_to_hub")
 """Methods of whole models that read all weights, refused before they write anything."""
@@ -42,7 +42,7 @@ class WeightGuard:
         refuse: Callable[[str], CoreMatchingError],
     ) -> None:
         self._refuse = refuse
-        self._patches = InstancePatches()
+        self._patches = Patches()
         self._model, self._holders = model, _holders(model, {id(weight) for weight in weights})
 
     def install(self) -> None:

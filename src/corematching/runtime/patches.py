@@ -1,4 +1,4 @@
-"""Replacing a method on one instance, in a way that can be undone without a trace."""
+"""Everything that is put on a model, in one ordered list that can be undone without a trace."""
 
 from __future__ import annotations
 
@@ -6,31 +6,130 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from corematching.errors import InputError
+
 _MISSING = object()
 
 
-class InstancePatches:
-    """Methods replaced on single objects, never on their classes."""
+class Patches:
+    """Methods, hooks and attributes that are put on single objects, never on their classes.
+
+    Each entry is listed before it takes effect, and `undo` may be called again after it was
+    interrupted: whatever moment an exception arrives at, nothing is left behind.
+    """
 
     def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        """Replace ``owner.name`` by ``around(original, *args, **kwargs)``."""
+        """Replace ``owner.name`` by ``around(original, *args, **kwargs)``.
+
+        Where somebody else wraps the method again before `undo`, their wrapper stays, and ours
+        under it calls the original from then on.
+        """
         original = getattr(owner, name)
+        before = vars(owner).get(name, _MISSING)
+        live = [True]
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if not live:
+                return original(*args, **kwargs)
             return around(original, *args, **kwargs)
 
-        self._undo.append((owner, name, vars(owner).get(name, _MISSING)))
+        wrapper._is_ours = True  # type: ignore[attr-defined]
+
+        def restore() -> None:
+            if vars(owner).get(name) is wrapper:
+                _put_back(owner, name, before)
+            live.clear()
+
+        self._undo.append(restore)
         vars(owner)[name] = wrapper
 
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Give one object an attribute."""
+        before = vars(owner).get(name, _MISSING)
+
+        def restore() -> None:
+            if vars(owner).get(name) is value:
+                _put_back(owner, name, before)
+
+        self._undo.append(restore)
+        vars(owner)[name] = value
+
+    def add_pre_hook(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
+        """Put a hook in front of a module's forward."""
+        self._undo.append(functools.partial(_remove_hook, module, hook))
+        module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+
+    def add_hook(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
+        """Put a hook behind a module's forward."""
+        self._undo.append(functools.partial(_remove_hook, module, hook))
+        module.register_forward_hook(hook, with_kwargs=with_kwargs)
+
+    def forbid_copies(self, model: nn.Module) -> None:
+        """Refuse ``copy.deepcopy`` and ``pickle`` of a model, or of a part of it.
+
+        A copy would share the patches, which work on the original's modules.
+        """
+        for module in model.modules():
+            self.set(module, "__deepcopy__", _refuse_copy)
+            self.set(module, "__reduce_ex__", _refuse_copy)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when it is this entry's turn to be undone; it may run twice."""
+        self._undo.append(action)
+
     def undo(self) -> None:
-        """Put every replaced method back, the last one first."""
+        """Take everything off again, the last entry first."""
         while self._undo:
-            owner, name, before = self._undo.pop()
-            if before is _MISSING:
-                vars(owner).pop(name, None)
-            else:
-                vars(owner)[name] = before
+            self._undo[-1]()
+            self._undo.pop()
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether somebody else replaced a module's forward on its instance.
+
+    accelerate's hooks, which only move tensors between devices, do not count.
+    """
+    return foreign_forward(module) is not None and not hasattr(module, "_hf_hook")
+
+
+def foreign_forward(module: nn.Module) -> Any:
+    """What stands in for a module's forward under our own patches; None: its class's forward."""
+    function: Any = vars(module).get("forward")
+    while getattr(function, "_is_ours", False):
+        function = function.__wrapped__
+    own = getattr(function, "__func__", None) is type(module).forward
+    return None if own else function
+
+
+def _put_back(owner: Any, name: str, before: Any) -> None:
+    if before is _MISSING:
+        vars(owner).pop(name, None)
+    else:
+        vars(owner)[name] = before
+
+
+def _remove_hook(module: nn.Module, hook: Any) -> None:
+    for hooks, marks in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (
+            module._forward_hooks,
+            (module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        ),
+    ):
+        for key in [key for key, value in hooks.items() if value is hook]:
+            del hooks[key]
+            for mark in marks:
+                mark.pop(key, None)
+
+
+def _refuse_copy(*_: Any) -> Any:
+    raise InputError(
+        "a model with a method installed cannot be copied or pickled: remove the method first "
+        "(leave its `with` block, or call remove(model)), then install it on the copy"
+    )

@@ -9,7 +9,7 @@ Shapes: B samples, T tokens of the prompt, K tokens still present, d hidden size
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from .ffn import SparseFFN
 from .gates import Wish, make_wish
 from .hooks import Reader, stay_eager
 from .masks import hide_columns, shorten_mask, survivors, take, weigh_mask
+from .patches import Patches
 from .selection import Selection, Stage, extend, find_dropped, find_weights
 from .tower import TowerProbe
 from .view import AttentionProbe, FFNProbe
@@ -96,8 +97,7 @@ class Prefill:
         self._embeddings: Tensor | None = None
         self._probe: AttentionProbe | None = None
         self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
-        self._handles: list[Any] = []
-        self._unwrap: Callable[[], None] | None = None
+        self._patches = Patches()
         self._gone = None if repeat is None or not self.cuts else find_dropped(repeat, self.length)
         self._final = None if repeat is None or not self.cuts else find_weights(repeat, self.length)
         if self._gone is not None and "flash" in str(parts.config._attn_implementation):
@@ -113,32 +113,28 @@ class Prefill:
             return
         for index, layer in enumerate(self.parts.layers):
             hook = functools.partial(self._before_layer, index)
-            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            self._patches.add_pre_hook(layer, hook, with_kwargs=True)
             needs = self._needs(index)
             if ACTIVATIONS in needs:
                 reader = Reader(functools.partial(self._see_activations, index))
                 down = self.parts.down_projs[index]
-                self._handles.append(down.register_forward_pre_hook(reader))
+                self._patches.add_pre_hook(down, reader)
             if {ATTENTION, CONTRIBUTIONS} & needs:
                 self._install_probe(index)
             if {INPUTS, GATE} & needs:
                 self._install_ffn_probe(index)
             if self.repeat is not None and index in self.sparse:
                 hook = functools.partial(self._after_repeated_ffn, index)
-                self._handles.append(self.parts.ffns[index].register_forward_hook(hook))
+                self._patches.add_hook(self.parts.ffns[index], hook)
         if self.cuts and hasattr(self.parts.decoder, "_deepstack_process"):
             self._wrap_deepstack()
 
     def remove(self) -> None:
         """Take everything off the model again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._patches.undo()
         if self._probe is not None:
             self._probe.disarm()
-        if self._unwrap is not None:
-            self._unwrap()
-        self._unwrap = self._probe = self._activations = self._embeddings = None
+        self._probe = self._activations = self._embeddings = None
         self._ffn = self._wished = None
         self.parts.gates.forget()
         self._waiting.clear()
@@ -173,7 +169,7 @@ class Prefill:
             self._probe = AttentionProbe(attention)
             self._probe.arm()
 
-        self._handles.append(attention.register_forward_pre_hook(arm))
+        self._patches.add_pre_hook(attention, arm)
 
     def _install_ffn_probe(self, index: int) -> None:
         ffn, wanted = self.parts.ffns[index], GATE in self._needs(index)
@@ -183,7 +179,7 @@ class Prefill:
             self.parts.gates.ask(ffn, self._wish() if wanted else None)
 
         probe = FFNProbe(ffn, self.parts.gates, begin)
-        self._handles.append(ffn.register_forward_pre_hook(probe))
+        self._patches.add_pre_hook(ffn, probe)
 
     def _wish(self) -> Wish | None:
         """The text tokens that are present, whose gates policies read; on a CPU only."""
@@ -375,10 +371,8 @@ class Prefill:
 
     def _wrap_deepstack(self) -> None:
         """Let Qwen3-VL add its visual features to the tokens that are still there."""
-        decoder: Any = self.parts.decoder
-        original = decoder._deepstack_process
 
-        def process(hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
+        def process(original: Any, hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
             if not self.shortened:
                 return original(hidden, masks, features)
             rows = torch.zeros(masks.shape, dtype=torch.long, device=masks.device)
@@ -388,5 +382,4 @@ class Prefill:
             picked = rows.gather(1, origin)[present]
             return original(hidden, present, features[picked.to(features.device)])
 
-        decoder._deepstack_process = process
-        self._unwrap = functools.partial(delattr, decoder, "_deepstack_process")
+        self._patches.wrap(self.parts.decoder, "_deepstack_process", process)

@@ -26,7 +26,7 @@ from corematching.protocol import VISION
 from .attach import Run
 from .checks import Parts
 from .hooks import run_pre_hooks
-from .patches import InstancePatches
+from .patches import Patches
 
 
 @dataclass
@@ -92,7 +92,7 @@ def record_prompt(run: Run, activations: bool = False, inputs: bool = False) -> 
         if inputs:
             keep = functools.partial(_see_input, recording.inputs)
             handles.append(parts.ffns[index].register_forward_pre_hook(keep))
-    patches = InstancePatches()
+    patches = Patches()
     if _has_features(run.model):
         patches.wrap(run.model.base_model, "get_image_features", _keep_features(recording))
     try:
@@ -118,7 +118,7 @@ def replay_prompt(run: Run, recording: Recording) -> Iterator[None]:
     depth = len(parts.layers)
     cuts = () if policy is None else policy.drop_after(depth)
     last = min(cuts, default=depth - 1)
-    replay, patches = _Replay(parts, recording), InstancePatches()
+    replay, patches = _Replay(parts, recording), Patches()
     for index, layer in enumerate(parts.layers[: min(last + 1, len(recording.outputs))]):
         patches.wrap(layer, "forward", functools.partial(replay.run_layer, index))
     if recording.features is not None and VISION not in getattr(policy, "needs", ()):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from corematching.errors import ConfigError, InputError, UnsupportedModelError
 from corematching.protocol import VISION, TokenPolicy, VisionView
 
+from .patches import Patches
 from .view import AttentionProbe, find_attention
 
 ONE_TOKEN_PER_PATCH = ("llava", "paligemma")
@@ -54,20 +55,16 @@ class TowerProbe:
             )
         self._probe = AttentionProbe(attentions[layer])
         self._features: Tensor | None = None
-        self._handles: list[Any] = []
 
-    def install(self) -> None:
+    def install(self, patches: Patches) -> None:
         """Put hooks on the tower's layer and on the projector."""
-        attention = self._probe.module
-        self._handles.append(attention.register_forward_pre_hook(self._probe.arm))
-        self._handles.append(self._projector.register_forward_pre_hook(self._see_features))
+        patches.then(self.clear)
+        patches.add_pre_hook(self._probe.module, self._probe.arm)
+        patches.add_pre_hook(self._projector, self._see_features)
 
-    def remove(self) -> None:
-        """Take them off again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.clear()
+    def disarm(self) -> None:
+        """Give the tower's attention its own function back, where it was not reached."""
+        self._probe.disarm()
 
     def clear(self) -> None:
         """Forget the last images."""

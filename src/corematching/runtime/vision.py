@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .count import Mark, mark
+from .patches import Patches
 
 
 class VisionMeter:
@@ -29,23 +30,16 @@ class VisionMeter:
         self.spans: list[tuple[Mark, Mark]] = []
         self.macs = 0
         self._start: Mark | None = None
-        self._handles: list[Any] = []
 
-    def install(self) -> None:
+    def install(self, patches: Patches) -> None:
         """Put hooks on the tower."""
         if self.tower is None:
             return
-        self._handles.append(self.tower.register_forward_pre_hook(self._before))
-        self._handles.append(self.tower.register_forward_hook(self._after))
+        patches.add_pre_hook(self.tower, self._before)
+        patches.add_hook(self.tower, self._after)
         for module in self.tower.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-                self._handles.append(module.register_forward_hook(self._count))
-
-    def remove(self) -> None:
-        """Take them off again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+                patches.add_hook(module, self._count)
 
     def take(self) -> tuple[list[tuple[Mark, Mark]], int]:
         """The spans and the FLOPs so far; then start anew."""

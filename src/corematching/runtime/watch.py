@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .patches import foreign_forward
+
 
 class Watch:
     """Remembers modules, what they are made of, and where their parameters lie.
@@ -37,6 +39,33 @@ class Watch:
                 return False
         for parameters, name, place in self._parameters:
             if _place(parameters.get(name)) != place:
+                return False
+        return True
+
+
+class ModuleSnapshot:
+    """Remembers a model's modules and their forwards, whatever their parameters are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With everything below it, and with our own patches on it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        every = list(model.modules())
+        self._children = [
+            (m._modules, name, child) for m in every for name, child in m._modules.items()
+        ]
+        self._forwards = [(m, vars(m), vars(m).get("forward"), foreign_forward(m)) for m in every]
+
+    def unchanged(self) -> bool:
+        """Whether no module was replaced, and nobody else has put on or taken off a forward."""
+        for children, name, child in self._children:
+            if children.get(name) is not child:
+                return False
+        for module, attributes, forward, foreign in self._forwards:
+            if attributes.get("forward") is not forward and foreign_forward(module) is not foreign:
                 return False
         return True
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .cache import Memory, memory_of
 from .checks import Parts
 from .masks import add_weights
-from .patches import InstancePatches
+from .patches import Patches
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +61,11 @@ class LayerWeights:
     def __init__(self, parts: Parts, tokens: Any) -> None:
         self.parts = parts
         self.weighs = getattr(tokens, "weighs", False)
-        self._patches = InstancePatches()
 
-    def install(self) -> None:
+    def install(self, patches: Patches) -> None:
         """Replace the layers' forwards on their instances, if there may be weights."""
         for index, layer in enumerate(self.parts.layers if self.weighs else ()):
-            self._patches.wrap(layer, "forward", functools.partial(_run_layer, index))
-
-    def remove(self) -> None:
-        """Put the layers' own forwards back."""
-        self._patches.undo()
+            patches.wrap(layer, "forward", functools.partial(_run_layer, index))
 
 
 def _run_layer(index: int, original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from ..cache import logarithms_of
 from ..checks import Parts
 from ..ffn import SparseFFN
 from ..hooks import CAPTURING, HookWatch
-from ..patches import InstancePatches
+from ..patches import Patches
 from ..watch import Watch
 from .buffers import CacheBuffers
 from .frame import Frame, make_frame, show_columns
@@ -98,7 +98,7 @@ class GraphSteps:
         self.count = self.captures = self.room = 0
         self.reason = ""
         self._decoder: Any = parts.decoder
-        self._patches = InstancePatches()
+        self._patches = Patches()
         self._forward_of_decoder: Any = None
         self._buffers: CacheBuffers | None = None
         self._frame: Frame | None = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from corematching.kernels.native import MAX_BATCH, linear, refuse_matrix, use_large_pages
 
-from ..patches import InstancePatches
+from ..patches import Patches, has_foreign_forward
 
 
 class NativeHead:
@@ -23,12 +23,13 @@ class NativeHead:
 
     def __init__(self, model: Any) -> None:
         self._head = model.get_output_embeddings()
-        self._patches = InstancePatches()
+        self._patches = Patches()
 
     def install(self) -> None:
         """Replace the projection's forward on its instance, where it is a plain linear layer."""
         head = self._head
-        if type(head) is nn.Linear and "weight" in head._parameters:
+        plain = type(head) is nn.Linear and "weight" in head._parameters
+        if plain and not has_foreign_forward(head):
             if refuse_matrix(head.weight) is None:
                 use_large_pages([head.weight])
             self._patches.wrap(head, "forward", self._forward)

@@ -13,6 +13,7 @@ from corematching.kernels.native import LayerWeights, Shape, refuse_matrix
 
 from ..checks import Parts
 from ..ffn_parts import FFNParts
+from ..patches import has_foreign_forward
 
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -61,6 +62,7 @@ def read_layout(parts: Parts, ffns: list[FFNParts]) -> Layout:
     """
     decoder: Any = parts.decoder
     config = parts.config
+    _refuse_foreign_forwards(parts)
     missing = [
         name for name in ("norm", "rotary_emb", "embed_tokens") if not hasattr(decoder, name)
     ]
@@ -80,6 +82,15 @@ def read_layout(parts: Parts, ffns: list[FFNParts]) -> Layout:
         layout = Layout(layers, ffns, final.detach(), shape)
     _check_tensors(layout)
     return layout
+
+
+def _refuse_foreign_forwards(parts: Parts) -> None:
+    """Refuse layers in which somebody replaced the forward of a module on its instance."""
+    final = getattr(parts.decoder, "norm", None)
+    modules = [m for layer in parts.layers for m in layer.modules()]
+    for module in [*modules, *([] if final is None else [final])]:
+        if has_foreign_forward(module):
+            raise OddDecoderError(f"a {type(module).__name__} has a forward of its own")
 
 
 def _refuse_windows(parts: Parts) -> None:

@@ -16,7 +16,7 @@ from ..checks import Parts
 from ..ffn import SparseFFN
 from ..ffn_parts import FFNParts
 from ..hooks import CAPTURING, HookWatch
-from ..patches import InstancePatches
+from ..patches import Patches
 from ..watch import Watch
 from .buffers import CacheBuffers
 from .layout import Layout, OddDecoderError, read_layout
@@ -54,7 +54,7 @@ class NativeSteps:
         self.count = 0
         self.reason = ""
         self._decoder: Any = parts.decoder
-        self._patches = InstancePatches()
+        self._patches = Patches()
         self._addresses: tuple[int, ...] = ()
         self.ffns: list[FFNParts] = []
         self._dense: list[Plan] = []
