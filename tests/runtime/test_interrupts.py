@@ -26,8 +26,8 @@ TRIES = 60
 class Interrupter:
     """Raises KeyboardInterrupt in front of the n-th line of this library that runs."""
 
-    def __init__(self, at=None):
-        self.at, self.lines = at, 0
+    def __init__(self, at=None, where=OURS):
+        self.at, self.where, self.lines = at, where, 0
 
     def __enter__(self):
         sys.settrace(self._call)
@@ -37,7 +37,7 @@ class Interrupter:
         sys.settrace(None)
 
     def _call(self, frame, event, arg):
-        return self._line if frame.f_code.co_filename.startswith(OURS) else None
+        return self._line if frame.f_code.co_filename.startswith(self.where) else None
 
     def _line(self, frame, event, arg):
         if event == "line":

@@ -2,96 +2,34 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import mmap
-import weakref
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
 
 from corematching.errors import (
-    AlreadyInstalledError,
     ConfigError,
-    InputError,
     MemoryCapError,
-    UnsupportedModelError,
 )
 from corematching.methods import CoreMatching
-from corematching.runtime import attach, detach, load, offload_source
-from corematching.runtime.offload_source import FileSource, Scratch, open_checkpoint
-from corematching.runtime.offload_stream import LayerStream, Outside
+from corematching.runtime import attach
 from corematching.sizes import format_size, parse_size
-from tests.models import HIDDEN, LAYERS, WIDTH, build, make_inputs
+from tests.models import HIDDEN, build, make_inputs
+from tests.runtime.capped import (
+    CAP,
+    FAMILIES,
+    LAYER_BYTES,
+    STREAMED,
+    answer,
+    in_memory,
+    method,
+    same,
+    snapshot,
+    unchanged,
+)
 
-CAP = "16MiB"
-DENSE_FIRST = 1
-STREAMED = LAYERS - DENSE_FIRST
-LAYER_BYTES = 3 * HIDDEN * WIDTH * 4
-FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "llama")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Scratch files go to the test's own directory."""
-    monkeypatch.setenv("CORE_MATCHING_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """Directories of saved tiny models, by family."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            build(name).save_pretrained(made[name])
-        return made[name]
-
-    return get
-
-
-def method(name="llava", **changes):
-    tokens = {"token_score": None} if name == "llama" else {"keep": 0.5, "layer": 1}
-    plain = {"beta": 0.5, "dense_first": DENSE_FIRST, "dense_last": 0, "firing": None}
-    return CoreMatching(**{**tokens, **plain, **changes})
-
-
-def answer(model, inputs, steps=5, **options):
-    """Sequences and the logits of every step."""
-    with torch.inference_mode():
-        out = model.generate(
-            **inputs,
-            max_new_tokens=steps,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **options,
-        )
-    return [out.sequences, *out.logits]
-
-
-def in_memory(model, inputs, chosen, **options):
-    """The same run with all weights in memory, on the same decode path."""
-    with chosen(model, "torch"):
-        return answer(model, inputs, **options)
-
-
-def same(left, right):
-    return len(left) == len(right) and all(map(torch.equal, left, right))
-
-
-def snapshot(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def unchanged(model, before):
-    return all(torch.equal(before[name], p) for name, p in model.named_parameters())
-
-
-def middle(model):
-    return model.get_decoder().layers[2].mlp.up_proj
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -105,15 +43,6 @@ def test_a_whole_model_answers_as_in_memory(name, batch):
     assert unchanged(model, before)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_loaded_without_its_ffns_answers_as_in_memory(name, stored):
-    whole, chosen = build(name), method(name)
-    inputs = make_inputs(name, whole)
-    model = load(stored(name), CAP, device="cpu")
-    with chosen(model):
-        assert same(answer(model, inputs), in_memory(whole, inputs, chosen))
-
-
 @pytest.mark.parametrize("over", ["kept", "question"])
 @pytest.mark.parametrize("score", ["griffin", "output-weighted"])
 @pytest.mark.parametrize("firing", [None, 0.5])
@@ -124,16 +53,6 @@ def test_every_choice_sees_its_weights(over, score, firing):
     expected = in_memory(model, inputs, chosen)
     with chosen(model, memory=CAP):
         assert same(answer(model, inputs), expected)
-
-
-def test_bfloat16_from_float32_files(stored):
-    chosen, path = method(), stored("llava")
-    whole = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16).eval()
-    inputs = make_inputs("llava", whole)
-    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
-    model = load(path, CAP, dtype=torch.bfloat16, device="cpu")
-    with chosen(model):
-        assert same(answer(model, inputs), in_memory(whole, inputs, chosen))
 
 
 def test_beams_answer_as_in_memory():
@@ -187,31 +106,6 @@ def test_decoding_streams_nothing():
         again = run.report.memory.streamed_bytes
         answer(model, inputs, steps=12)
         assert run.report.memory.streamed_bytes == again <= few == STREAMED * LAYER_BYTES
-
-
-def test_weights_are_not_in_memory_behind_the_prompt():
-    model = build("llava")
-    held = weakref.ref(middle(model).weight.data.untyped_storage())
-    with method()(model, memory=CAP):
-        answer(model, make_inputs("llava", model))
-        gc.collect()
-        weight = middle(model).weight
-        assert held() is None
-        assert weight.shape == (WIDTH, HIDDEN) and weight.isnan().all()
-        assert weight.untyped_storage().nbytes() == weight.element_size()
-        assert not model.get_decoder().layers[0].mlp.up_proj.weight.isnan().any()
-    assert not middle(model).weight.isnan().any()
-
-
-def test_a_loaded_model_gets_its_meta_weights_back(stored):
-    model = load(stored("llava"), CAP, device="cpu")
-    before = dict(model.named_parameters())
-    assert middle(model).weight.is_meta
-    with method()(model):
-        answer(model, make_inputs("llava", model))
-        assert not middle(model).weight.is_meta
-    after = dict(model.named_parameters())
-    assert all(after[name] is parameter for name, parameter in before.items())
 
 
 def test_report_adds_up():
@@ -282,109 +176,9 @@ def test_a_prompt_that_does_not_fit_is_refused():
         assert same(answer(model, one), expected)
 
 
-def test_what_stays_must_fit_before_anything_is_loaded(stored):
-    with pytest.raises(MemoryCapError, match="beside the FFNs takes"):
-        load(stored("llava"), "64KiB", device="cpu")
-
-
-def test_dense_layers_count_as_resident(stored):
-    model = load(stored("llava"), "600KiB", device="cpu")
-    with method(dense_first=0, beta=0.1)(model), pytest.raises(AlreadyInstalledError):
-        method().install(model)
-    with pytest.raises(MemoryCapError, match="fewer end layers dense"):
-        method(dense_first=3, beta=0.1).install(model)
-    assert middle(model).weight.is_meta
-
-
-def test_an_exception_in_the_prompt_leaves_it_usable():
-    model, chosen = build("llava"), method()
-    inputs = make_inputs("llava", model)
-    expected, before = in_memory(model, inputs, chosen), snapshot(model)
-
-    def fail(*_):
-        raise RuntimeError("halfway")
-
-    with chosen(model, memory=CAP):
-        handle = middle(model).register_forward_hook(fail)
-        with pytest.raises(RuntimeError, match="halfway"):
-            answer(model, inputs)
-        handle.remove()
-        assert middle(model).weight.isnan().all()
-        assert same(answer(model, inputs), expected)
-    assert unchanged(model, before)
-
-
-def test_an_exception_while_moving_puts_all_back(monkeypatch):
-    model = build("llava")
-    before, write, calls = snapshot(model), Scratch.write, []
-
-    def fail_later(self, weights):
-        calls.append(weights)
-        if len(calls) > 1:
-            raise OSError("disk gone")
-        return write(self, weights)
-
-    monkeypatch.setattr(Scratch, "write", fail_later)
-    with pytest.raises(OSError, match="disk gone"):
-        method().install(model, memory=CAP)
-    assert unchanged(model, before)
-    detach(model)
-
-
-def test_an_unreadable_file_is_an_error_and_no_wrong_answer(monkeypatch):
-    model, chosen = build("llava"), method()
-    inputs = make_inputs("llava", model)
-    with chosen(model, memory=CAP):
-        with monkeypatch.context() as patch:
-            patch.setattr(FileSource, "copy_to", lambda *_: (_ for _ in ()).throw(OSError("gone")))
-            with pytest.raises(OSError, match="gone"):
-                answer(model, inputs)
-        answer(model, inputs)
-
-
-def test_a_full_disk_is_refused(monkeypatch):
-    model = build("llava")
-    before = snapshot(model)
-    monkeypatch.setattr(offload_source, "SPARE_BYTES", 1 << 60)
-    with pytest.raises(InputError, match=r"left, but the weights .* take .* KiB"):
-        method().install(model, memory=CAP)
-    assert unchanged(model, before)
-
-
-def test_scratch_files_leave_nothing_behind(tmp_path):
-    model = build("llava")
-    with method()(model, memory=CAP):
-        assert list((tmp_path / "cache").iterdir()) == []
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
 def test_native_steps_are_refused_under_a_cap():
     with pytest.raises(ConfigError, match="leave engine at 'auto'"):
         attach(build("llava"), method(), "native", CAP)
-
-
-def test_layers_that_compute_more_are_refused_at_the_first_prompt(stored):
-    model = load(stored("llava"), CAP, device="cpu")
-    ffn = model.get_decoder().layers[3].mlp
-    own = ffn.forward
-    ffn.forward = lambda x: own(x) + 1
-    with method()(model), pytest.raises(UnsupportedModelError, match="computes more than"):
-        answer(model, make_inputs("llava", model))
-
-
-def test_a_loaded_model_without_a_method_does_not_run(stored):
-    model = load(stored("llava"), CAP, device="cpu")
-    with pytest.raises(InputError, match="without its FFNs and runs with a method only"):
-        answer(model, make_inputs("llava", model))
-
-
-def test_tokens_only_keeps_everything_in_memory(stored):
-    whole, chosen = build("llava"), method(neuron_score=None)
-    inputs = make_inputs("llava", whole)
-    model = load(stored("llava"), CAP, device="cpu")
-    with chosen(model) as run:
-        assert same(answer(model, inputs), in_memory(whole, inputs, chosen))
-        assert run.report.memory.streamed_bytes == run.report.memory.slot_bytes == 0
 
 
 @pytest.mark.parametrize("text", ["12GiBx", "GiB", "12", "-1GiB", "0GiB", "", "1.5", 0, -5, True])
@@ -408,42 +202,3 @@ def test_memory_is_no_parameter_of_the_method():
         answer(model, make_inputs("llava", model))
         assert run.report.memory.cap_bytes == 16 << 20
     assert "memory" not in run.report.method
-
-
-def test_a_layer_is_there_while_its_block_lasts():
-    parameters = [torch.nn.Parameter(torch.full((3, 5), float(i))) for i in range(4)]
-    scratch = Scratch(1 << 12)
-    sources = scratch.write(parameters)
-    outside = {i: [Outside(p, s)] for i, (p, s) in enumerate(zip(parameters, sources, strict=True))}
-    for weight in outside.values():
-        weight[0].put_away()
-    stream = LayerStream(outside, torch.device("cpu"))
-    for index in (0, 1, 2, 3, 1, 0, 3, 3, 2):
-        with stream.present(index), stream.present(index):
-            assert (parameters[index] == index).all()
-            away = [i for i in range(4) if parameters[i].isnan().all()]
-            assert away == [i for i in range(4) if i != index]
-        assert parameters[index].isnan().all()
-    stream.close()
-    scratch.close()
-
-
-def test_files_that_are_no_checkpoint_are_refused(tmp_path):
-    broken = tmp_path / "model.safetensors"
-    broken.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00no json!")
-    with pytest.raises(InputError, match="no safetensors file"):
-        open_checkpoint([broken])
-    with pytest.raises(InputError, match="no model"):
-        load(tmp_path / "nowhere", CAP)
-
-
-def test_mixtures_of_experts_are_refused(tmp_path):
-    import transformers
-
-    config = transformers.MixtralConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2, vocab_size=32,
-    )  # fmt: skip
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="mixture of experts"):
-        load(tmp_path, CAP)

@@ -77,6 +77,8 @@ class Engine:
         self.prefill: Prefill | None = None
         self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
         self._patches, self._inner = Patches(), Patches()
+        if offload is not None:
+            offload.prepare()
         self._names = list(inspect.signature(model.forward).parameters)
         self._read_model()
         self._start: Any = None

@@ -33,6 +33,7 @@ from corematching.protocol import NeuronChoice
 
 from .choice_checks import check_neurons, check_settled, limits_of
 from .ffn_parts import FFNParts, find_ffn
+from .hooks import may_run_late
 from .patches import Patches
 
 __all__ = ["SparseFFN", "find_ffn"]
@@ -221,7 +222,7 @@ class SparseFFN:
 
     def _warn_of_hooks(self) -> None:
         """Say once that hooks on the linear layers are not called for single tokens."""
-        hooked = any(x._forward_hooks or x._forward_pre_hooks for x in self.parts.list_linears())
+        hooked = any(x._forward_hooks or not may_run_late(x) for x in self.parts.list_linears())
         if hooked and not self._warned:
             self._warned = True
             log.warning(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from corematching.errors import UnsupportedModelError
 from corematching.kernels import CompactWeights, FFNWeights, activation_name, sparse_ffn
 
+from .offload_weight import AbsentWeight
 from .patches import has_foreign_forward
 
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
@@ -216,14 +217,16 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{kind} carries an adapter: merge it first (model = model.merge_and_unload())"
         )
-    weight = getattr(linear, "weight", None)
+    weight: Any = getattr(linear, "weight", None)
     if has_foreign_forward(linear):
         raise UnsupportedModelError(
             f"{kind} has a forward of its own on the instance, which single neurons would skip: "
             "put the original back (del module.forward), or choose no neurons"
         )
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    if not plain or not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
+    absent = isinstance(weight, AbsentWeight)
+    plain = plain and isinstance(weight, Tensor) and (absent or type(weight.data) is Tensor)
+    if not plain:
         raise UnsupportedModelError(
             f"{kind} is quantised or sharded, so the rows of single neurons cannot be gathered: "
             "load the model in bf16 or fp32 without tensor parallelism, or drop tokens only "

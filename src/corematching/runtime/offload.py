@@ -11,20 +11,22 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from corematching.errors import ConfigError
-from corematching.protocol import NeuronChoice
+from corematching.errors import AlreadyInstalledError, ConfigError, CoreMatchingError, InputError
 from corematching.sizes import format_size, parse_size
 
 from .checks import Parts
 from .ffn import SparseFFN
 from .memory import MemoryMeter, MemoryPlan, MemoryUse, bytes_of
+from .offload_ffn import StreamedFFN
+from .offload_guard import WeightGuard
 from .offload_source import Scratch, Source, pin
-from .offload_stream import LayerStream, Outside, blank, is_blank, slot_bytes
+from .offload_stream import LayerStream, slot_bytes
+from .offload_weight import Outside, blank
 
 log = logging.getLogger(__name__)
 
@@ -35,63 +37,6 @@ FFN_TENSORS, LAYER_TENSORS, SCORE_TENSORS = 3, 8, 2
 loaded_outside: weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, Source], int]] = (
     weakref.WeakKeyDictionary()
 )
-
-
-class StreamedFFN(SparseFFN):
-    """A sparse FFN whose dense weights are there for prompts only.
-
-    Its chosen neurons are copied as soon as they are known. Weights that have yet to be brought in
-    are checked when the first prompt does that.
-
-    Parameters
-    ----------
-    mlp : nn.Module
-        As in `SparseFFN`.
-    count : int
-        Neurons of each choice.
-    present : callable
-        ``present()`` is a block in which the dense weights are there.
-    """
-
-    def __init__(
-        self, mlp: nn.Module, count: int, present: Callable[[], AbstractContextManager[None]]
-    ) -> None:
-        self._present, self._checked = present, False
-        super().__init__(mlp, count)
-
-    def check(self) -> None:
-        """Compare the weights with the FFN's own forward, once they are there."""
-        weights = (linear.weight for linear in self.mlp.modules() if isinstance(linear, nn.Linear))
-        if not any(is_blank(weight) for weight in weights):
-            self._checked = True
-            self.parts.check()
-
-    def at_hand(self) -> AbstractContextManager[None]:
-        """A block in which all neurons' weights are there."""
-        return self._present()
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, T, d) to (B, T, d), on the chosen neurons where T is 1 and a choice is set."""
-        if self.active and x.dim() == 3 and x.shape[1] == 1:
-            return super().forward(x, *args, **kwargs)
-        with self.at_hand():
-            out = super().forward(x, *args, **kwargs)
-            if not self._checked:
-                self.parts.compare(x[0, -2:].detach(), out[0, -2:].detach())
-                self._checked = True
-            return out
-
-    def take(self, choice: NeuronChoice) -> None:
-        """Take a choice and copy its neurons."""
-        with self.at_hand():
-            super().take(choice)
-            super().gather(copies=True)
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of the copies."""
-        held = [] if self._weights is None else self._weights.tensors
-        return bytes_of([*held, *([] if self._bias is None else [self._bias])])
 
 
 def find_offload(model: nn.Module, memory: str | int | None) -> Offload | None:
@@ -131,10 +76,10 @@ class Offload:
         self._swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._places: dict[int, Outside] = {}
         self._moved: list[Outside] = []
+        self._guard: WeightGuard | None = None
         self._stream: LayerStream | None = None
         self._scratch: Scratch | None = None
         self._ffns: dict[int, StreamedFFN] = {}
-        self._fill_places(model)
 
     def check_engine(self, engine: str) -> str:
         """What runs the decode steps: PyTorch.
@@ -150,6 +95,26 @@ class Offload:
                 "chosen neurons are there: leave engine at 'auto', or memory out"
             )
         return "torch"
+
+    def prepare(self) -> None:
+        """Give weights that were never loaded a place of their shape, dtype and device.
+
+        From here on `remove` has something to undo.
+        """
+        model = self._model()
+        if not self._sources or model is None:
+            return
+        device = next(p.device for p in model.parameters() if not p.is_meta)
+        for path, owner in model.named_modules():
+            for name, old in list(owner._parameters.items()):
+                source = self._sources.get(f"{path}.{name}")
+                if old is None or not old.is_meta or source is None:
+                    continue
+                place = nn.Parameter(blank(old.shape, old.dtype, device), requires_grad=False)
+                self._places[id(place)] = Outside(place, source)
+                self._places[id(place)].put_away()
+                self._swapped.append((owner, name, old))
+                owner._parameters[name] = place
 
     def make_ffns(self, parts: Parts, counts: dict[int, int]) -> dict[int, SparseFFN]:
         """The sparse FFNs of the layers with chosen neurons; ``counts`` maps each to its neurons.
@@ -179,8 +144,15 @@ class Offload:
 
     def install(self) -> None:
         """Move the FFNs of a model that is whole out of fast memory."""
+        weights = {i: _matrices(self._parts.ffns[i]) for i in self._ffns}
+        model = self._model()
+        assert model is not None
+        away = [parameter for own in weights.values() for parameter in own]
+        refuse = functools.partial(_refuse, model, self.cap)
+        self._guard = WeightGuard(model, away, refuse)
+        self._guard.install()
         if self._stream is None and self._ffns:
-            self._move({i: _matrices(self._parts.ffns[i]) for i in self._ffns})
+            self._move(weights)
         log.info(
             "FFN weights outside: %s stay in memory, %s under the cap of %s",
             format_size(self.plan.resident),
@@ -189,21 +161,25 @@ class Offload:
         )
 
     def remove(self) -> None:
-        """Put the model back as it was, and free everything."""
+        """Put the model back as it was, and free everything; may run again after an interrupt."""
         if self._stream is not None:
             self._stream.close()
-        self._stream = None
-        for outside in self._moved:
-            outside.bring_back()
-        self._moved.clear()
-        for owner, name, parameter in self._swapped:
+            self._stream = None
+        while self._moved:
+            self._moved[-1].bring_back()
+            self._moved.pop()
+        while self._swapped:
+            owner, name, parameter = self._swapped[-1]
             owner._parameters[name] = parameter
-        self._swapped.clear()
+            self._swapped.pop()
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
         self._places.clear()
         self._ffns = {}
         if self._scratch is not None:
             self._scratch.close()
-        self._scratch = None
+            self._scratch = None
 
     def start_prompt(self, samples: int, length: int, total: int, cache_bytes: int) -> None:
         """A prompt begins: reckon what it needs, and bring in the first layer.
@@ -246,33 +222,18 @@ class Offload:
                 format_size(self.cap),
             )
 
-    def _fill_places(self, model: nn.Module) -> None:
-        """Give weights that were never loaded a place of their shape, dtype and device."""
-        if not self._sources:
-            return
-        device = next(p.device for p in model.parameters() if not p.is_meta)
-        for path, owner in model.named_modules():
-            for name, old in list(owner._parameters.items()):
-                source = self._sources.get(f"{path}.{name}")
-                if old is None or not old.is_meta or source is None:
-                    continue
-                place = nn.Parameter(blank(old.shape, old.dtype, device), requires_grad=False)
-                owner._parameters[name] = place
-                self._swapped.append((owner, name, old))
-                self._places[id(place)] = Outside(place, source)
-
     def _reckon(
         self, parts: Parts, counts: dict[int, int], weights: dict[int, list[nn.Parameter]]
     ) -> MemoryPlan:
         model = self._model()
         assert model is not None
         layers = {index: bytes_of(own) for index, own in weights.items()}
+        moved = bytes_of(parameter for own in weights.values() for parameter in own)
         whole = bytes_of([*model.parameters(), *model.buffers()])
         chosen = sum(
             -(-size * counts[index] // parts.widths[index]) for index, size in layers.items()
         )
-        slots = slot_bytes(weights)
-        return MemoryPlan(self.cap, whole - sum(layers.values()), slots, chosen)
+        return MemoryPlan(self.cap, whole - moved, slot_bytes(weights), chosen)
 
     def _open_stream(self, weights: dict[int, list[nn.Parameter]]) -> None:
         """Stream the layers of a model that was loaded without them."""
@@ -290,17 +251,19 @@ class Offload:
         on_disk = self.device.type == "cpu"
         if on_disk:
             self._scratch = Scratch(sum(bytes_of(own) for own in weights.values()))
-        layers: dict[int, Sequence[Outside]] = {}
-        for index, own in weights.items():
+        outside: dict[int, Outside] = {}
+        for own in weights.values():
+            fresh = [parameter for parameter in own if id(parameter) not in outside]
             sources: Sequence[Source]
             if self._scratch is not None:
-                sources = self._scratch.write(own)
+                sources = self._scratch.write(fresh)
             else:
-                sources = [pin(parameter, parameter.dtype) for parameter in own]
-            layers[index] = [Outside(p, s) for p, s in zip(own, sources, strict=True)]
-            for outside in layers[index]:
-                self._moved.append(outside)
-                outside.put_away()
+                sources = [pin(parameter, parameter.dtype) for parameter in fresh]
+            for parameter, source in zip(fresh, sources, strict=True):
+                outside[id(parameter)] = Outside(parameter, source)
+                self._moved.append(outside[id(parameter)])
+                self._moved[-1].put_away()
+        layers = {index: [outside[id(p)] for p in own] for index, own in weights.items()}
         self._stream = LayerStream(layers, self.device)
 
     def _presence(self, index: int) -> Callable[[], AbstractContextManager[None]]:
@@ -324,6 +287,26 @@ class Offload:
         model = self._model()
         assert model is not None
         return max(bytes_of([p]) for p in model.parameters())
+
+
+def _refuse(model: nn.Module, cap: int, what: str) -> CoreMatchingError:
+    """The error for what cannot be done while a method keeps weights outside."""
+    if model in loaded_outside:
+        return refuse_loaded(type(model).__name__, what)
+    return AlreadyInstalledError(
+        f"{what} needs all weights, but with memory={format_size(cap)} FFN weights of this "
+        f"{type(model).__name__} are outside of memory: remove the method first (leave its `with` "
+        "block, or call remove(model))"
+    )
+
+
+def refuse_loaded(kind: str, what: str) -> CoreMatchingError:
+    """The error for what cannot be done with a model that was loaded without its FFNs."""
+    return InputError(
+        f"{what} needs all weights, but this {kind} was loaded without its FFNs "
+        f"(load(..., memory=...)): use {kind}.from_pretrained(...) for that, or tell load() the "
+        "dtype and the device"
+    )
 
 
 def _matrices(mlp: nn.Module) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from corematching.sizes import format_size, parse_size
 
 from .ffn import find_ffn
 from .memory import bytes_of
-from .offload import loaded_outside
+from .offload import loaded_outside, refuse_loaded
+from .offload_guard import WeightGuard
 from .offload_source import FileSource, Source, open_checkpoint, pin
 
 SAFETENSORS = "its weights must be whole safetensors files, model.save_pretrained(...) writes them"
@@ -81,6 +83,9 @@ def load(
         sources = {name: pin(stored[name], own[name].dtype) for name in moved}
     find_ffn(model.get_decoder().layers[0]).register_forward_pre_hook(_refuse_without_weights)
     loaded_outside[model] = (sources, cap)
+    absent = [weight for weight in model.parameters() if weight.is_meta]
+    refuse = functools.partial(refuse_loaded, type(model).__name__)
+    WeightGuard(model, absent, refuse).install()
     return model
 
 

@@ -3,74 +3,37 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .offload_source import Source
+from .offload_weight import Outside
 
 ALIGNMENT = 64
 SLOTS = 2
 
 
 @dataclass
-class Outside:
-    """A weight that is not in fast memory.
+class Slot:
+    """Fast memory for one layer's weights.
 
     Attributes
     ----------
-    parameter : nn.Parameter
-        Its place in the model. While the weight is away, the parameter has its shape, dtype and
-        device, takes one number of memory, and is NaN all over.
-    source : Source
-        Where the weight is.
+    layer : int or None
+        The layer that it holds, or that is on its way into it; set once that has begun.
+    filled : bool
+        Whether all of the layer has arrived (GPU: will have, at the event ``ready``).
     """
-
-    parameter: nn.Parameter
-    source: Source
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in fast memory."""
-        return self.parameter.numel() * self.parameter.element_size()
-
-    def put_away(self) -> None:
-        """Take the weight out of fast memory."""
-        old = self.parameter
-        self.parameter.data = blank(old.shape, old.dtype, old.device)
-
-    def bring_back(self) -> None:
-        """Put the weight into fast memory of its own, for good."""
-        with torch.inference_mode(False), torch.no_grad():
-            old = self.parameter
-            fresh = torch.empty(tuple(old.shape), dtype=old.dtype, device=old.device)
-            self.source.copy_to(fresh)
-            self.parameter.data = fresh
-
-
-def blank(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """NaN in any shape, in the memory of one number."""
-    with torch.inference_mode(False):
-        return torch.full((1,), torch.nan, dtype=dtype, device=device).expand(tuple(shape))
-
-
-def is_blank(tensor: Tensor) -> bool:
-    """Whether a tensor is one of `blank`'s."""
-    return tensor.untyped_storage().nbytes() == tensor.element_size() < tensor.nbytes
-
-
-@dataclass
-class Slot:
-    """Fast memory for one layer's weights."""
 
     memory: Tensor
     views: dict[int, list[Tensor]] = field(default_factory=dict)
     layer: int | None = None
+    filled: bool = False
     loading: Future[None] | None = None
     ready: Any = None
     free: Any = None
@@ -78,6 +41,9 @@ class Slot:
 
 class LayerStream:
     """Shows layers their weights, one layer at a time.
+
+    An exception at any point, an interrupt too, leaves it usable: a layer's weights are shown only
+    once all of them have arrived, and a block that was never left ends with the next one.
 
     Parameters
     ----------
@@ -98,37 +64,55 @@ class LayerStream:
         order = list(layers)
         self._next = dict(itertools.pairwise(order))
         self._first = order[0] if order else None
-        self._bound: int | None = None
+        self._shown: int | None = None  # all of its weights are in its parameters
+        self._touched: int | None = None  # some of them may be
         with torch.inference_mode(False):
             self._slots = [self._make_slot() for _ in range(min(SLOTS, len(order)))]
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="corematching-weights")
         cuda = device.type == "cuda"
         self._side: Any = torch.cuda.Stream(device) if cuda else None
 
-    @contextmanager
-    def present(self, layer: int) -> Iterator[None]:
-        """The layer's weights are in its parameters for as long as the block lasts."""
-        if self._bound == layer:
-            yield
-            return
+    def present(self, layer: int) -> AbstractContextManager[None]:
+        """A block in which the layer's weights are in its parameters."""
+        return _Present(self, layer)
+
+    def show(self, layer: int) -> bool:
+        """Put the layer's weights into its parameters; False: they were there already."""
+        if self._shown == layer:
+            return False
+        self.hide()
         slot = self._wait_for(layer)
-        self._bound = layer
-        for outside, view in zip(self.layers[layer], slot.views[layer], strict=True):
-            outside.parameter.data = view
+        self._touched = layer
         try:
+            for outside, view in zip(self.layers[layer], slot.views[layer], strict=True):
+                outside.show(view)
+            self._shown = layer
             following = self._next.get(layer)
             if following is not None:
                 self._start(following)
-            yield
-        finally:
-            for outside in self.layers[layer]:
-                outside.put_away()
-            self._bound = None
-            if self._side is not None:
-                slot.free = torch.cuda.current_stream(self.device).record_event()
+        except BaseException:
+            self.hide()
+            raise
+        return True
+
+    def hide(self) -> None:
+        """Take the weights that are shown out of their parameters."""
+        self._shown = None
+        if self._touched is None:
+            return
+        for outside in self.layers[self._touched]:
+            outside.put_away()
+        if self._side is not None:
+            done = torch.cuda.current_stream(self.device).record_event()
+            for slot in self._slots:
+                slot.free = done if slot.layer == self._touched else slot.free
+        self._touched = None
 
     def expect_prompt(self) -> None:
         """Begin to bring in the first layer."""
+        self.hide()
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
         if self._first is not None:
             self._start(self._first)
 
@@ -152,14 +136,14 @@ class LayerStream:
     def _wait_for(self, layer: int) -> Slot:
         """The slot that holds the layer, once it is filled."""
         slot = self._start(layer)
-        try:
-            if slot.loading is not None:
+        if not slot.filled:
+            try:
+                assert slot.loading is not None
                 slot.loading.result()
-        except BaseException:
-            slot.layer = None
-            raise
-        finally:
-            slot.loading = None
+            except BaseException:
+                slot.layer = None
+                raise
+            slot.filled = True
         if slot.ready is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.ready)
         return slot
@@ -169,15 +153,17 @@ class LayerStream:
         for slot in self._slots:
             if slot.layer == layer:
                 return slot
-        unused = [s for s in self._slots if s.layer is None or s.layer != self._bound]
-        idle = [s for s in unused if s.loading is None]
+        unused = [s for s in self._slots if s.layer is None or s.layer != self._touched]
+        idle = [s for s in unused if s.layer is None or s.filled]
         slot = (idle or unused)[0]
-        slot.layer = layer
-        self.streamed += sum(outside.nbytes for outside in self.layers[layer])
+        slot.layer, slot.filled = None, False
         if self._side is None:
             slot.loading = self._worker.submit(self._read, layer, slot.views[layer])
         else:
             self._copy(layer, slot)
+            slot.filled = True
+        self.streamed += sum(outside.nbytes for outside in self.layers[layer])
+        slot.layer = layer
         return slot
 
     def _read(self, layer: int, views: list[Tensor]) -> None:
@@ -192,6 +178,24 @@ class LayerStream:
         with torch.cuda.stream(self._side):
             self._read(layer, slot.views[layer])
             slot.ready = self._side.record_event()
+
+
+class _Present(AbstractContextManager[None]):
+    """The block of `LayerStream.present`.
+
+    No generator: one that is left suspended runs its end whenever it is collected, which may be
+    when the weights are back in the model for good.
+    """
+
+    def __init__(self, stream: LayerStream, layer: int) -> None:
+        self._stream, self._layer, self._shows = stream, layer, False
+
+    def __enter__(self) -> None:
+        self._shows = self._stream.show(self._layer)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._shows:
+            self._stream.hide()
 
 
 def _align(size: int) -> int:

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.models import build
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Scratch files go to the test's own directory."""
+    monkeypatch.setenv("CORE_MATCHING_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory):
+    """Directories of saved tiny models, by family."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            build(name).save_pretrained(made[name])
+        return made[name]
+
+    return get
