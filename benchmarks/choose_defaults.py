@@ -15,13 +15,13 @@ from typing import Any
 
 from corematching import CoreMatching, CoreOverlap, TextOverlap, load_demo
 from corematching.evaluate import Plan, SceneQA, Subject, evaluate
-from corematching.methods import Installable
+from corematching.methods import BaseMethod
 
 ONCE: dict[str, Any] = {"layer": 0.5, "cover": 0.5, "proportional": False, "firing": None}
 """What the study held fixed, whatever the defaults are now."""
 
 
-def list_token_methods() -> dict[str, Installable]:
+def list_token_methods() -> dict[str, BaseMethod]:
     """Token scores and layers at one budget, all neurons."""
     scores = {
         "paper's score": CoreOverlap(rho=0.2, beta=0.4),
@@ -42,9 +42,9 @@ def list_token_methods() -> dict[str, Installable]:
     return methods
 
 
-def list_neuron_methods() -> dict[str, Installable]:
+def list_neuron_methods() -> dict[str, BaseMethod]:
     """Neuron scores and shares, all tokens."""
-    methods: dict[str, Installable] = {}
+    methods: dict[str, BaseMethod] = {}
     for beta in (0.4, 0.6):
         for score in ("paper", "griffin"):
             methods[f"{score}, {beta:.0%} of the middle layers"] = CoreMatching(

@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from corematching.old_names import OldNameWarning
+
 StepProgress = Callable[[str, float], None]
 
 out = Console(highlight=False, soft_wrap=False)
@@ -29,6 +31,20 @@ err = Console(stderr=True, highlight=False)
 def note(message: str) -> None:
     """One line beside the result."""
     err.print(message, style="dim", markup=False)
+
+
+@contextmanager
+def noting_old_names() -> Iterator[None]:
+    """Turn each warning about a parameter's old name into one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", OldNameWarning)
+        yield
+    for each in caught:
+        if not issubclass(each.category, OldNameWarning):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    old = [each.message for each in caught if issubclass(each.category, OldNameWarning)]
+    for message in dict.fromkeys(map(str, old)):
+        note(message)
 
 
 def quieten_libraries() -> None:
