@@ -14,7 +14,7 @@ from tests.analyze.pages import check_page
 
 RULES = (
     Rule.of("paper", "Paper", CoreMatching.paper(layer=1)),
-    Rule.of("ours", "Our default", CoreMatching(layer=1)),
+    Rule.of("ours", "Our default", CoreMatching(layer=1, neurons=TopNeurons())),
 )
 
 
