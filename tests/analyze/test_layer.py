@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from corematching import CoreMatching, Ratio
+from corematching import CoreMatching, GriffinScore, Ratio, TopNeurons
 from corematching.analyze import Rule, default_rules
 from corematching.analyze.layer import count_neurons, examine_layer, measure_influence
 from corematching.errors import ConfigError

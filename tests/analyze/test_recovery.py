@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from corematching import CoreMatching, Magnitude, Norm
+from corematching import CoreMatching, Magnitude, Norm, TopNeurons
 from corematching.analyze import Rule
 from corematching.analyze.recovery import (
     choose_neurons,

@@ -242,7 +242,7 @@ def test_boards_of_the_docs_can_be_read(path):
     board = json.loads(path.read_text(encoding="utf-8"))
     for entry in board["methods"]:
         method_from_text(entry["method"])
-    families = [name for name in board["methods"][0]["families"]]
+    families = list(board["methods"][0]["families"])
     assert board["methods"][-1]["method"] in render(board, families)
     for axis in AXES:
         for name in group_curves(board["methods"][1:], axis):
