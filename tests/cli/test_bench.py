@@ -120,7 +120,7 @@ def test_busy_machine_is_refused(measure, monkeypatch):
         (("--shape", "tiny", "--model", "x"), "exclude each other"),
         (("--shape", "tiny", "--method", "papper"), "did you mean 'paper'"),
         (("--shape", "tiny", "--keep-ratio", "1.5"), "--keep-ratio=1.5: give a ratio"),
-        (("--shape", "tiny", "--keep-ratio", "7"), "--keep-tokens=7.0|give a ratio"),
+        (("--shape", "tiny", "--keep-ratio", "7"), "--keep-tokens=7 is that number of tokens"),
         (("--shape", "tiny", "--layer", "1"), "give --keep-ratio as well"),
         (("--shape", "tiny", "--keep", "0.5", "--keep-ratio", "0.5"), "give --keep-ratio alone"),
         (("--shape", "tiny", "--dtype", "float31"), "did you mean 'float32'"),

@@ -109,7 +109,7 @@ def test_a_text_model_is_refused(measure, tiny_lm):
     ("arguments", "message"),
     [
         (("--method", "papper"), "did you mean 'paper'"),
-        (("--method", "random:kep=0.1"), "did you mean 'keep'"),
+        (("--method", "random:kep=0.1"), "did you mean 'keep_ratio'"),
         (("--method", "oracle:keep"), "write it as param=value"),
         (("--split", "/no/such"), "pass the folder of a SceneQA split"),
         (("--method", "released-code", "--budget", "0.1"), "run it without --budget"),
