@@ -37,7 +37,7 @@ ENTRIES = [
         (
             "ours:neurons=gate(0.5,among=top(ratio=0.4,dense_first=2))",
             "neurons_kept",
-            "ours:neurons=gate(among=top(dense_first=2))",
+            "ours:neurons=gate(0.5,among=top(dense_first=2))",
         ),
         (
             "ours:budget=knee(max_ratio=0.5,strict=false)",

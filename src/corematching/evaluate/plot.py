@@ -124,10 +124,13 @@ def _bare(value: Any, parameters: Sequence[str]) -> str:
             return [strip(item) for item in value]
         if not isinstance(value, dict):
             return value
-        unnamed = value.get(UNNAMED, [])
-        named = unnamed[1:] if FIRST.get(value["name"]) in parameters else unnamed
-        inner = {key: strip(v) for key, v in value.items() if key not in (*parameters, UNNAMED)}
-        return {**inner, UNNAMED: [strip(item) for item in named]}
+        unnamed, gone = value.get(UNNAMED, []), set(parameters)
+        if "among" in value or len(unnamed) > 1:
+            gone.discard("active_ratio")  # of two ratios the inner one moves
+        if FIRST.get(value["name"]) in gone:
+            unnamed = unnamed[1:]
+        inner = {key: strip(v) for key, v in value.items() if key not in {*gone, UNNAMED}}
+        return {**inner, UNNAMED: [strip(item) for item in unnamed]}
 
     return write_value(strip(value))
 
