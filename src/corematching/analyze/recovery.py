@@ -76,9 +76,9 @@ def recover(view: PrefillView, rule: Rule, scores: Tensor, generator: torch.Gene
 
 
 def choose_neurons(view: PrefillView, rule: Rule) -> Tensor:
-    """(K,) the rule's core neurons over the tokens of the view, a share ``beta`` of all."""
+    """(K,) the rule's core neurons over the tokens of the view, a ratio ``neuron_ratio`` of all."""
     scores = rule.neuron_score(view)
-    return pick_top(scores, count_of(rule.beta, scores.shape[-1]))[0]
+    return pick_top(scores, count_of(rule.neuron_ratio, scores.shape[-1]))[0]
 
 
 def choose_tokens(view: PrefillView, rule: Rule, count: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from corematching.errors import ConfigError
-from corematching.methods import CoreMatching
+from corematching.methods import BaseMethod, CoreMatching, TopNeurons
 from corematching.policy import Budget, NeuronScore, TokenScore
 
 
@@ -25,9 +25,9 @@ class Rule:
         How many image tokens are kept.
     neuron_score : NeuronScore
         Over all tokens that it is shown.
-    beta : float
-        Share of the neurons that are core.
-    method : CoreMatching
+    neuron_ratio : float
+        Ratio of the neurons that are core.
+    method : BaseMethod
         Where all of this comes from.
     """
 
@@ -36,11 +36,11 @@ class Rule:
     token_score: TokenScore
     budget: Budget
     neuron_score: NeuronScore
-    beta: float
-    method: CoreMatching
+    neuron_ratio: float
+    method: BaseMethod
 
     @classmethod
-    def of(cls, name: str, title: str, method: CoreMatching) -> Rule:
+    def of(cls, name: str, title: str, method: BaseMethod) -> Rule:
         """The rule of a method.
 
         Raises
@@ -50,12 +50,16 @@ class Rule:
         """
         tokens: Any = method.tokens
         neurons: Any = method.neurons
-        if tokens is None or neurons is None:
-            raise ConfigError("analyze a method that ranks both tokens and neurons")
-        score = neurons.score
-        if "over" in score.parameters():
-            score = replace(score, over="all")
-        return cls(name, title, tokens.score, tokens.budget, score, method.beta, method)
+        if not hasattr(tokens, "score") or not hasattr(neurons, "score"):
+            raise ConfigError(
+                "analyze a method that ranks both tokens and neurons, such as "
+                "CoreMatching(neurons=TopNeurons())"
+            )
+        score, ratio = neurons.score, getattr(neurons, "ratio", None)
+        if "token_set" in score.parameters():
+            score = replace(score, token_set="all")
+        ratio = neurons.schedule.ratio if ratio is None else ratio
+        return cls(name, title, tokens.score, tokens.budget, score, ratio, method)
 
     def to_dict(self) -> dict[str, Any]:
         """The method, JSON-able."""
@@ -70,5 +74,5 @@ def default_rules() -> tuple[Rule, ...]:
     """
     return (
         Rule.of("paper", "Paper", CoreMatching.paper()),
-        Rule.of("ours", "Our scores", CoreMatching(cover=0.0, beta=0.6, firing=None)),
+        Rule.of("ours", "Our scores", CoreMatching(cover=0.0, neurons=TopNeurons(0.6))),
     )

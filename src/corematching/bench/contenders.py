@@ -13,7 +13,7 @@ from corematching.bench.cost import step_costs
 from corematching.bench.machine import MemoryMeter, synchronise
 from corematching.bench.workload import Workload
 from corematching.errors import CoreMatchingError
-from corematching.methods import Installable
+from corematching.methods import BaseMethod
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class MethodContender:
     Parameters
     ----------
     name : str
-    method : Installable
+    method : BaseMethod
     workload : Workload
     new_tokens : int
         Exactly so many are generated.
     engine : str
-        What may run decode steps and prompts, as `Installable.install` has it.
+        What may run decode steps and prompts, as `BaseMethod.install` has it.
     """
 
     kind = "ours"
@@ -89,7 +89,7 @@ class MethodContender:
     def __init__(
         self,
         name: str,
-        method: Installable,
+        method: BaseMethod,
         workload: Workload,
         new_tokens: int,
         engine: str = "auto",

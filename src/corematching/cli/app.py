@@ -17,7 +17,7 @@ EXAMPLES = """
 
   corematching run --image street.jpg --question "How many cars are there?" --compare
 
-  corematching run --image a.png --question "What is this?" --keep knee --overlay kept.png
+  corematching run --image a.png --question "What is this?" --keep-ratio 0.2 --overlay kept.png
 
   corematching run --model llava-hf/llava-1.5-7b-hf --image a.png -q "What is this?" --json
 """
@@ -53,21 +53,33 @@ def run(
     engine: options.Engine = "auto",
     memory: options.Memory = None,
     method: options.MethodName = "corematching",
-    tokens: options.Tokens = None,
-    keep: options.Keep = None,
-    after: options.After = None,
+    score: options.Score = None,
+    keep_ratio: options.KeepRatio = None,
+    keep_tokens: options.KeepTokens = None,
+    layer: options.Layer = None,
     neurons: options.Neurons = None,
-    neuron_score: options.NeuronScore = None,
+    neuron_ratio: options.NeuronRatio = None,
+    active_ratio: options.ActiveRatio = None,
+    tokens: options.OldTokens = None,
+    keep: options.OldKeep = None,
+    after: options.OldAfter = None,
+    neuron_score: options.OldNeuronScore = None,
 ) -> None:
     """Ask a question about a picture; the default model is SceneVLM, which comes along."""
     console.keep_bars_away(own_bars=model is None)
     from corematching.cli.run import Request, answer_request
 
     chosen = {
+        "--score": score,
+        "--keep-ratio": keep_ratio,
+        "--keep-tokens": keep_tokens,
+        "--layer": layer,
+        "--neurons": neurons,
+        "--neuron-ratio": neuron_ratio,
+        "--active-ratio": active_ratio,
         "--tokens": tokens,
         "--keep": keep,
         "--after": after,
-        "--neurons": neurons,
         "--neuron-score": neuron_score,
     }
     answer_request(

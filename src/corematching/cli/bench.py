@@ -21,7 +21,7 @@ from corematching.errors import ConfigError
 DEFAULT_OUT = Path("corematching-bench")
 DEFAULT_PEERS = Path("benchmarks/peers")
 SHAPE_TEXT_TOKENS = 64
-SHAPE_KEEP, SHAPE_NEURONS = 0.2, 0.4
+SHAPE_KEEP_RATIO, SHAPE_NEURON_RATIO = 0.2, 0.4
 DENSE = "dense"
 FEWER = "give fewer --prompt-tokens"
 EXAMPLES = """
@@ -29,7 +29,7 @@ EXAMPLES = """
 
   corematching bench
 
-  corematching bench --dtype bfloat16 --keep 0.2 --neurons 0.4 --peers all
+  corematching bench --dtype bfloat16 --keep-ratio 0.2 --neuron-ratio 0.4 --peers all
 
   corematching bench --shape llava-1.5-7b --dtype bfloat16 --batch 8 --new-tokens 128
 """
@@ -49,7 +49,7 @@ ShapeName = Annotated[
         "--shape",
         metavar="NAME",
         help="A published architecture with random weights instead of a model; a wrong name lists "
-        "them. Default shares: 0.2 of the image tokens, 0.4 of the neurons.",
+        "them. Default ratios: 0.2 of the image tokens, 0.4 of the neurons.",
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Samples at a time.")]
@@ -58,18 +58,42 @@ PromptTokens = Annotated[
     int | None,
     typer.Option(min=1, help="Text tokens of the prompt, beside the picture's. A shape: 64."),
 ]
-Keep = Annotated[
+KeepRatio = Annotated[
     float | None,
-    typer.Option(metavar="SHARE", help="Time this share of the image tokens, set by hand."),
+    typer.Option(
+        "--keep-ratio", metavar="RATIO", help="Time this ratio of the image tokens, set by hand."
+    ),
 ]
-Neurons = Annotated[
-    float | None,
-    typer.Option(metavar="SHARE", help="Time this share of every layer's neurons, set by hand."),
-]
-After = Annotated[
+KeepTokens = Annotated[
     int | None,
-    typer.Option(min=0, metavar="LAYER", help="With --keep: drop after this layer; default: 1."),
+    typer.Option(metavar="COUNT", help="Time this number of image tokens, set by hand."),
 ]
+NeuronRatio = Annotated[
+    float | None,
+    typer.Option(
+        "--neuron-ratio",
+        metavar="RATIO",
+        help="Time this ratio of every layer's neurons, set by hand.",
+    ),
+]
+ActiveRatio = Annotated[
+    float | None,
+    typer.Option(
+        metavar="RATIO", help="Time neurons by each token: this ratio of those in reach, by hand."
+    ),
+]
+Layer = Annotated[
+    int | None,
+    typer.Option(
+        "--layer",
+        min=0,
+        metavar="LAYER",
+        help="With --keep-ratio or --keep-tokens: drop after this layer; default: 1.",
+    ),
+]
+OldKeep = Annotated[float | None, typer.Option("--keep", hidden=True)]
+OldNeurons = Annotated[float | None, typer.Option("--neurons", hidden=True)]
+OldAfter = Annotated[int | None, typer.Option("--after", min=0, hidden=True)]
 Peers = Annotated[
     list[str] | None,
     typer.Option(
@@ -92,9 +116,14 @@ def bench(
     batch: Batch = 1,
     new_tokens: NewTokens = 64,
     prompt_tokens: PromptTokens = None,
-    keep: Keep = None,
-    neurons: Neurons = None,
-    after: After = None,
+    keep_ratio: KeepRatio = None,
+    keep_tokens: KeepTokens = None,
+    neuron_ratio: NeuronRatio = None,
+    active_ratio: ActiveRatio = None,
+    layer: Layer = None,
+    keep: OldKeep = None,
+    neurons: OldNeurons = None,
+    after: OldAfter = None,
     peers: Peers = None,
     peers_dir: PeersDir = DEFAULT_PEERS,
     rounds: Rounds = 7,
@@ -111,7 +140,15 @@ def bench(
     from corematching.bench import Plan, choose_adapters, require_quiet
 
     plan = Plan(new_tokens=new_tokens, rounds=rounds, force=force)
-    methods = choose_methods(method, keep, neurons, after, by_shape=shape is not None)
+    by_hand = {
+        "keep_ratio": read_old("--keep-ratio", keep_ratio, "--keep", keep),
+        "keep_tokens": keep_tokens,
+        "neuron_ratio": read_old("--neuron-ratio", neuron_ratio, "--neurons", neurons),
+        "active_ratio": active_ratio,
+        "layer": read_old("--layer", layer, "--after", after),
+    }
+    with console.noting_old_names():
+        methods = choose_methods(method, by_hand, by_shape=shape is not None)
     adapters = choose_adapters(peers or [], peers_dir)
     make_folder(out, "--out")
     require_quiet(force=force)
@@ -127,27 +164,32 @@ def register_bench(app: typer.Typer) -> None:
 
 
 def choose_methods(
-    texts: Sequence[str] | None,
-    keep: float | None,
-    neurons: float | None,
-    after: int | None,
-    by_shape: bool,
+    texts: Sequence[str] | None, by_hand: dict[str, Any], by_shape: bool
 ) -> dict[str, Any]:
     """The methods to time, by the text that makes them, dense first."""
     from corematching.bench import name_by_hand
-    from corematching.cli.method_options import check_text
     from corematching.methods import method_from_text
 
     chosen = list(texts or [])
-    for text in chosen:
-        check_text(text)
-    if after is not None and keep is None:
-        raise ConfigError("--after says where --keep drops tokens: give --keep as well")
-    if keep is not None or neurons is not None:
-        chosen.append(name_by_hand(keep, neurons, after))
+    given = {name: value for name, value in by_hand.items() if value is not None}
+    if "layer" in given and given.keys().isdisjoint(("keep_ratio", "keep_tokens")):
+        raise ConfigError("--layer says where tokens are dropped: give --keep-ratio as well")
+    if given:
+        chosen.append(name_by_hand(**given))
     elif not chosen:
-        chosen.append(name_by_hand(SHAPE_KEEP, SHAPE_NEURONS) if by_shape else "corematching")
+        hand = name_by_hand(SHAPE_KEEP_RATIO, SHAPE_NEURON_RATIO)
+        chosen.append(hand if by_shape else "corematching")
     return {text: method_from_text(text) for text in dict.fromkeys([DENSE, *chosen])}
+
+
+def read_old(option: str, value: Any, old: str, old_value: Any) -> Any:
+    """An option's value, or that of its name in version 0.1."""
+    if old_value is None:
+        return value
+    if value is not None:
+        raise ConfigError(f"{old} is the old name of {option}: give {option} alone")
+    console.note(f"{old} is {option} now; the old name ends with the next version")
+    return old_value
 
 
 def open_workload(

@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from corematching.old_names import OldNameWarning
+
 StepProgress = Callable[[str, float], None]
 
 MUTED = ("accelerate", "huggingface_hub", "matplotlib", "PIL", "torch", "transformers")
@@ -39,6 +41,20 @@ class NoteHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a message."""
         note(record.getMessage())
+
+
+@contextmanager
+def noting_old_names() -> Iterator[None]:
+    """Turn each warning about a parameter's old name into one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", OldNameWarning)
+        yield
+    for each in caught:
+        if not issubclass(each.category, OldNameWarning):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    old = [each.message for each in caught if issubclass(each.category, OldNameWarning)]
+    for message in dict.fromkeys(map(str, old)):
+        note(message)
 
 
 def quieten_libraries() -> None:

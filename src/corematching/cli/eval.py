@@ -25,7 +25,7 @@ EXAMPLES = """
 
   corematching eval --limit 200
 
-  corematching eval -M corematching:keep=0.1 -M corematching:keep=0.2 -M random:keep=0.2 --out board
+  corematching eval -M corematching:keep_ratio=0.1 -M random:keep_ratio=0.1 --out board
 
   corematching eval -M corematching -M fastv -M random --budget 0.05 --budget 0.1 --budget 0.2
 
@@ -46,8 +46,8 @@ Budgets = Annotated[
     typer.Option(
         "--budget",
         "-B",
-        metavar="SHARE",
-        help="Run every method at this share of the image tokens, or of the neurons where it keeps "
+        metavar="RATIO",
+        help="Run every method at this ratio of the image tokens, or of the neurons where it keeps "
         "all tokens; repeat it for several.",
     ),
 ]
@@ -108,13 +108,11 @@ def evaluate(
 ) -> None:
     """Measure what methods lose on SceneQA, beside the dense model."""
     console.keep_bars_away(own_bars=model is None)
-    from corematching.cli.method_options import check_text
     from corematching.evaluate import Crew, Plan, SceneQA, make_methods
     from corematching.evaluate import evaluate as run_methods
 
-    for text in method or ():
-        check_text(text)
-    methods = make_methods(method or ["corematching"], budget)
+    with console.noting_old_names():
+        methods = make_methods(method or ["corematching"], budget)
     plan = Plan(limit, seed, batch, max_new_tokens, engine, share)
     task = SceneQA.load(split)
     make_folder(out, "--out")

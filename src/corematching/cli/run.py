@@ -67,7 +67,8 @@ class Request:
 
 def answer_request(request: Request) -> None:
     """Check the request, load the model, answer, and show the result."""
-    method = build_method(request.method, request.options or {})
+    with console.noting_old_names():
+        method = build_method(request.method, request.options or {})
     check_overlay(request)
     check_memory(request)
     images = [read_picture(place, public_only=False) for place in request.images]
@@ -87,7 +88,7 @@ def answer_request(request: Request) -> None:
         if sparse.report.memory is not None:
             console.note(describe_memory(sparse.report.memory))
     if request.overlay:
-        save_overlay(request.overlay, loaded, images, sparse.report)
+        save_overlay(request.overlay, loaded, images, sparse.report, method)
 
 
 def check_overlay(request: Request) -> None:
@@ -188,7 +189,7 @@ def describe(
 
 
 def save_overlay(
-    path: Path, loaded: LoadedModel, images: Sequence[Image.Image], report: Any
+    path: Path, loaded: LoadedModel, images: Sequence[Image.Image], report: Any, method: Any
 ) -> None:
     """Draw the overlay and say where it is."""
     image_processor = getattr(loaded.processor, "image_processor", None)
@@ -198,7 +199,7 @@ def save_overlay(
         keep=sample.keep_mask,
         scores=[nan if score is None else score for score in sample.scores],
         cut=nan if sample.cut is None else sample.cut,
-        title=name_score(report.method),
+        title=name_score(method),
     )
     square = has_square_patches(loaded, image_processor)
     drawn = draw_overlay(path, areas, choice, square)
@@ -207,11 +208,8 @@ def save_overlay(
 
 
 def name_score(method: Any) -> str:
-    """What the curve's axis shows, from a method's ``to_dict()``."""
-    if not isinstance(method, dict):
-        return "score"
-    score = method.get("token_score") or (method.get("tokens") or {}).get("score")
-    name = score.get("name") if isinstance(score, dict) else score
+    """What the curve's axis shows."""
+    name = getattr(getattr(method.tokens, "score", None), "name", None)
     return f"score: {name}" if name else "score"
 
 

@@ -17,7 +17,7 @@ from corematching.evaluate.answer import Subject
 from corematching.evaluate.plan import Plan
 from corematching.evaluate.respond import Assignment, Reply, Respondent
 from corematching.evaluate.task import Task
-from corematching.methods import Installable
+from corematching.methods import BaseMethod
 
 _respondent: Respondent | None = None
 """Of this process, where it is a worker."""
@@ -50,7 +50,7 @@ class Crew:
         count: int,
         load: Callable[[], Subject],
         task: Task[Any],
-        methods: Mapping[str, Installable],
+        methods: Mapping[str, BaseMethod],
         plan: Plan,
     ) -> None:
         if count < 1:
@@ -109,7 +109,7 @@ class Crew:
 def _start(
     load: Callable[[], Subject],
     task: Task[Any],
-    methods: Mapping[str, Installable],
+    methods: Mapping[str, BaseMethod],
     plan: Plan,
     threads: int,
 ) -> None:

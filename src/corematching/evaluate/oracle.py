@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.evaluate.task import Area
-from corematching.methods import CoreMatching, Sparsifier, TokenRule, register_method
-from corematching.policy import Count, Ratio
+from corematching.methods import BaseMethod, GateThreshold, TokenRule, TopNeurons
 from corematching.policy.base import TokenScore
-from corematching.policy.budgets import Budget
+from corematching.policy.budgets import Budget, budget_of
+from corematching.policy.check import check_ratio, settle_amount
 from corematching.protocol import PrefillView
 
 LEAST_COVER = 0.25
@@ -107,34 +107,42 @@ def _overlap(edges: Tensor, width: float, start: float, stop: float) -> Tensor:
     return ((edges + width).clamp(max=stop) - edges.clamp(min=start)).clamp(min=0)
 
 
-@register_method("oracle", budgets=("keep", "beta"))
-def oracle(
-    keep: int | float | None = None,
-    layer: int | float = 0.3,
-    beta: float = 1.0,
-    proportional: bool = False,
-) -> Sparsifier:
-    """The patches under the objects; ``beta`` below 1 adds the default neuron rule.
+@dataclass(frozen=True)
+class Oracle(BaseMethod, name="oracle"):
+    """The patches under the objects; ``neuron_ratio`` below 1 adds our rules for neurons."""
 
-    Parameters
-    ----------
-    keep : int, float or None
-        Image tokens kept: a count, a share, or all that the boxes cover.
-    layer : int or float
-        As in `CoreMatching`.
-    beta : float
-        Share of the neurons.
-    proportional : bool
-        Attention to a kept token counts for the dropped ones most like it too.
-    """
-    if not isinstance(layer, int | float):
-        raise ConfigError(f"layer={layer!r}: the oracle drops tokens once, give one layer")
-    neurons = CoreMatching(beta=beta).neurons if beta != 1 else None
-    tokens = TokenRule(BoxCoverage(), _budget(keep), (layer,), proportional)
-    return Sparsifier(tokens, neurons)
+    keep_ratio: float | None = field(
+        default=None,
+        metadata={"help": "ratio of the image tokens kept; default: all that the boxes cover"},
+    )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "number of image tokens kept, instead"}
+    )
+    layer: int | float = field(
+        default=0.3, metadata={"help": "image tokens go after this layer, as in CoreMatching"}
+    )
+    neuron_ratio: float = field(
+        default=1.0,
+        metadata={"help": "ratio of the neurons in reach of our gate's rule; 1: all neurons"},
+    )
+    proportional: bool = field(
+        default=False,
+        metadata={"help": "attention to a kept token counts for the dropped ones most like it too"},
+    )
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, int | float):
+            raise ConfigError(f"layer={self.layer!r}: the oracle drops tokens once, give one layer")
+        settle_amount(self)
+        check_ratio("neuron_ratio", self.neuron_ratio)
+        super().__post_init__()
 
-def _budget(keep: Any) -> Budget:
-    if keep is None:
-        return Covered()
-    return Count(keep) if isinstance(keep, int) else Ratio(keep)
+    def make_tokens(self) -> TokenRule:
+        covered = self.keep_ratio is None and self.keep_tokens is None
+        budget = Covered() if covered else budget_of(self.keep_ratio, self.keep_tokens)
+        return TokenRule(BoxCoverage(), budget, (self.layer,), self.proportional)
+
+    def make_neurons(self) -> GateThreshold | None:
+        if self.neuron_ratio == 1:
+            return None
+        return GateThreshold(among=TopNeurons(self.neuron_ratio))

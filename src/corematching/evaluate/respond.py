@@ -16,7 +16,7 @@ from corematching.evaluate.measure import condense, kl_from
 from corematching.evaluate.plan import DENSE, Plan
 from corematching.evaluate.store import Answer
 from corematching.evaluate.task import Question, Task
-from corematching.methods import Installable
+from corematching.methods import BaseMethod
 from corematching.protocol import GATE, INPUTS
 from corematching.runtime import Recording, Run, record_prompt, replay_prompt
 
@@ -79,7 +79,7 @@ class Respondent:
     """
 
     def __init__(
-        self, subject: Subject, task: Task[Any], methods: Mapping[str, Installable], plan: Plan
+        self, subject: Subject, task: Task[Any], methods: Mapping[str, BaseMethod], plan: Plan
     ) -> None:
         self.subject, self.task, self.methods, self.plan = subject, task, methods, plan
         self._at_work = ExitStack()

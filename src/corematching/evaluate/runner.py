@@ -19,7 +19,7 @@ from corematching.evaluate.plan import DENSE, Plan
 from corematching.evaluate.respond import Assignment, Distribution, Reply, Respondent
 from corematching.evaluate.store import Answer, AnswerFile, RunDirectory
 from corematching.evaluate.task import Question, Task, pick_questions
-from corematching.methods import Installable, method_from_text, text_at_budget
+from corematching.methods import BaseMethod, method_from_text, text_at_budget
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int, float], None]
 
 def make_methods(
     texts: Sequence[str], budgets: Sequence[float] | None = None
-) -> dict[str, Installable]:
+) -> dict[str, BaseMethod]:
     """Methods by the text that names them, dense first.
 
     Parameters
@@ -53,7 +53,7 @@ def make_methods(
 def evaluate(
     subject: Subject,
     task: Task[Any],
-    methods: Mapping[str, Installable],
+    methods: Mapping[str, BaseMethod],
     directory: Path,
     plan: Plan | None = None,
     progress: Progress | None = None,

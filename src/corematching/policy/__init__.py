@@ -1,16 +1,17 @@
 """What to keep: tensors in, tensors out, no model in sight."""
 
+import warnings
 from typing import Any, cast
 
 from corematching.policy.base import NeuronScore, TokenScore
 from corematching.policy.budgets import Budget, Count, Knee, Ratio
 from corematching.policy.component import Component, build, names
 from corematching.policy.neuron_scores import (
-    CoreInfer,
-    Griffin,
+    CoreInferScore,
+    GriffinScore,
     Magnitude,
     OutputWeighted,
-    Paper,
+    PaperScore,
     RandomNeurons,
 )
 from corematching.policy.schedules import DenseEnds, PerLayer, Schedule, Uniform
@@ -18,7 +19,7 @@ from corematching.policy.token_scores import (
     Attention,
     CoreOverlap,
     Norm,
-    Projection,
+    ProjectionScore,
     RandomTokens,
     TextOverlap,
     TokenOverlap,
@@ -35,23 +36,44 @@ def neuron_score_by_name(name: str, **params: Any) -> NeuronScore:
     return cast(NeuronScore, build(NeuronScore.kind, name, **params))
 
 
+OLD_CLASSES = {
+    "CoreInfer": CoreInferScore,
+    "Griffin": GriffinScore,
+    "Paper": PaperScore,
+    "Projection": ProjectionScore,
+}
+"""Scores under the names of version 0.1, which are methods now; read for one version more."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OLD_CLASSES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    new = OLD_CLASSES[name]
+    warnings.warn(
+        f"the score {name} is {new.__name__} now: corematching.{name} is the method",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return new
+
+
 __all__ = [
     "Attention",
     "Budget",
     "Component",
-    "CoreInfer",
+    "CoreInferScore",
     "CoreOverlap",
     "Count",
     "DenseEnds",
-    "Griffin",
+    "GriffinScore",
     "Knee",
     "Magnitude",
     "NeuronScore",
     "Norm",
     "OutputWeighted",
-    "Paper",
+    "PaperScore",
     "PerLayer",
-    "Projection",
+    "ProjectionScore",
     "RandomNeurons",
     "RandomTokens",
     "Ratio",

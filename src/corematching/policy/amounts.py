@@ -1,4 +1,4 @@
-"""Shares turned into whole numbers, in integer arithmetic: the same on every device."""
+"""Ratios turned into whole numbers, in integer arithmetic: the same on every device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from corematching.errors import ConfigError
 PPM = 1_000_000
 
 
-def count_of(share: float, total: int) -> int:
-    """``share * total``, rounded half up, in [1, total]."""
-    return min(total, max(1, (2 * total * parts(share) + PPM) // (2 * PPM)))
+def count_of(ratio: float, total: int) -> int:
+    """``ratio * total``, rounded half up, in [1, total]."""
+    return min(total, max(1, (2 * total * parts(ratio) + PPM) // (2 * PPM)))
 
 
-def counts_of(share: float, totals: Tensor) -> Tensor:
+def counts_of(ratio: float, totals: Tensor) -> Tensor:
     """`count_of` for a tensor of totals; 0 where the total is 0.
 
     Parameters
@@ -22,19 +22,19 @@ def counts_of(share: float, totals: Tensor) -> Tensor:
     totals : Tensor
         (...) long.
     """
-    rounded = (2 * totals * parts(share) + PPM).div(2 * PPM, rounding_mode="floor")
+    rounded = (2 * totals * parts(ratio) + PPM).div(2 * PPM, rounding_mode="floor")
     return rounded.clamp(min=1).minimum(totals)
 
 
-def parts(share: float) -> int:
-    """A share in parts per million."""
-    return round(share * PPM)
+def parts(ratio: float) -> int:
+    """A ratio in parts per million."""
+    return round(ratio * PPM)
 
 
 def layers_of(depth: int | float, num_layers: int) -> int:
-    """How many layers an int (itself) or a share of the model's depth (a float) stands for.
+    """How many layers an int (itself) or a ratio of the model's depth (a float) stands for.
 
-    Shares let one setting fit models of any depth: CoreInfer's six dense layers out of 32 are
+    Ratios let one setting fit models of any depth: CoreInfer's six dense layers out of 32 are
     ``6 / 32``, which is again six in a model of 30.
 
     Raises

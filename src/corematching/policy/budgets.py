@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ from torch import Tensor
 from corematching.errors import ConfigError
 from corematching.policy.amounts import counts_of
 from corematching.policy.check import (
-    check_amount,
     check_bool,
-    check_count,
     check_number,
-    check_share,
+    check_tokens_count,
+    check_tokens_ratio,
+    settle_amount,
 )
 from corematching.policy.component import Component
 
@@ -23,34 +24,40 @@ from corematching.policy.component import Component
 class Budget(Component, kind="budget"):
     """Base class: override `count`. The highest scores are kept; of equal ones the first.
 
-    A sample with image tokens keeps at least one, whatever the floor. With ``cover``, that share of
+    A sample with image tokens keeps at least one. With ``cover``, that ratio of
     the kept tokens lies evenly over the image tokens, whatever their scores, and the highest scores
     fill the rest: a view of the whole picture, such as "where is it?" needs.
     """
 
-    floor: int | float | None = field(
-        default=None, metadata={"help": "keep at least this: a share (float) or a count (int)"}
+    min_ratio: float | None = field(
+        default=None, metadata={"help": "keep at least this ratio of the image tokens"}
     )
-    ceiling: int | float | None = field(
-        default=None, metadata={"help": "keep at most this: a share (float) or a count (int)"}
+    min_tokens: int | None = field(
+        default=None, metadata={"help": "keep at least this number of image tokens"}
+    )
+    max_ratio: float | None = field(
+        default=None, metadata={"help": "keep at most this ratio of the image tokens"}
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "keep at most this number of image tokens"}
     )
     cover: float = field(
-        default=0.0, metadata={"help": "share of the kept tokens spread evenly, in [0, 1)"}
+        default=0.0, metadata={"help": "ratio of the kept tokens spread evenly, in [0, 1)"}
     )
 
     def __post_init__(self) -> None:
         check_number("cover", self.cover, least=0)
         if self.cover >= 1:
-            raise ConfigError(f"cover={self.cover}: give a share in [0, 1)")
-        for name in ("floor", "ceiling"):
-            if getattr(self, name) is not None:
-                check_amount(name, getattr(self, name))
-        same_unit = type(self.floor) is type(self.ceiling)
-        if same_unit and self.floor is not None and self.floor > self.ceiling:  # type: ignore[operator]
-            raise ConfigError(f"floor={self.floor} is above ceiling={self.ceiling}: swap them")
+            raise ConfigError(f"cover={self.cover}: give a ratio in [0, 1)")
+        settle_amount(self, prefix="min")
+        settle_amount(self, prefix="max")
+        for unit in ("ratio", "tokens"):
+            least, most = (getattr(self, f"{end}_{unit}") for end in ("min", "max"))
+            if least is not None and most is not None and least > most:
+                raise ConfigError(f"min_{unit}={least} is above max_{unit}={most}: swap them")
 
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
-        """How many image tokens each sample keeps, before floor and ceiling.
+        """How many image tokens each sample keeps, before the least and the most.
 
         Parameters
         ----------
@@ -86,7 +93,7 @@ class Budget(Component, kind="budget"):
         filled = torch.where(image, scores.float(), -torch.inf)
         order = filled.argsort(dim=1, descending=True, stable=True)
         totals = image.sum(1)
-        counts = self._bound(self.count(filled.gather(1, order), totals), totals)
+        counts = self.bound(self.count(filled.gather(1, order), totals), totals)
         if self.cover:
             even = self.spread(image, (counts * self.cover).round().long())
             order = filled.masked_fill(even, torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -96,11 +103,16 @@ class Budget(Component, kind="budget"):
         """(B, T) bool, (B,) image tokens of each sample that lie evenly over the picture."""
         return spread_evenly(image, counts)
 
-    def _bound(self, counts: Tensor, totals: Tensor) -> Tensor:
-        if self.floor is not None:
-            counts = counts.maximum(_resolve(self.floor, totals))
-        if self.ceiling is not None:
-            counts = counts.minimum(_resolve(self.ceiling, totals))
+    def bound(self, counts: Tensor, totals: Tensor) -> Tensor:
+        """Counts (B,) within the least and the most of ``totals`` (B,), one or more, if any."""
+        if self.min_ratio is not None:
+            counts = counts.maximum(counts_of(self.min_ratio, totals))
+        if self.min_tokens is not None:
+            counts = counts.clamp(min=self.min_tokens)
+        if self.max_ratio is not None:
+            counts = counts.minimum(counts_of(self.max_ratio, totals))
+        if self.max_tokens is not None:
+            counts = counts.clamp(max=self.max_tokens)
         return counts.clamp(min=1).minimum(totals)
 
 
@@ -135,30 +147,41 @@ class Knee(Budget, name="knee"):
 
 @dataclass(frozen=True)
 class Ratio(Budget, name="ratio"):
-    """Keep a share of the image tokens still present, rounded half up."""
+    """Keep a ratio of the image tokens still present, rounded half up."""
 
-    ratio: float = field(default=0.2, metadata={"help": "share of image tokens kept, in (0, 1]"})
+    keep_ratio: float = field(
+        default=0.2, metadata={"help": "ratio of image tokens kept, in (0, 1]"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("ratio", self.ratio)
+        ratio = check_tokens_ratio("keep_ratio", "Count: keep_tokens", self.keep_ratio)
+        object.__setattr__(self, "keep_ratio", ratio)
 
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
-        return counts_of(self.ratio, totals)
+        return counts_of(self.keep_ratio, totals)
 
 
 @dataclass(frozen=True)
 class Count(Budget, name="count"):
     """Keep the same number of image tokens in every sample, or all where there are fewer."""
 
-    tokens: int = field(default=64, metadata={"help": "number of image tokens kept"})
+    keep_tokens: int = field(default=64, metadata={"help": "number of image tokens kept"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("tokens", self.tokens)
+        check_tokens_count("Ratio: keep_ratio", "keep_tokens", self.keep_tokens)
 
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
-        return torch.full_like(totals, self.tokens)
+        return torch.full_like(totals, self.keep_tokens)
+
+
+def budget_of(keep_ratio: float | None, keep_tokens: int | None, **bounds: Any) -> Ratio | Count:
+    """`Ratio` or `Count` from a method's pair of parameters, of which one is given."""
+    if keep_tokens is not None:
+        return Count(keep_tokens, **bounds)
+    assert keep_ratio is not None
+    return Ratio(keep_ratio, **bounds)
 
 
 def spread_evenly(image: Tensor, counts: Tensor) -> Tensor:
@@ -244,12 +267,6 @@ def measure_chord_distance(curve: Tensor, totals: Tensor) -> Tensor:
     distance = (curve - (first + steps * slope)).abs()
     rounding = 1e-6 * curve.abs().amax(1, keepdim=True)
     return torch.where(inside & (distance > rounding), distance, 0.0)
-
-
-def _resolve(amount: int | float, totals: Tensor) -> Tensor:
-    if isinstance(amount, float):
-        return counts_of(amount, totals)
-    return torch.full_like(totals, amount)
 
 
 def _invert(order: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+from abc import ABCMeta
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, TypeVar
 
+from corematching import old_names
 from corematching.errors import ConfigError, unknown_name
+from corematching.policy import plugins
 
 C = TypeVar("C", bound="Component")
 
@@ -16,7 +20,22 @@ REGISTRY: dict[str, dict[str, type[Component]]] = {}
 """Kind ("token score", "budget", ...) -> name -> class."""
 
 
-class Component:
+class ComponentType(ABCMeta):
+    """Lets a component be made with the parameter names of the version before."""
+
+    def __call__(cls, *args: Any, **params: Any) -> Any:
+        known: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
+        if known and not params.keys() <= known.keys() and hasattr(cls, "name"):
+            kind, name = cls.kind, cls.name  # type: ignore[attr-defined]
+            name_now, renamed = old_names.modernize(kind, name, params, known)
+            if renamed is not params:
+                renamed |= dict(zip(parameters_of(cls), args, strict=False))
+                made = cls if name_now == name else find(kind, name_now)
+                return super(ComponentType, made).__call__(**prepare(made, renamed))
+        return super().__call__(*args, **params)
+
+
+class Component(metaclass=ComponentType):
     """A policy object that is found by kind and name.
 
     A base class states its kind, ``class TokenScore(Component, kind="token score")``; a concrete
@@ -74,7 +93,8 @@ def register(cls: type[Component]) -> None:
 
 
 def names(kind: str) -> list[str]:
-    """The registered names of a kind, sorted."""
+    """The registered names of a kind, those of other packages included, sorted."""
+    plugins.load()
     return sorted(REGISTRY[kind])
 
 
@@ -84,22 +104,29 @@ def canonical(name: str) -> str:
 
 
 def find(kind: str, name: str) -> type[Component]:
-    """The class registered under a kind and a name.
+    """The class registered under a kind and a name; other packages are asked last.
 
     Raises
     ------
     ConfigError
-        When there is none; the message names the nearest one.
+        When there is none; the message names the nearest one, and packages that could not be asked.
     """
     known = REGISTRY[kind]
     if canonical(name) not in known:
-        raise unknown_name(kind, name, known)
+        failures = plugins.load()
+        if canonical(name) not in known:
+            error = unknown_name(kind, name, known)
+            raise ConfigError("; ".join([str(error), *failures])) if failures else error
     return known[canonical(name)]
 
 
 def build(kind: str, name: str, **params: Any) -> Component:
     """Make a component from its kind, its name and its parameters, nested ones as mappings."""
     cls = find(kind, name)
+    known = parameters_of(cls)
+    if not params.keys() <= known.keys():
+        name_now, params = old_names.modernize(kind, cls.name, params, known)
+        cls = cls if name_now == cls.name else find(kind, name_now)
     return cls(**prepare(cls, params))
 
 
@@ -111,21 +138,34 @@ def prepare(cls: type, params: Mapping[str, Any]) -> dict[str, Any]:
     ConfigError
         When ``cls`` has no parameter of that name.
     """
-    metadata = {f.name: f.metadata for f in _fields(cls)}
+    known = parameters_of(cls)
     arguments = {}
     for key, value in params.items():
-        if key not in metadata:
-            raise unknown_name(
-                f"parameter of '{getattr(cls, 'name', cls.__name__)}'", key, metadata
-            )
-        kind = metadata[key].get("kind")
-        if kind and isinstance(value, Mapping):
-            nested = dict(value)
-            value = build(kind, nested.pop("name", ""), **nested)
-        elif isinstance(value, list):
-            value = tuple(value)
-        arguments[key] = value
+        if key not in known:
+            raise unknown_name(f"parameter of '{getattr(cls, 'name', cls.__name__)}'", key, known)
+        arguments[key] = read_nested(known[key], value)
     return arguments
+
+
+def parameters_of(cls: Any) -> dict[str, str | None]:
+    """The constructor's parameters, in order, with the kind of component that each one takes."""
+    described = cls.__dataclass_fields__
+    names = list(inspect.signature(cls.__init__).parameters)[1:]
+    return {
+        name: described[name].metadata.get("kind") if name in described else None for name in names
+    }
+
+
+def read_nested(kind: str | None, value: Any) -> Any:
+    """A component of that kind from its name or its mapping; lists made tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(read_nested(kind, item) for item in value)
+    if kind and isinstance(value, str):
+        return build(kind, value)
+    if kind and isinstance(value, Mapping):
+        nested = dict(value)
+        return build(kind, nested.pop("name", ""), **nested)
+    return value
 
 
 def import_all(package: str, path: Iterable[str]) -> None:

@@ -15,11 +15,11 @@ from corematching.policy.amounts import counts_of
 TINY = 1e-6
 
 
-def resolve_amount(amount: int | float, totals: Tensor) -> Tensor:
-    """(B,) long, a share (float) or a count (int) of ``totals`` (B,) tokens, at most all."""
-    if isinstance(amount, float):
-        return counts_of(amount, totals)
-    return totals.clamp(max=amount)
+def resolve_amount(keep_ratio: float | None, keep_tokens: int | None, totals: Tensor) -> Tensor:
+    """(B,) long, a ratio or a number of ``totals`` (B,) tokens, at most all; None: all."""
+    if keep_tokens is not None:
+        return totals.clamp(max=keep_tokens)
+    return totals if keep_ratio is None else counts_of(keep_ratio, totals)
 
 
 def rank_picks(order: Tensor, features: Tensor) -> Tensor:

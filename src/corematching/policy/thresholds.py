@@ -19,7 +19,7 @@ from corematching.errors import ConfigError
 from corematching.kernels.prompt import find_size
 from corematching.policy.activated import find_kth_largest
 from corematching.policy.amounts import PPM, parts
-from corematching.policy.check import check_share
+from corematching.policy.check import check_ratio
 
 SMALLEST = torch.finfo(torch.float32).tiny
 """The least cut, because smaller numbers count as 0 on some devices."""
@@ -40,7 +40,7 @@ def calibrate_threshold(
     tokens : Tensor
         (B, T) bool, the tokens to calibrate over.
     sparsity : float
-        Share of the entries that shall fall away, in (0, 1].
+        Ratio of the entries that shall fall away, in (0, 1].
     neurons : Tensor, optional
         (B, K) long, the neurons to calibrate over, such as the core ones; default: all.
 
@@ -55,7 +55,7 @@ def calibrate_threshold(
         When ``sparsity`` is out of range; on the CPU also when a value is NaN or infinite. Other
         devices are not waited for: there NaN counts as larger than all numbers.
     """
-    check_share("sparsity", sparsity)
+    check_ratio("sparsity", sparsity)
     width = values.shape[-1] if neurons is None else neurons.shape[1]
     ranks = -(-tokens.sum(1) * width * parts(sparsity) // PPM)  # rounded up
     found = find_size(values.detach(), tokens, neurons, ranks)
@@ -92,11 +92,11 @@ def _calibrate_at_once(
     return torch.where(ranks > 0, sizes.sort(dim=1).values.gather(1, last).squeeze(1), 0.0)
 
 
-def find_cut(values: Tensor, tokens: Tensor, share: float, neurons: Tensor | None = None) -> Tensor:
-    """The smallest magnitude that stays when about ``share`` of the entries do: ``|v| >= cut``.
+def find_cut(values: Tensor, tokens: Tensor, ratio: float, neurons: Tensor | None = None) -> Tensor:
+    """The smallest magnitude that stays when about ``ratio`` of the entries do: ``|v| >= cut``.
 
     The float32 number after `calibrate_threshold`, so that what equals the quantile falls away, as
-    in ``|v| > t``; 0, at which all stay, for ``share=1``.
+    in ``|v| > t``; 0, at which all stay, for ``ratio=1``.
 
     Parameters
     ----------
@@ -104,8 +104,8 @@ def find_cut(values: Tensor, tokens: Tensor, share: float, neurons: Tensor | Non
         (B, T, F), in any float dtype.
     tokens : Tensor
         (B, T) bool, the tokens to calibrate over.
-    share : float
-        Share of the entries that shall stay, in (0, 1].
+    ratio : float
+        Ratio of the entries that shall stay, in (0, 1].
     neurons : Tensor, optional
         (B, K) long, the neurons to calibrate over; default: all.
 
@@ -114,10 +114,10 @@ def find_cut(values: Tensor, tokens: Tensor, share: float, neurons: Tensor | Non
     Tensor
         (B,) float32; 0 for a sample without tokens.
     """
-    check_share("share", share)
-    if share == 1:
+    check_ratio("ratio", ratio)
+    if ratio == 1:
         return values.new_zeros(len(values), dtype=torch.float32)
-    threshold = calibrate_threshold(values, tokens, 1 - share, neurons)
+    threshold = calibrate_threshold(values, tokens, 1 - ratio, neurons)
     cut = threshold.nextafter(torch.full_like(threshold, torch.inf)).clamp(min=SMALLEST)
     return torch.where(tokens.any(1), cut, 0.0)
 

@@ -1,4 +1,4 @@
-"""Named sets of tokens that something is counted over."""
+"""Named sets of tokens, such as those that neurons are ranked on."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ TOKEN_SETS: dict[str, Callable[[PrefillView], Tensor]] = {
 }
 
 
-def select_tokens(view: PrefillView, over: str) -> Tensor:
+def select_tokens(view: PrefillView, token_set: str) -> Tensor:
     """The (B, T) bool mask of a set by its name in `TOKEN_SETS`."""
-    return TOKEN_SETS[over](view)
+    return TOKEN_SETS[token_set](view)
 
 
-def list_chosen(view: PrefillView, over: str) -> tuple[Tensor, Tensor]:
+def list_chosen(view: PrefillView, token_set: str) -> tuple[Tensor, Tensor]:
     """`list_rows` of a set by its name, found once for all layers that see the same masks.
 
     A prompt's tokens are counted once for all its layers, since that waits for the device.
     """
     masks = view.valid, view.image, view.kept
-    known = view.memory.get(f"rows of {over}")
+    known = view.memory.get(f"rows of {token_set}")
     if known is None or any(mask is not seen for mask, seen in zip(masks, known[0], strict=True)):
-        tokens = select_tokens(view, over)
-        most = f"most {over} of {tokens.shape[1]}"
+        tokens = select_tokens(view, token_set)
+        most = f"most {token_set} of {tokens.shape[1]}"
         if most not in view.memory:
             view.memory[most] = count_most(tokens)
-        known = view.memory[f"rows of {over}"] = masks, list_rows(tokens, view.memory[most])
+        known = view.memory[f"rows of {token_set}"] = masks, list_rows(tokens, view.memory[most])
     rows: tuple[Tensor, Tensor] = known[1]
     return rows
 
@@ -90,6 +90,6 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     return values.gather(1, rows.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
-def check_over(over: str) -> None:
+def check_token_set(token_set: str) -> None:
     """Refuse a name that is no token set."""
-    check_choice("over", over, TOKEN_SETS)
+    check_choice("token_set", token_set, TOKEN_SETS)

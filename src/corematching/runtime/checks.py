@@ -228,7 +228,8 @@ def _check_tokens(model: nn.Module, config: Any, parts: Parts, method: Method) -
     if not parts.image_ids:
         raise UnsupportedModelError(
             f"{_kind(model)} has no image token (config.image_token_id), so it has no image "
-            "tokens to drop: use a vision-language model, or choose neurons only (tokens=None)"
+            "tokens to drop: use a vision-language model, or choose neurons only "
+            "(CoreMatching: score=None)"
         )
     if config._attn_implementation == "flex_attention":
         raise UnsupportedModelError(

@@ -80,7 +80,7 @@ class MemoryPlan:
         hints = [f"raise the cap to at least {format_size(need)}"]
         if over < chosen:
             share = 1 - over / chosen
-            hints.append(f"keep at most {share:.0%} of as many neurons (a lower beta)")
+            hints.append(f"keep at most {share:.0%} of as many neurons (a lower ratio)")
         hints.append("leave fewer end layers dense")
         if prompt:
             hints.append("ask with fewer samples or a shorter prompt")

@@ -16,7 +16,7 @@ from corematching.evaluate.answer import encode_texts, starts_itself
 from corematching.evaluate.lmms.settings import Settings, StopAtText, cut_at
 from corematching.evaluate.lmms.turns import Turn, pictures_of
 from corematching.inputs import plain_text
-from corematching.methods import Installable
+from corematching.methods import BaseMethod
 from corematching.report import Report
 
 
@@ -75,11 +75,11 @@ class Responder:
     model : PreTrainedModel
     processor : ProcessorMixin
         With a tokenizer.
-    method : Installable
+    method : BaseMethod
         Put on the model for each batch.
     """
 
-    def __init__(self, model: Any, processor: Any, method: Installable) -> None:
+    def __init__(self, model: Any, processor: Any, method: BaseMethod) -> None:
         if getattr(processor, "image_processor", None) is None:
             raise InputError(
                 "the model takes no pictures: choose a vision-language model (see "

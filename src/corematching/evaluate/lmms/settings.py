@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from corematching.errors import ConfigError, unknown_name
-from corematching.methods import Installable, method_from_text
+from corematching.methods import BaseMethod, method_from_text
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _SAMPLING = ("temperature", "top_p", "top_k")
 _PASSED = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
 
 
-def read_method(text: str) -> Installable:
+def read_method(text: str) -> BaseMethod:
     """Make a method from ``NAME[:param=value;...]``; commas work too where the harness lets them.
 
     Raises

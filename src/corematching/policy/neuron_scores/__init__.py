@@ -1,13 +1,20 @@
 """Neuron scores, one file each; every file of this folder is found and registered."""
 
 from corematching.policy.component import import_all
-from corematching.policy.neuron_scores.coreinfer import CoreInfer
-from corematching.policy.neuron_scores.griffin import Griffin
+from corematching.policy.neuron_scores.coreinfer import CoreInferScore
+from corematching.policy.neuron_scores.griffin import GriffinScore
 from corematching.policy.neuron_scores.magnitude import Magnitude
 from corematching.policy.neuron_scores.output_weighted import OutputWeighted
-from corematching.policy.neuron_scores.paper import Paper
+from corematching.policy.neuron_scores.paper import PaperScore
 from corematching.policy.neuron_scores.random import RandomNeurons
 
 import_all(__name__, __path__)
 
-__all__ = ["CoreInfer", "Griffin", "Magnitude", "OutputWeighted", "Paper", "RandomNeurons"]
+__all__ = [
+    "CoreInferScore",
+    "GriffinScore",
+    "Magnitude",
+    "OutputWeighted",
+    "PaperScore",
+    "RandomNeurons",
+]

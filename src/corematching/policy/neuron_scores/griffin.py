@@ -10,7 +10,7 @@ from torch import Tensor
 from corematching.kernels.prompt import sum_rows
 from corematching.policy.base import NeuronScore, read_activations
 from corematching.policy.passes import read_blocks
-from corematching.policy.tokens import check_over, select_tokens
+from corematching.policy.tokens import check_token_set, select_tokens
 from corematching.protocol import PrefillView
 
 TINY = 1e-24
@@ -18,21 +18,21 @@ TINY = 1e-24
 
 
 @dataclass(frozen=True)
-class Griffin(NeuronScore, name="griffin"):
+class GriffinScore(NeuronScore, name="griffin"):
     """``sqrt(sum_t (a_n(t) / ||a(t)||)^2)``, the l2 norm over the tokens' unit activations.
 
     GRIFFIN, arXiv:2404.01365.
     """
 
-    over: str = field(
+    token_set: str = field(
         default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:
-        check_over(self.over)
+        check_token_set(self.token_set)
 
     def score(self, view: PrefillView) -> Tensor:
-        activations, tokens = read_activations(view), select_tokens(view, self.over)
+        activations, tokens = read_activations(view), select_tokens(view, self.token_set)
         found = sum_rows(activations, tokens, "unit squares")
         if found is not None:
             return found.sqrt()

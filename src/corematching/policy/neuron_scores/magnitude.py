@@ -8,27 +8,27 @@ from torch import Tensor
 
 from corematching.policy.activated import activate_by_magnitude
 from corematching.policy.base import NeuronScore, read_activations
-from corematching.policy.check import check_share
+from corematching.policy.check import check_ratio
 from corematching.policy.core import count_activations
-from corematching.policy.tokens import check_over, select_tokens
+from corematching.policy.tokens import check_token_set, select_tokens
 from corematching.protocol import PrefillView
 
 
 @dataclass(frozen=True)
 class Magnitude(NeuronScore, name="magnitude"):
-    """In how many tokens the neuron is in the top ``share`` by ``|a|``."""
+    """In how many tokens the neuron is in the top ``top_ratio`` by ``|a|``."""
 
-    share: float = field(
-        default=0.2, metadata={"help": "share of a token's neurons that it votes for, in (0, 1]"}
+    top_ratio: float = field(
+        default=0.2, metadata={"help": "ratio of a token's neurons that it votes for, in (0, 1]"}
     )
-    over: str = field(
+    token_set: str = field(
         default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:
-        check_share("share", self.share)
-        check_over(self.over)
+        check_ratio("top_ratio", self.top_ratio)
+        check_token_set(self.token_set)
 
     def score(self, view: PrefillView) -> Tensor:
-        activated = activate_by_magnitude(read_activations(view), self.share)
-        return count_activations(activated, select_tokens(view, self.over))
+        activated = activate_by_magnitude(read_activations(view), self.top_ratio)
+        return count_activations(activated, select_tokens(view, self.token_set))

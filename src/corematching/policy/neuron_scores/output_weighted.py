@@ -8,7 +8,7 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.policy.base import NeuronScore, read_activations
-from corematching.policy.tokens import check_over, select_tokens
+from corematching.policy.tokens import check_token_set, select_tokens
 from corematching.protocol import PrefillView
 
 
@@ -16,12 +16,12 @@ from corematching.protocol import PrefillView
 class OutputWeighted(NeuronScore, name="output-weighted"):
     """Mean ``|a_n|`` over the tokens, times the norm of the neuron's column of ``down_proj``."""
 
-    over: str = field(
+    token_set: str = field(
         default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:
-        check_over(self.over)
+        check_token_set(self.token_set)
 
     def score(self, view: PrefillView) -> Tensor:
         if view.down_proj is None:
@@ -29,7 +29,7 @@ class OutputWeighted(NeuronScore, name="output-weighted"):
                 "output-weighted needs the weight of down_proj, which this model does not show "
                 "(a quantised layer?): use 'griffin'"
             )
-        tokens = select_tokens(view, self.over)
+        tokens = select_tokens(view, self.token_set)
         size = read_activations(view).float().abs().masked_fill(~tokens.unsqueeze(-1), 0).sum(1)
         mean = size / tokens.sum(1, keepdim=True).clamp(min=1)
         return mean * view.down_proj.float().norm(dim=0)

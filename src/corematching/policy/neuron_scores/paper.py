@@ -8,31 +8,32 @@ from torch import Tensor
 
 from corematching.policy.activated import activate_top_positive
 from corematching.policy.base import NeuronScore, read_activations
-from corematching.policy.check import check_share
+from corematching.policy.check import check_ratio
 from corematching.policy.core import count_activations
-from corematching.policy.tokens import check_over, select_tokens
+from corematching.policy.tokens import check_token_set, select_tokens
 from corematching.protocol import PrefillView
 
 
 @dataclass(frozen=True)
-class Paper(NeuronScore, name="paper"):
-    """``f_rho(n; s)``, in how many tokens the neuron is in the top ``rho`` of the positive ones.
+class PaperScore(NeuronScore, name="paper"):
+    """``f_rho(n; s)``: in how many tokens the neuron is in the ``top_ratio`` of the positive ones.
 
     CoreInfer (arXiv:2410.18311) and CoreMatching (arXiv:2505.19235): the highest are the sentence's
     core neurons.
     """
 
-    rho: float = field(
-        default=0.2, metadata={"help": "top fraction of a token's positive entries, in (0, 1]"}
+    top_ratio: float = field(
+        default=0.2,
+        metadata={"help": "ratio of a token's positive entries that vote, in (0, 1]"},
     )
-    over: str = field(
+    token_set: str = field(
         default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:
-        check_share("rho", self.rho)
-        check_over(self.over)
+        check_ratio("top_ratio", self.top_ratio)
+        check_token_set(self.token_set)
 
     def score(self, view: PrefillView) -> Tensor:
-        activated = activate_top_positive(read_activations(view), self.rho)
-        return count_activations(activated, select_tokens(view, self.over))
+        activated = activate_top_positive(read_activations(view), self.top_ratio)
+        return count_activations(activated, select_tokens(view, self.token_set))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corematching.policy.base import TokenScore
-from corematching.policy.check import check_amount
+from corematching.policy.check import settle_amount
 from corematching.policy.features import read_embeddings, read_features
 from corematching.policy.greedy import (
     cosine_similarity,
@@ -17,14 +17,14 @@ from corematching.policy.greedy import (
     rank_picks,
     resolve_amount,
 )
-from corematching.policy.tokens import check_over, select_tokens
+from corematching.policy.tokens import check_token_set, select_tokens
 from corematching.protocol import EMBEDDINGS, PrefillView
 
 TINY = 1e-6
 
 
 @dataclass(frozen=True)
-class CDPruner(TokenScore, name="cdpruner"):
+class CDPrunerScore(TokenScore, name="cdpruner"):
     """Place in the greedy MAP choice of a DPP conditioned on the question, first picks highest.
 
     "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
@@ -41,28 +41,32 @@ class CDPruner(TokenScore, name="cdpruner"):
 
     needs: ClassVar[frozenset[str]] = frozenset({EMBEDDINGS})
 
-    first: int | float = field(
-        default=64 / 576, metadata={"help": "tokens to pick: a share (float) or a count (int)"}
+    keep_ratio: float | None = field(
+        default=None,
+        metadata={"help": "tokens to pick, of the image tokens; default: 64 / 576"},
     )
-    over: str = field(
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "number of tokens to pick, instead"}
+    )
+    token_set: str = field(
         default="question", metadata={"help": "text tokens that count: question | text"}
     )
 
     def __post_init__(self) -> None:
-        check_amount("first", self.first)
-        check_over(self.over)
+        settle_amount(self, 64 / 576)
+        check_token_set(self.token_set)
 
     def score(self, view: PrefillView) -> Tensor:
         features = read_features(view)
         relevance = self.measure_relevance(view)
         kernel = relevance.unsqueeze(2) * cosine_similarity(features) * relevance.unsqueeze(1)
-        counts = resolve_amount(self.first, view.image.sum(1))
+        counts = resolve_amount(self.keep_ratio, self.keep_tokens, view.image.sum(1))
         return rank_picks(order_by_volume(kernel, view.image, counts), features)
 
     def measure_relevance(self, view: PrefillView) -> Tensor:
         """(B, T), in [0, 1] on image tokens and 0 elsewhere; 1 where all are equally relevant."""
         unit = torch.nn.functional.normalize(read_embeddings(view), dim=-1)
-        asked = select_tokens(view, self.over).unsqueeze(-1)
+        asked = select_tokens(view, self.token_set).unsqueeze(-1)
         query = unit.masked_fill(~asked, 0).sum(1) / asked.sum(1).clamp(min=1)  # (B, d)
         relevance = torch.einsum("btd,bd->bt", unit, query)
         least = torch.where(view.image, relevance, torch.inf).amin(1, keepdim=True)

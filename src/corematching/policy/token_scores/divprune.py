@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from corematching.policy.base import TokenScore
-from corematching.policy.check import check_amount
+from corematching.policy.check import settle_amount
 from corematching.policy.features import read_features
 from corematching.policy.greedy import (
     cosine_similarity,
@@ -20,7 +20,7 @@ from corematching.protocol import EMBEDDINGS, PrefillView
 
 
 @dataclass(frozen=True)
-class DivPrune(TokenScore, name="divprune"):
+class DivPruneScore(TokenScore, name="divprune"):
     """Place in the greedy max-min choice over the projected features, first picks highest.
 
     "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
@@ -31,15 +31,19 @@ class DivPrune(TokenScore, name="divprune"):
 
     needs: ClassVar[frozenset[str]] = frozenset({EMBEDDINGS})
 
-    first: int | float = field(
-        default=0.098, metadata={"help": "tokens to pick: a share (float) or a count (int)"}
+    keep_ratio: float | None = field(
+        default=None,
+        metadata={"help": "tokens to pick, of the image tokens; default: 0.098"},
+    )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "number of tokens to pick, instead"}
     )
 
     def __post_init__(self) -> None:
-        check_amount("first", self.first)
+        settle_amount(self, 0.098)
 
     def score(self, view: PrefillView) -> Tensor:
         features = read_features(view)
-        counts = resolve_amount(self.first, view.image.sum(1))
+        counts = resolve_amount(self.keep_ratio, self.keep_tokens, view.image.sum(1))
         order = order_by_distance(1 - cosine_similarity(features), view.image, counts)
         return rank_picks(order, features)

@@ -14,7 +14,7 @@ from corematching.protocol import CONTRIBUTIONS, PrefillView
 
 
 @dataclass(frozen=True)
-class Projection(TokenScore, name="projection"):
+class ProjectionScore(TokenScore, name="projection"):
     """A token's share of the last token's attention output: attention times projection.
 
     With ``c_j`` token j's term of that output (attention score and value path, through the output

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from corematching.policy.base import TokenScore
-from corematching.policy.check import check_amount
+from corematching.policy.check import settle_amount
 from corematching.policy.greedy import resolve_amount
 from corematching.protocol import PrefillView
 
 
 @dataclass(frozen=True)
-class Stride(TokenScore, name="stride"):
+class StrideScore(TokenScore, name="stride"):
     """1 on tokens at equal distances in the prompt's order, 0 on all others.
 
     Of N image tokens the i-th of K is number ``floor((i + 1/2) * N / K)``.
@@ -23,16 +23,20 @@ class Stride(TokenScore, name="stride"):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    first: int | float = field(
-        default=0.2, metadata={"help": "tokens that get 1: a share (float) or a count (int)"}
+    keep_ratio: float | None = field(
+        default=None,
+        metadata={"help": "tokens to give 1, of the image tokens; default: 0.2"},
+    )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "number of tokens to give 1, instead"}
     )
 
     def __post_init__(self) -> None:
-        check_amount("first", self.first)
+        settle_amount(self, 0.2)
 
     def score(self, view: PrefillView) -> Tensor:
         totals = view.image.sum(1, keepdim=True)
-        counts = resolve_amount(self.first, totals)
+        counts = resolve_amount(self.keep_ratio, self.keep_tokens, totals)
         i = torch.arange(view.image.shape[1], device=view.image.device)
         ticks = ((2 * i + 1) * totals).div(2 * counts.clamp(min=1), rounding_mode="floor")
         ticks = ticks.masked_fill(i >= counts, -1)  # (B, T)

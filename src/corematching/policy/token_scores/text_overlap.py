@@ -9,18 +9,18 @@ from torch import Tensor
 
 from corematching.policy.activated import activate_by_magnitude, activate_by_sign
 from corematching.policy.base import TokenScore, read_activations
-from corematching.policy.check import check_choice, check_number, check_share
+from corematching.policy.check import check_choice, check_number, check_ratio
 from corematching.policy.passes import dot_tokens, sum_tokens
-from corematching.policy.tokens import check_over, select_tokens
+from corematching.policy.tokens import check_token_set, select_tokens
 from corematching.protocol import PrefillView
 
 PROFILES = {
-    "sign": lambda activations, share: activate_by_sign(activations),
+    "sign": lambda activations, ratio: activate_by_sign(activations),
     "magnitude": activate_by_magnitude,
-    "size": lambda activations, share: torch.nn.functional.normalize(
+    "size": lambda activations, ratio: torch.nn.functional.normalize(
         activations.float().abs(), dim=-1
     ),
-    "value": lambda activations, share: torch.nn.functional.normalize(activations.float(), dim=-1),
+    "value": lambda activations, ratio: torch.nn.functional.normalize(activations.float(), dim=-1),
 }
 
 
@@ -30,7 +30,7 @@ class TextOverlap(TokenScore, name="text-overlap"):
 
     With p(x) a token's profile over the F neurons, the score is ``sum_n w_n * p_n(x) * q_n`` with
     ``q = sum_t p(t)`` over the text tokens t. The profile is 0/1 by ``sign`` (a > 0) or by
-    ``magnitude`` (the top ``share`` of ``|a|``), or ``|a| / ||a||`` (``size``), or ``a / ||a||``
+    ``magnitude`` (the ``top_ratio`` of ``|a|``), or ``|a| / ||a||`` (``size``), or ``a / ||a||``
     (``value``). ``w_n = idf_n ** rarity`` lowers the weight of neurons that every patch activates:
     ``idf_n = log((1 + N) / (1/2 + sum_j |p_n(j)|))`` over the N image tokens j, at least 0.
 
@@ -39,13 +39,13 @@ class TextOverlap(TokenScore, name="text-overlap"):
     neurons that the question shares with few of them.
     """
 
-    share: float = field(
-        default=0.2, metadata={"help": "share of a token's neurons that count, in (0, 1]"}
+    top_ratio: float = field(
+        default=0.2, metadata={"help": "ratio of a token's neurons that count, in (0, 1]"}
     )
     activated_by: str = field(
         default="magnitude", metadata={"help": "profile: sign | magnitude | size | value"}
     )
-    over: str = field(
+    token_set: str = field(
         default="question", metadata={"help": "tokens to match: question | text | all"}
     )
     rarity: float = field(
@@ -56,15 +56,15 @@ class TextOverlap(TokenScore, name="text-overlap"):
     )
 
     def __post_init__(self) -> None:
-        check_share("share", self.share)
+        check_ratio("top_ratio", self.top_ratio)
         check_choice("activated_by", self.activated_by, PROFILES)
-        check_over(self.over)
+        check_token_set(self.token_set)
         check_number("rarity", self.rarity, least=0)
         check_choice("normalize", self.normalize, ("none", "cosine"))
 
     def score(self, view: PrefillView) -> Tensor:
-        profiles = PROFILES[self.activated_by](read_activations(view), self.share)  # (B, T, F)
-        chosen = select_tokens(view, self.over)
+        profiles = PROFILES[self.activated_by](read_activations(view), self.top_ratio)  # (B, T, F)
+        chosen = select_tokens(view, self.token_set)
         target = sum_tokens(profiles, chosen)  # (B, F)
         weights = self._weigh(profiles, view.image)
         scores = dot_tokens(profiles, weights * target)

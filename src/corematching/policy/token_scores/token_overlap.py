@@ -10,7 +10,7 @@ from torch import Tensor
 from corematching.errors import ConfigError
 from corematching.policy.activated import ACTIVATED_BY, activate
 from corematching.policy.base import TokenScore, read_activations
-from corematching.policy.check import check_choice, check_share
+from corematching.policy.check import check_choice, check_ratio
 from corematching.policy.passes import dot_tokens
 from corematching.protocol import PrefillView
 
@@ -27,18 +27,18 @@ class TokenOverlap(TokenScore, name="token-overlap"):
         default=-1, metadata={"help": "position of the token from the end: -1 is the last one"}
     )
     activated_by: str = field(default="sign", metadata={"help": "sign | magnitude"})
-    share: float = field(
-        default=0.2, metadata={"help": "share of neurons activated, for magnitude, in (0, 1]"}
+    top_ratio: float = field(
+        default=0.2, metadata={"help": "ratio of neurons activated, for magnitude, in (0, 1]"}
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.offset, bool) or not isinstance(self.offset, int) or self.offset >= 0:
             raise ConfigError(f"offset={self.offset!r}: count from the end, -1 is the last token")
         check_choice("activated_by", self.activated_by, ACTIVATED_BY)
-        check_share("share", self.share)
+        check_ratio("top_ratio", self.top_ratio)
 
     def score(self, view: PrefillView) -> Tensor:
-        activated = activate(read_activations(view), self.activated_by, self.share)
+        activated = activate(read_activations(view), self.activated_by, self.top_ratio)
         first = view.valid.to(torch.int8).argmax(1)
         position = (view.last + 1 + self.offset).maximum(first)
         rows = torch.arange(len(position), device=position.device)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import NeuronDropper
-from corematching.policy.check import check_share
+from corematching.policy.check import check_ratio
 from corematching.policy.thresholds import find_cut
-from corematching.policy.tokens import check_over, list_chosen, select_tokens
+from corematching.policy.tokens import check_token_set, list_chosen, select_tokens
 from corematching.protocol import GATE, NeuronChoice, PrefillView
 
 
 @dataclass(frozen=True)
-class FiringRule(NeuronDropper):
+class ThresholdRule(NeuronDropper):
     """Keep every neuron in reach, and let thresholds decide at each token. Override `thresholds`.
 
     The thresholds are quantiles of what the prompt's own tokens showed in the prefill, layer by
@@ -27,20 +27,20 @@ class FiringRule(NeuronDropper):
 
     per_token: ClassVar[bool] = True
 
-    beta: float = field(default=0.5, metadata={"help": "share that passes, in (0, 1]"})
-    over: str = field(
+    active_ratio: float = field(default=0.5, metadata={"help": "ratio that passes, in (0, 1]"})
+    token_set: str = field(
         default="text",
-        metadata={"help": "tokens to calibrate over: all | kept | text | question | image"},
+        metadata={"help": "prompt tokens to calibrate on: all | kept | text | question | image"},
     )
 
     def __post_init__(self) -> None:
-        check_share("beta", self.beta)
-        check_over(self.over)
+        check_ratio("active_ratio", self.active_ratio)
+        check_token_set(self.token_set)
 
     @property
     def decode_share(self) -> float:
-        """Share of the FFN's weights that a decoded token reads, if it is like the prompt's."""
-        return self.beta
+        """Ratio of the FFN's weights that a decoded token reads, if it is like the prompt's."""
+        return self.active_ratio
 
     def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
         """Every neuron of every layer may fire."""
@@ -59,7 +59,7 @@ class FiringRule(NeuronDropper):
         """(B,), the smallest magnitude of a view's part, (B, T, F), that stays; see `find_cut`."""
         if values is None:
             raise _missing(view, what)
-        return find_cut(values, select_tokens(view, self.over), self.beta)
+        return find_cut(values, select_tokens(view, self.token_set), self.active_ratio)
 
 
 def list_every(view: PrefillView, count: int) -> Tensor:
@@ -72,16 +72,16 @@ def list_every(view: PrefillView, count: int) -> Tensor:
 
 
 def find_gate_cut(
-    view: PrefillView, over: str, share: float, neurons: Tensor | None = None
+    view: PrefillView, token_set: str, ratio: float, neurons: Tensor | None = None
 ) -> Tensor:
-    """The smallest magnitude of a gate that stays when about ``share`` of them do.
+    """The smallest magnitude of a gate that stays when about ``ratio`` of them do.
 
     Parameters
     ----------
     view : PrefillView
-    over : str
-        The tokens to calibrate over, one of `TOKEN_SETS`.
-    share : float
+    token_set : str
+        The tokens to calibrate on, one of `TOKEN_SETS`.
+    ratio : float
         In (0, 1].
     neurons : Tensor, optional
         (B, K) long, the neurons to calibrate over; default: all.
@@ -96,11 +96,11 @@ def find_gate_cut(
     ConfigError
         When the view shows no gate.
     """
-    gate, present = show_gate(view, over)
-    return find_cut(gate, present, share, neurons)
+    gate, present = show_gate(view, token_set)
+    return find_cut(gate, present, ratio, neurons)
 
 
-def show_gate(view: PrefillView, over: str) -> tuple[Tensor, Tensor]:
+def show_gate(view: PrefillView, token_set: str) -> tuple[Tensor, Tensor]:
     """The gates (B, R, F) of some tokens, and which of them are no filler, (B, R) bool.
 
     Raises
@@ -110,7 +110,7 @@ def show_gate(view: PrefillView, over: str) -> tuple[Tensor, Tensor]:
     """
     if view.gate is None:
         raise _missing(view, GATE)
-    rows, present = list_chosen(view, over)
+    rows, present = list_chosen(view, token_set)
     return view.gate(rows), present
 
 
