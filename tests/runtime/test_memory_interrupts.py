@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 OFFLOAD = str(Path(corematching.runtime.offload.__file__).with_suffix(""))
 NAME = "llama"
-TRIES = 60
+TRIES = 150
 
 
 class Lines(Interrupter):
@@ -42,7 +43,8 @@ class Lines(Interrupter):
 
 
 @pytest.fixture(params=["whole", "loaded"])
-def model(request, stored):
+def model(request, stored, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and of no use here
     if request.param == "whole":
         return build(NAME)
     return load(stored(NAME), CAP, device="cpu")
@@ -73,7 +75,12 @@ def test_answers_after_it_are_right_or_none(model):
         answer(model, inputs, steps=2)
         with Lines() as lines:
             answer(model, inputs, steps=2)
+        interrupts = 0
         for at in lines.points():
-            with Interrupter(at, OFFLOAD), pytest.raises(KeyboardInterrupt):
-                answer(model, inputs, steps=2)
+            try:
+                with Interrupter(at, OFFLOAD):
+                    answer(model, inputs, steps=2)
+            except KeyboardInterrupt:
+                interrupts += 1
             assert same(answer(model, inputs, steps=2), expected), at
+        assert interrupts > TRIES // 2  # what an earlier one left in its place is not read again
