@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy src
 
 fuzz: $(VENV)/.installed-dev
-	PYTHONPATH=src $(BIN)/python -m tests.kernels.fuzz_native
+	PYTHONPATH=src $(BIN)/python -m tests.backends.fuzz_native
 
 clean:
 	rm -rf $(VENV)

@@ -21,7 +21,7 @@ from typing import Any
 
 from speed_table import fill_place
 
-from corematching.evaluate.plot import name_curve
+from corematching.lab.evaluate.plot import name_curve
 from corematching.methods.text import write_present
 
 RATIO = re.compile(r"ratio=([0-9.]+)")

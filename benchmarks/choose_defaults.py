@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from corematching import CoreMatching, CoreOverlap, TextOverlap, TopNeurons, load_demo
-from corematching.evaluate import Plan, SceneQA, Subject, evaluate
+from corematching.lab.evaluate import Plan, SceneQA, Subject, evaluate
 from corematching.methods import BaseMethod
 
 ONCE: dict[str, Any] = {"layer": 0.5, "cover": 0.5, "proportional": False, "neurons": None}

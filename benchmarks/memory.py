@@ -69,7 +69,7 @@ def make_checkpoint(path: Path, layers: int, dtype: torch.dtype) -> int:
     """Write a random model; gives its bytes."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    from corematching.bench.random_model import fill
+    from corematching.lab.bench.random_model import fill
 
     text = {**TEXT, "num_hidden_layers": layers}
     config = LlavaConfig(

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         method_from_text,
         method_names,
     )
-    from corematching.policy import (
+    from corematching.policies import (
         Attention,
         Budget,
         CoreInferScore,
@@ -106,7 +106,7 @@ _EXPORTS = {
         "method_from_text",
         "method_names",
     ),
-    "policy": (
+    "policies": (
         "Attention",
         "Budget",
         "CoreInferScore",

@@ -1,7 +1,7 @@
 """Parameter names of version 0.1, read for one version more, each with an `OldNameWarning`.
 
 `RENAMED` is the table. The flat parameters of CoreMatching, which are grouped now, take the
-function `group`. Removing this file and its two callers in ``policy.component`` ends them all.
+function `group`. Removing this file and its two callers in ``policies.component`` ends them all.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def group_neurons(flat: Params, stated: Set[str]) -> Any:
 
 def describe(kind: str, name: str, given: Params, named: Mapping[str, tuple[str, ...]]) -> Params:
     """A score by its name, with those of the flat parameters that it knows, under its own names."""
-    from corematching.policy.component import find, parameters_of
+    from corematching.policies.component import find, parameters_of
 
     cls = find(kind, name)
     known = parameters_of(cls)

@@ -9,10 +9,10 @@ import pytest
 from corematching.cli.analyze import choose_example, read_layers
 from corematching.cli.entry import run_command
 from corematching.errors import ConfigError
-from tests.analyze.pages import check_page
 from tests.cli.conftest import join
 from tests.cli.test_cli_run import refused
-from tests.evaluate.conftest import write_split
+from tests.lab.analyze.pages import check_page
+from tests.lab.evaluate.conftest import write_split
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from corematching.bench import runner
-from corematching.bench.machine import Ceilings
 from corematching.cli.entry import run_command
-from tests.bench.conftest import write_peers  # noqa: F401
+from corematching.lab.bench import runner
+from corematching.lab.bench.machine import Ceilings
 from tests.cli.test_cli_process import run
 from tests.cli.test_cli_run import refused
+from tests.lab.bench.conftest import write_peers  # noqa: F401
 
 PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 TINY = ("bench", "--shape", "tiny", "--rounds", "1", "--new-tokens", "3", "--force")
@@ -113,8 +113,8 @@ def test_missing_peer_is_named_with_its_install_line(measure, write_peers):  # n
 
 
 def test_busy_machine_is_refused(measure, monkeypatch):
-    monkeypatch.setattr("corematching.bench.machine.probe_others.__defaults__", (0.0,))
-    monkeypatch.setattr("corematching.bench.machine.CpuMeter.share", lambda self: 0.6)
+    monkeypatch.setattr("corematching.lab.bench.machine.probe_others.__defaults__", (0.0,))
+    monkeypatch.setattr("corematching.lab.bench.machine.CpuMeter.share", lambda self: 0.6)
     message = refused(measure("bench", "--shape", "tiny"))
     assert "60%" in message and "--force" in message
 

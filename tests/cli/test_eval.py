@@ -9,7 +9,7 @@ import pytest
 from corematching.cli.entry import run_command
 from tests.cli.conftest import join
 from tests.cli.test_cli_run import refused
-from tests.evaluate.conftest import write_split
+from tests.lab.evaluate.conftest import write_split
 
 
 @pytest.fixture

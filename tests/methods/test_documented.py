@@ -10,7 +10,7 @@ import pytest
 
 import corematching
 from corematching import CoreMatching, Griffin, Sparsifier, TopNeurons
-from corematching.evaluate import make_methods
+from corematching.lab.evaluate import make_methods
 from corematching.old_names import OldNameWarning
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from corematching.errors import ConfigError
 from corematching.methods import Sparsifier, gate_threshold, method_from_dict, method_from_text
 from corematching.protocol import ACTIVATIONS, GATE, KEPT, NeuronPolicy
 from tests.models import build, make_inputs
-from tests.policy.views import make_view, show_rows
+from tests.policies.views import make_view, show_rows
 
 
 def test_on_by_default_and_not_in_the_paper():

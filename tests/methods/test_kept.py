@@ -15,7 +15,7 @@ from corematching import (
     Uniform,
 )
 from corematching.errors import ConfigError
-from corematching.policy import Norm
+from corematching.policies import Norm
 from corematching.protocol import ACTIVATIONS, GATE, KEPT
 from tests.models import build, image_mask, make_inputs
 

@@ -39,11 +39,11 @@ from corematching import (
 from corematching.errors import AlreadyInstalledError, ConfigError
 from corematching.methods import BaseMethod, method_from_text
 from corematching.methods.corematching import STAGES
-from corematching.policy.component import REGISTRY
+from corematching.policies.component import REGISTRY
 from corematching.protocol import VisionView
 from corematching.runtime import is_attached
 from tests.models import build
-from tests.policy.views import make_view
+from tests.policies.views import make_view
 
 
 @pytest.fixture(scope="module")

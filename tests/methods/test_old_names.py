@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import corematching.policy as policy
+import corematching.policies as policy
 from corematching import (
     Attention,
     CoreInferScore,
@@ -36,8 +36,8 @@ from corematching import (
     method_from_text,
 )
 from corematching.errors import ConfigError
-from corematching.evaluate.board import render
-from corematching.evaluate.plot import AXES, group_curves
+from corematching.lab.evaluate.board import render
+from corematching.lab.evaluate.plot import AXES, group_curves
 from corematching.old_names import OldNameWarning
 
 DOCS = Path(__file__).parents[2] / "docs"

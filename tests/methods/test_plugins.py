@@ -10,8 +10,8 @@ import torch
 
 from corematching import method_from_text, method_names, score_by_name
 from corematching.errors import ConfigError
-from corematching.policy import plugins
-from corematching.policy.component import REGISTRY
+from corematching.policies import plugins
+from corematching.policies.component import REGISTRY
 from tests.models import build, make_inputs
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"

@@ -10,9 +10,9 @@ from corematching.errors import ConfigError
 from corematching.methods import method_from_dict, method_from_text, text_at_budget
 from corematching.methods.corematching import ONE_CUT, STAGES
 from corematching.methods.staged import StagedRule
-from corematching.policy import TextOverlap
+from corematching.policies import TextOverlap
 from tests.models import FAMILIES, build, image_mask, make_inputs
-from tests.policy.views import make_view
+from tests.policies.views import make_view
 
 IMAGES = FAMILIES["llava"].image_tokens
 

@@ -21,7 +21,7 @@ from corematching import (
 )
 from corematching.errors import ConfigError
 from corematching.protocol import ACTIVATIONS, NeuronPolicy, TokenPolicy
-from tests.policy.views import make_view
+from tests.policies.views import make_view
 
 
 def norms(*sizes):

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from corematching.errors import ConfigError
-from corematching.evaluate import make_methods
+from corematching.lab.evaluate import make_methods
 from corematching.methods import BaseMethod, method_from_text, method_names, text_at_budget
-from corematching.policy.component import REGISTRY
+from corematching.policies.component import REGISTRY
 
 FIXED = ("dense", "released-code", "sparsifier")
 

@@ -14,10 +14,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from corematching.errors import UnsupportedModelError
-from corematching.protocol import NeuronChoice
-from corematching.runtime import attach, detach
-from corematching.runtime.cache import (
+from corematching.cache.layers import (
     check_cache,
     compact,
     is_fresh,
@@ -25,8 +22,11 @@ from corematching.runtime.cache import (
     store,
     widen_sliding_layers,
 )
-from corematching.runtime.cache_memory import Memory
-from corematching.runtime.remembering import memory_of, remember
+from corematching.cache.memory import Memory
+from corematching.cache.remembering import memory_of, remember
+from corematching.errors import UnsupportedModelError
+from corematching.protocol import NeuronChoice
+from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
 from tests.runtime.families import RandomTokens, TestMethod
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from corematching.cache.remembering import memory_of
 from corematching.errors import ConfigError, InputError, UnsupportedModelError
 from corematching.runtime import attach, detach
-from corematching.runtime.remembering import memory_of
 from tests.models import build, make_inputs
 from tests.runtime.families import RandomNeurons, TestMethod, assert_same, generate
 from tests.runtime.turns import ENGINES, by_hand, call, layer_by_layer, talking

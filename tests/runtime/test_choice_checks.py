@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from corematching.backends.choice_checks import check_neurons, check_tokens
+from corematching.backends.cpu.native import find_library
 from corematching.errors import InvalidTensorError
-from corematching.kernels.native import find_library
 from corematching.protocol import NeuronChoice
 from corematching.runtime import attach, detach
-from corematching.runtime.choice_checks import check_neurons, check_tokens
 from tests.models import WIDTH, build, make_inputs
 from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod
 

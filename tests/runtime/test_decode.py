@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from corematching.backends.cpu.native import find_library
 from corematching.errors import ConfigError, UnsupportedModelError
-from corematching.kernels.native import find_library
 from corematching.protocol import NeuronChoice
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs

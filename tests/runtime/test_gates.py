@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from corematching import CoreMatching
-from corematching.kernels.native import find_library, find_unit, list_dtypes
+from corematching.backends.cpu.native import find_library, find_unit, list_dtypes
 from corematching.methods import gate_threshold
-from corematching.runtime.gates import Gates, make_wish
+from corematching.model.gates import Gates, make_wish
 from tests import models
 
 TEXT = torch.tensor([[True, False, True, True], [False, False, True, True]])

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corematching import CoreMatching, Sparsifier
-from corematching.kernels.native import (
+from corematching.backends.cpu.native import (
     TILES,
     VECTORS,
     Products,
@@ -27,9 +27,9 @@ from corematching.kernels.native import (
     has_tiles,
     list_dtypes,
 )
-from corematching.runtime.checks import Parts
-from corematching.runtime.ffn_parts import FFNParts
-from corematching.runtime.native_prompts import NativePrompts
+from corematching.backends.cpu.prefill import NativePrompts
+from corematching.model.ffn import FFNParts
+from corematching.model.spec import Parts
 from tests import models
 
 by_default = pytest.mark.skipif(find_unit() is None, reason="prompts stay PyTorch's here")

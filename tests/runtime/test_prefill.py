@@ -11,7 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corematching.errors import ConfigError, InputError
 from corematching.protocol import NEEDS, VISION, NeuronChoice, TokenChoice
-from corematching.runtime import attach, detach, weights
+from corematching.runtime import attach, detach
+from corematching.runtime import token_count_bias as weights
 from tests.models import build, image_mask, make_inputs
 from tests.runtime.families import (
     BANNED,

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching.backends.cuda.graph import GraphSteps
 from corematching.methods import method_from_text
 from corematching.protocol import NeuronChoice, PrefillView
 from corematching.runtime import attach, detach
-from corematching.runtime.decode.graph import GraphSteps
 from tests.models import build, make_inputs
 from tests.runtime.families import BANNED, RandomNeurons, RandomTokens, Reference, TestMethod
 from tests.runtime.test_graph import StandIn

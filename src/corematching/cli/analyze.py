@@ -70,11 +70,16 @@ def analyze(
     given = {"image": image, "question": question, "model": model, "layers": layers, "out": out}
     image, question = choose_example(image, question)
     check_file(out, "--out")
-    from corematching.analyze import analyze_picture, build_picture_page, default_rules, save_page
     from corematching.cli.loading import load_model
     from corematching.cli.overlay import shown_area
     from corematching.cli.run import has_square_patches
-    from corematching.evaluate import Subject
+    from corematching.lab.analyze import (
+        analyze_picture,
+        build_picture_page,
+        default_rules,
+        save_page,
+    )
+    from corematching.lab.evaluate import Subject
     from corematching.media import read_picture
 
     picture = read_picture(image, public_only=False)
@@ -119,7 +124,8 @@ def analyze_task(
     check_file(out, "--out")
     if table is not None:
         check_file(table, "--table")
-    from corematching.analyze import (
+    from corematching.cli.loading import load_model
+    from corematching.lab.analyze import (
         StudyPlan,
         build_study_page,
         default_rules,
@@ -127,8 +133,7 @@ def analyze_task(
         study_task,
         write_tables,
     )
-    from corematching.cli.loading import load_model
-    from corematching.evaluate import SceneQA, Subject
+    from corematching.lab.evaluate import SceneQA, Subject
 
     questions = SceneQA.load(split)
     loaded = load_model(model, device, dtype)

@@ -126,7 +126,7 @@ def models() -> None:
     """List the model families that work."""
     from rich.table import Table
 
-    from corematching.runtime.families import FAMILIES
+    from corematching.model.families import FAMILIES
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in ("family", "model type", "core tokens", "core neurons", "notes"):

@@ -137,7 +137,7 @@ def bench(
     logging.getLogger("corematching").addHandler(logging.NullHandler())
     if model and shape:
         raise ConfigError("--model and --shape exclude each other: leave one out")
-    from corematching.bench import Plan, choose_adapters, require_quiet
+    from corematching.lab.bench import Plan, choose_adapters, require_quiet
 
     plan = Plan(new_tokens=new_tokens, rounds=rounds, force=force)
     by_hand = {
@@ -167,7 +167,7 @@ def choose_methods(
     texts: Sequence[str] | None, by_hand: dict[str, Any], by_shape: bool
 ) -> dict[str, Any]:
     """The methods to time, by the text that makes them, dense first."""
-    from corematching.bench import name_by_hand
+    from corematching.lab.bench import name_by_hand
     from corematching.methods import method_from_text
 
     chosen = list(texts or [])
@@ -208,9 +208,9 @@ def open_workload(
     InputError
         Prompt and answer are longer than the model takes.
     """
-    from corematching.bench import LoadedWorkload, RandomWorkload, build_random, find_shape
     from corematching.cli.loading import choose_device, load_model
     from corematching.inputs import check_room, max_positions
+    from corematching.lab.bench import LoadedWorkload, RandomWorkload, build_random, find_shape
 
     if shape is None:
         loaded = load_model(model, device, dtype)
@@ -250,7 +250,7 @@ def measure(
     given: dict[str, Any],
 ) -> dict[str, Any]:
     """Run the contenders in turn, with those peers that can run here."""
-    from corematching.bench import MethodContender, PeerContender, run_bench
+    from corematching.lab.bench import MethodContender, PeerContender, run_bench
 
     missing = {}
     peers = []
@@ -308,7 +308,7 @@ def find_checkpoint(model: str | None) -> str:
 
 def save(board: dict[str, Any], out: Path) -> None:
     """Write the figures, the table and the picture."""
-    from corematching.bench import draw_roofline, write_markdown
+    from corematching.lab.bench import draw_roofline, write_markdown
 
     (out / "bench.json").write_text(json.dumps(board, indent=1) + "\n", encoding="utf-8")
     (out / "bench.md").write_text(write_markdown(board), encoding="utf-8")
@@ -320,7 +320,7 @@ def show(board: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(board))
         return
-    from corematching.bench import write_markdown
+    from corematching.lab.bench import write_markdown
 
     print(write_markdown(board))
     console.note(f"figures, table and roofline: {out}")

@@ -17,7 +17,7 @@ from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
 
 if TYPE_CHECKING:
-    from corematching.evaluate import Subject
+    from corematching.lab.evaluate import Subject
 
 DEFAULT_OUT = Path("corematching-eval")
 EXAMPLES = """
@@ -108,8 +108,8 @@ def evaluate(
 ) -> None:
     """Measure what methods lose on SceneQA, beside the dense model."""
     console.keep_bars_away(own_bars=model is None)
-    from corematching.evaluate import Crew, Plan, SceneQA, make_methods
-    from corematching.evaluate import evaluate as run_methods
+    from corematching.lab.evaluate import Crew, Plan, SceneQA, make_methods
+    from corematching.lab.evaluate import evaluate as run_methods
 
     with console.noting_old_names():
         methods = make_methods(method or ["corematching"], budget)
@@ -145,7 +145,7 @@ def evaluate(
 def load_subject(model: str | None, device: str | None, dtype: str) -> Subject:
     """The model under test."""
     from corematching.cli.loading import load_model
-    from corematching.evaluate import Subject
+    from corematching.lab.evaluate import Subject
 
     loaded = load_model(model, device, dtype)
     return Subject(loaded.name, loaded.model, loaded.processor)

@@ -7,7 +7,7 @@ from typing import Any
 from corematching.errors import ConfigError
 from corematching.methods.base import BaseMethod
 from corematching.methods.text import add_parameters, method_from_text, read_method, read_value
-from corematching.policy.component import find, parameters_of
+from corematching.policies.component import find, parameters_of
 
 OPTIONS = (
     "--score",

@@ -26,7 +26,7 @@ from corematching.methods.teal import TEAL
 from corematching.methods.text import add_parameters, method_from_text, text_at_budget
 from corematching.methods.top_neurons import TopNeurons
 from corematching.methods.visionzip import VisionZip
-from corematching.policy.component import build, names
+from corematching.policies.component import build, names
 
 
 def method_names() -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from corematching.policy.component import Component, build, parameters_of
+from corematching.policies.component import Component, build, parameters_of
 from corematching.protocol import NeuronPolicy, TokenPolicy
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from corematching.methods.base import BaseMethod
 from corematching.methods.sparsifier import NeuronRule, TokenRule
-from corematching.policy.budgets import Knee, budget_of
-from corematching.policy.check import check_ratio, settle_amount
-from corematching.policy.neuron_scores import RandomNeurons
-from corematching.policy.schedules import DenseEnds
-from corematching.policy.token_scores import RandomTokens, TokenOverlap
+from corematching.policies.budgets import Knee, budget_of
+from corematching.policies.check import check_ratio, settle_amount
+from corematching.policies.neuron_scores import RandomNeurons
+from corematching.policies.schedules import DenseEnds
+from corematching.policies.token_scores import RandomTokens, TokenOverlap
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from corematching.methods.base import BaseMethod
 from corematching.methods.sparsifier import NeuronRule
-from corematching.policy.check import check_ratio
-from corematching.policy.neuron_scores.coreinfer import CoreInferScore
-from corematching.policy.schedules import DenseEnds
+from corematching.policies.check import check_ratio
+from corematching.policies.neuron_scores.coreinfer import CoreInferScore
+from corematching.policies.schedules import DenseEnds
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from corematching.methods.gate_threshold import GateThreshold
 from corematching.methods.sparsifier import TokenRule, check_type
 from corematching.methods.staged import StagedRule, make_rule
 from corematching.methods.top_neurons import TopNeurons
-from corematching.policy.base import TokenScore
-from corematching.policy.budgets import Budget, Count, Ratio
-from corematching.policy.check import check_bool, check_depth, check_ratio, settle_amount
-from corematching.policy.component import read_nested
-from corematching.policy.token_scores import TextOverlap
+from corematching.policies.base import TokenScore
+from corematching.policies.budgets import Budget, Count, Ratio
+from corematching.policies.check import check_bool, check_depth, check_ratio, settle_amount
+from corematching.policies.component import read_nested
+from corematching.policies.token_scores import TextOverlap
 from corematching.protocol import NeuronPolicy
 from corematching.sizes import parse_size
 

@@ -11,10 +11,10 @@ from corematching.errors import ConfigError
 from corematching.methods.sparsifier import NeuronDropper, NeuronRule
 from corematching.methods.threshold_rule import list_every, show_gate
 from corematching.methods.top_neurons import TopNeurons
-from corematching.policy.base import read_activations
-from corematching.policy.check import check_ratio
-from corematching.policy.thresholds import find_cut
-from corematching.policy.tokens import check_token_set
+from corematching.policies.base import read_activations
+from corematching.policies.check import check_ratio
+from corematching.policies.thresholds import find_cut
+from corematching.policies.tokens import check_token_set
 from corematching.protocol import ACTIVATIONS, GATE, NeuronChoice, PrefillView
 
 MOST_KEPT = 1 << 20

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from corematching.methods.base import BaseMethod
 from corematching.methods.sparsifier import NeuronRule
-from corematching.policy.check import check_ratio
-from corematching.policy.neuron_scores.griffin import GriffinScore
-from corematching.policy.schedules import Uniform
+from corematching.policies.check import check_ratio
+from corematching.policies.neuron_scores.griffin import GriffinScore
+from corematching.policies.schedules import Uniform
 
 
 @dataclass(frozen=True)

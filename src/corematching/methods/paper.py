@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from corematching.methods.base import BaseMethod
 from corematching.methods.sparsifier import NeuronRule, TokenRule
 from corematching.methods.staged import StagedRule, make_rule
-from corematching.policy.budgets import Knee
-from corematching.policy.check import check_ratio, settle_amount
-from corematching.policy.neuron_scores import PaperScore
-from corematching.policy.schedules import DenseEnds
-from corematching.policy.token_scores import CoreOverlap
+from corematching.policies.budgets import Knee
+from corematching.policies.check import check_ratio, settle_amount
+from corematching.policies.neuron_scores import PaperScore
+from corematching.policies.schedules import DenseEnds
+from corematching.policies.token_scores import CoreOverlap
 
 TAPER = 0.5
 

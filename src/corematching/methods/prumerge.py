@@ -9,9 +9,9 @@ from torch import Tensor
 
 from corematching.methods.base import BaseMethod
 from corematching.methods.vision_rule import VisionRule
-from corematching.policy.check import settle_amount
-from corematching.policy.greedy import resolve_amount
-from corematching.policy.vision_merging import (
+from corematching.policies.check import settle_amount
+from corematching.policies.greedy import resolve_amount
+from corematching.policies.vision_merging import (
     attend_to_patches,
     count_outliers,
     join_heads,

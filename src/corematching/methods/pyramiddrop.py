@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from corematching.methods.base import BaseMethod
 from corematching.methods.staged import StagedRule, make_stages
-from corematching.policy.check import settle_amount
-from corematching.policy.token_scores.attention import Attention
+from corematching.policies.check import settle_amount
+from corematching.policies.token_scores.attention import Attention
 
 PUBLISHED = (0.5, 0.25, 0.125)
 LAYERS = (9 / 32, 17 / 32, 25 / 32)

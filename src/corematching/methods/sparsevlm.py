@@ -9,9 +9,9 @@ import torch
 from corematching.errors import ConfigError
 from corematching.methods.base import BaseMethod
 from corematching.methods.staged import StagedRule, make_stages
-from corematching.policy.check import check_number, settle_amount
-from corematching.policy.recycling import recycle_dropped
-from corematching.policy.token_scores.rater_attention import RaterAttention
+from corematching.policies.check import check_number, settle_amount
+from corematching.policies.recycling import recycle_dropped
+from corematching.policies.token_scores.rater_attention import RaterAttention
 from corematching.protocol import PrefillView, TokenChoice
 
 PUBLISHED = (300 / 576, 200 / 576, 110 / 576)

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.methods.base import BaseMethod
-from corematching.policy.amounts import layers_of
-from corematching.policy.base import NeuronScore, TokenScore, read_activations
-from corematching.policy.budgets import Budget
-from corematching.policy.check import check_bool, check_depth
-from corematching.policy.compensation import average_dropped
-from corematching.policy.component import REGISTRY, Component
-from corematching.policy.core import pick_top
-from corematching.policy.passes import sum_tokens
-from corematching.policy.proportional import count_alike
-from corematching.policy.schedules import Schedule
+from corematching.policies.amounts import layers_of
+from corematching.policies.base import NeuronScore, TokenScore, read_activations
+from corematching.policies.budgets import Budget
+from corematching.policies.check import check_bool, check_depth
+from corematching.policies.compensation import average_dropped
+from corematching.policies.component import REGISTRY, Component
+from corematching.policies.core import pick_top
+from corematching.policies.passes import sum_tokens
+from corematching.policies.proportional import count_alike
+from corematching.policies.schedules import Schedule
 from corematching.protocol import (
     ACTIVATIONS,
     EMBEDDINGS,

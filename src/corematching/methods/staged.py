@@ -11,8 +11,8 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import TokenDropper, TokenRule
-from corematching.policy.base import TokenScore
-from corematching.policy.budgets import Budget, Count, Ratio, budget_of, spread_among
+from corematching.policies.base import TokenScore
+from corematching.policies.budgets import Budget, Count, Ratio, budget_of, spread_among
 from corematching.protocol import PrefillView, TokenChoice
 
 PLACES = "staged-rule.places"

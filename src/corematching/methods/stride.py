@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from corematching.methods.base import BaseMethod
 from corematching.methods.sparsifier import TokenRule
-from corematching.policy.budgets import budget_of
-from corematching.policy.check import settle_amount
-from corematching.policy.token_scores.stride import StrideScore
+from corematching.policies.budgets import budget_of
+from corematching.policies.check import settle_amount
+from corematching.policies.token_scores.stride import StrideScore
 
 
 @dataclass(frozen=True)

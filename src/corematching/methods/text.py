@@ -16,7 +16,7 @@ from typing import Any, cast
 from corematching import old_names
 from corematching.errors import ConfigError, InputError
 from corematching.methods.base import NEURON_RATIOS, BaseMethod
-from corematching.policy.component import build, find, parameters_of
+from corematching.policies.component import build, find, parameters_of
 
 Params = dict[str, Any]
 UNNAMED = ""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import NeuronDropper
-from corematching.policy.check import check_ratio
-from corematching.policy.thresholds import find_cut
-from corematching.policy.tokens import check_token_set, list_chosen, select_tokens
+from corematching.policies.check import check_ratio
+from corematching.policies.thresholds import find_cut
+from corematching.policies.tokens import check_token_set, list_chosen, select_tokens
 from corematching.protocol import GATE, NeuronChoice, PrefillView
 
 

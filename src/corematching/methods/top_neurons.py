@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from corematching.methods.sparsifier import NeuronDropper, NeuronRule
-from corematching.policy.base import NeuronScore
-from corematching.policy.check import check_depth, check_ratio
-from corematching.policy.component import read_nested
-from corematching.policy.neuron_scores import GriffinScore
-from corematching.policy.schedules import DenseEnds
+from corematching.policies.base import NeuronScore
+from corematching.policies.check import check_depth, check_ratio
+from corematching.policies.component import read_nested
+from corematching.policies.neuron_scores import GriffinScore
+from corematching.policies.schedules import DenseEnds
 from corematching.protocol import NeuronChoice, PrefillView
 
 

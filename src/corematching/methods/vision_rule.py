@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import TokenDropper
-from corematching.policy.check import settle_amount
+from corematching.policies.check import settle_amount
 from corematching.protocol import VISION, PrefillView, TokenChoice, VisionView
 
 

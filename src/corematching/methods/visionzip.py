@@ -8,9 +8,9 @@ from torch import Tensor
 
 from corematching.methods.base import BaseMethod
 from corematching.methods.vision_rule import VisionRule
-from corematching.policy.amounts import count_of
-from corematching.policy.check import settle_amount
-from corematching.policy.vision_merging import attend_to_patches, zip_tokens
+from corematching.policies.amounts import count_of
+from corematching.policies.check import settle_amount
+from corematching.policies.vision_merging import attend_to_patches, zip_tokens
 from corematching.protocol import VisionView
 
 CONTEXTUAL = 10 / 64

@@ -7,12 +7,11 @@ from typing import Any
 from torch import nn
 
 from corematching.errors import AlreadyInstalledError, InputError
+from corematching.offload.offload import find_offload
 from corematching.protocol import Method
 from corematching.report import Report
-
-from .count import build_report
-from .engine import Engine
-from .offload import find_offload
+from corematching.runtime.record import build_report
+from corematching.runtime.session import Engine
 
 MARK = "_corematching"
 """The attribute under which a model has the engine that is on it, or the claim of one to come.

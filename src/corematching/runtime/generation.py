@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.generation import GenerationMode
 
+from corematching.cache.layers import check_cache, short_mask, widen_sliding_layers
+from corematching.cache.remembering import memory_of
 from corematching.errors import UnsupportedModelError
-
-from .cache import check_cache, short_mask, widen_sliding_layers
-from .patches import Patches
-from .remembering import memory_of
+from corematching.model.patching import Patches
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from corematching.runtime.session import Engine
 
 
 class GenerationPatches:

@@ -22,14 +22,14 @@ from corematching.errors import ConfigError
 from corematching.methods import method_from_dict, method_from_text
 from corematching.methods.sparsevlm import RecyclingRule
 from corematching.methods.staged import StagedRule, make_stages
-from corematching.policy.token_scores.cdpruner import CDPrunerScore
-from corematching.policy.token_scores.divprune import DivPruneScore
-from corematching.policy.token_scores.rater_attention import RaterAttention
-from corematching.policy.token_scores.stride import StrideScore
+from corematching.policies.token_scores.cdpruner import CDPrunerScore
+from corematching.policies.token_scores.divprune import DivPruneScore
+from corematching.policies.token_scores.rater_attention import RaterAttention
+from corematching.policies.token_scores.stride import StrideScore
 from corematching.protocol import TokenPolicy
 from corematching.runtime import is_attached
 from tests.models import FAMILIES, build, image_mask, make_inputs
-from tests.policy.views import make_view
+from tests.policies.views import make_view
 
 TOKENS = ("stride", "fastv", "pyramiddrop", "sparsevlm", "divprune", "cdpruner", "projection")
 NEURONS = ("coreinfer", "griffin")

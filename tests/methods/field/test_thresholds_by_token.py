@@ -7,11 +7,11 @@ import torch
 
 from corematching.errors import ConfigError
 from corematching.methods import method_from_dict, method_from_text
+from corematching.model.gates import Gates
 from corematching.protocol import NeuronPolicy
-from corematching.runtime.gates import Gates
-from corematching.runtime.view import FFNProbe
+from corematching.runtime.prefill.view import FFNProbe
 from tests.models import build, make_inputs
-from tests.policy.views import make_view, show_rows
+from tests.policies.views import make_view, show_rows
 
 NAMES = ("teal", "cats")
 

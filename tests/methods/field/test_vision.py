@@ -7,11 +7,11 @@ import torch
 
 from corematching.errors import ConfigError, InputError, UnsupportedModelError
 from corematching.methods import BaseMethod, method_from_dict, method_from_text
-from corematching.policy.vision_merging import prune_and_merge, zip_tokens
+from corematching.policies.vision_merging import prune_and_merge, zip_tokens
 from corematching.protocol import VisionView
 from tests.methods.field.test_field import run
 from tests.models import build, image_mask, make_inputs
-from tests.policy.views import make_view
+from tests.policies.views import make_view
 
 NAMES = ("visionzip", "prumerge")
 
