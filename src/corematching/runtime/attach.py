@@ -8,7 +8,7 @@ from torch import nn
 
 from corematching.errors import AlreadyInstalledError, InputError
 from corematching.offload.offload import find_offload
-from corematching.protocol import Method
+from corematching.protocol import Method, check_policies
 from corematching.report import Report
 from corematching.runtime.record import build_report
 from corematching.runtime.session import Engine
@@ -108,12 +108,13 @@ def attach(
     AlreadyInstalledError
         A method is already installed on this model.
     ConfigError
-        There is no such engine.
+        There is no such engine, or a policy is of another type.
     MemoryCapError
         The model does not fit under the cap.
     UnsupportedModelError
         The model cannot be shortened; the message says why and what to do.
     """
+    check_policies(method)
     claim = object()
     offload = at_work = None
     try:
