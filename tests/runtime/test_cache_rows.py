@@ -152,7 +152,7 @@ def test_beams_that_chose_alike_take_no_neurons_again():
     with at_work(model, TestMethod(None, RandomNeurons((1, 1, 2, 2), True)), "torch") as run:
         with torch.no_grad():
             cache = model(**wide, use_cache=True).past_key_values
-        ffn, token = run._engine.sparse[1], torch.full((4, 1), 9)
+        ffn, token = run._session.sparse[1], torch.full((4, 1), 9)
         taken = []
 
         def step(order):

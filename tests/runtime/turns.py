@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corematching.backends.cuda.graph import GraphSteps
 from corematching.methods import method_from_text
 from corematching.protocol import NeuronChoice, PrefillView
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
 from tests.runtime.families import BANNED, RandomNeurons, RandomTokens, Reference, TestMethod
+from tests.runtime.replaying import replaying
 from tests.runtime.test_graph import StandIn
 
 ENGINES = ("torch", "auto", "native", "replayed")
@@ -73,17 +73,13 @@ KINDS = ("weights", "neurons", "means", "limits", "late", "product", "counts", "
 def at_work(model: Any, method: Any, engine: str) -> Iterator[Any]:
     """A method on a model; "replayed" replays decode steps on a stand-in for a GPU."""
     run = attach(model, method, "torch" if engine == "replayed" else engine)
-    graph = None
     try:
         if engine == "replayed":
-            graph = GraphSteps(run._engine.parts, run._engine.sparse, StandIn)
-            run._engine.backend.graph = graph
-            graph.install()
-        yield run
+            with replaying(run, StandIn):
+                yield run
+        else:
+            yield run
     finally:
-        if graph is not None:
-            graph.remove()
-            run._engine.backend.graph = None
         detach(model)
 
 

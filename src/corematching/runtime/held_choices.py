@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from corematching.backends.choice_checks import check_settled
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.memory import Memory
 from corematching.cache.remembering import follow, memory_of
@@ -75,6 +76,13 @@ class HeldChoices:
                 ffn.clear()
         self.hold(memory)
         return True
+
+    def gather(self, cache: Any) -> None:
+        """Fetch the weights of the neurons that were chosen; compact copies for compiled code."""
+        compiled = cache is not None and cache.is_compileable
+        check_settled(self.sparse.values())
+        for ffn in self.sparse.values():
+            ffn.gather(copies=compiled)
 
     def check_compiled(self, cache: Any) -> None:
         """Refuse a compiled step whose cache is not the one that the FFNs have the choices of.
