@@ -115,7 +115,7 @@ def test_a_text_model_is_refused(measure, tiny_lm):
         (("--method", "released-code", "--budget", "0.1"), "run it without --budget"),
         (
             ("--method", "fastv:keep_ratio=0.3", "--budget", "0.1"),
-            "it states keep_ratio, leave that out",
+            "it states keep_ratio",
         ),
         (("--budget", "1.5"), "keep_ratio=1.5: give a ratio"),
         (("--limit", "0"), "limit"),
