@@ -15,6 +15,7 @@ from tests.runtime.turns import (
     ENGINES,
     KINDS,
     answer,
+    assert_close,
     at_work,
     by_hand,
     call,
@@ -171,6 +172,61 @@ def test_beams_that_chose_alike_take_no_neurons_again():
         for order in ([1, 0, 3, 2], [0, 0, 3, 3], [2, 3, 0, 1], [1, 0, 3, 3]):
             step(order)
         assert taken == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_beams_follow_the_row_that_they_come_from(engine):
+    """All of them come from the first row, whatever the others would have chosen."""
+    model = build("llava")
+    inputs = make_inputs("llava", model)
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    found = []
+    for seeds in ((1, 1, 1), (1, 2, 3)):
+        with at_work(model, TestMethod(None, RandomNeurons(seeds, True)), engine):
+            found.append(model.generate(**inputs, **options))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_move_inside_generate(engine):
+    """Where a decoding loop of the caller's own does it."""
+    moves = [None, None, None, [1, 1, 0], None, [2, 0, 1], [0, 0, 0], None]
+    ids = torch.randint(5, 50, (len(moves), BATCH, 1), generator=torch.Generator().manual_seed(1))
+
+    def decode(model, input_ids, kwargs):
+        cache, mask, logits = kwargs["past_key_values"], torch.ones_like(input_ids), []
+        prompt = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+        model(**prompt)
+        for rows, new in zip(moves, ids, strict=True):
+            if rows is not None:
+                cache.reorder_cache(torch.tensor(rows))
+            mask = torch.cat([mask, torch.ones(BATCH, 1, dtype=torch.long)], 1)
+            step = model.prepare_inputs_for_generation(
+                new, past_key_values=cache, attention_mask=mask, use_cache=True
+            )
+            logits.append(model(**step).logits[:, -1])
+        return torch.stack(logits)
+
+    with talking("means", "torch", lengths=[9, 9, 9]) as turns:
+        turns.masked, expected = False, []
+        for rows, new in zip(moves, ids, strict=True):
+            if rows is not None:
+                turns.move(rows, call("reorder_cache", torch.tensor(rows)))
+            turns.draw = lambda length, new=new: new
+            expected.append(turns.feed())
+        inputs = turns.inputs
+    model = build("llava")
+    with at_work(model, make_method("means"), engine):
+        found = []
+
+        def keep(model, input_ids, **kwargs):
+            for name in ("logits_processor", "stopping_criteria", "generation_config"):
+                del kwargs[name]
+            found.append(decode(model, input_ids, kwargs))
+            return input_ids
+
+        model.generate(**inputs, custom_generate=keep, max_new_tokens=20)
+    assert_close(found[0], torch.stack(expected))
 
 
 WRONG_MOVES = {

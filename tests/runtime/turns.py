@@ -27,6 +27,24 @@ ENGINES = ("torch", "auto", "replayed")
 BATCH = 3
 
 
+class Strict(StandIn):
+    """Replays only while all weights that were captured lie where they did, as a GPU would."""
+
+    def __init__(self, sparse: dict[int, Any]) -> None:
+        self.sparse = sparse
+
+    def capture(self, work: Callable[[], None]) -> None:
+        super().capture(work)
+        self.captured = self._find()
+
+    def replay(self) -> None:
+        assert self._find() == self.captured, "captured weights have moved"
+        super().replay()
+
+    def _find(self) -> list[tuple[int, ...]]:
+        return [ffn.addresses for ffn in self.sparse.values()]
+
+
 @dataclass
 class LimitedNeurons(RandomNeurons):
     """Random neurons with thresholds that differ from sample to sample."""
@@ -76,7 +94,8 @@ def at_work(model: Any, method: Any, engine: str) -> Iterator[Any]:
     graph = None
     try:
         if engine == "replayed":
-            graph = GraphSteps(run._engine.parts, run._engine.sparse, StandIn)
+            sparse = run._engine.sparse
+            graph = GraphSteps(run._engine.parts, sparse, lambda: Strict(sparse))
             run._engine.backend.graph = graph
             graph.install()
         yield run
