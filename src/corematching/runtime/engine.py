@@ -255,15 +255,14 @@ class Engine:
             self.offload.start_prompt(valid.shape[0], valid.shape[1], self._total, each)
 
     def _start_prefill(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
+        if self._first is not None and cache is None and (self.method.tokens or self.sparse):
+            raise replay_error()
         valid, image = read_prompt(self.model, kwargs, self.parts.image_ids, length)
         if self.method.tokens is not None and cache is not None:
             check_cache(cache)
             widen_sliding_layers(cache, length)
         self._start_streaming(valid)
-        if self._first is not None and cache is None and (self.method.tokens or self.sparse):
-            raise replay_error()
-        for ffn in self.sparse.values():
-            ffn.clear()
+        self.choices.clear()
         if not self.generating:
             self._vision.take()
         prefill = Prefill(self.parts, self.method, self.sparse, valid, image, self._tower)
@@ -273,7 +272,6 @@ class Engine:
                 "or computing a loss"
             )
         self.prefill = prefill
-        self.choices.hold(None)
         earlier = memory_of(cache)
         if earlier is not None:
             earlier.forget()
