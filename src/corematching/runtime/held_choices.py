@@ -36,6 +36,12 @@ class HeldChoices:
         if memory is not None:
             memory.give(self._token)
 
+    def clear(self) -> None:
+        """Let all tokens run on all neurons."""
+        self.hold(None)
+        for ffn in self.sparse.values():
+            ffn.clear()
+
     def follow(self, cache: Any, batch: int) -> bool:
         """Let the FFNs have what a cache remembers; dense FFNs where it is nothing.
 
@@ -58,9 +64,7 @@ class HeldChoices:
         """
         memory = follow(cache, batch)
         if memory is None:
-            for ffn in self.sparse.values():
-                ffn.clear()
-            self.hold(None)
+            self.clear()
             return False
         if memory.holder is self._token:
             if not memory.moved:
@@ -68,12 +72,10 @@ class HeldChoices:
             if memory.chose_as_taken():
                 memory.give(self._token)
                 return False
-        self.hold(None)
-        for index, ffn in self.sparse.items():
+        self.clear()
+        for index in self.sparse:
             if index in memory.neurons:
                 self._take(memory, index)
-            else:
-                ffn.clear()
         self.hold(memory)
         return True
 

@@ -258,16 +258,15 @@ class Session:
 
     def _start_prefill(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
         place, generation = self.place, self.generation
+        replayed = generation is not None and generation.record is not None and cache is None
+        if replayed and (self.method.tokens or place.sparse):
+            raise replay_error()
         valid, image = read_prompt(self.model, kwargs, place.parts.image_ids, length)
         if self.method.tokens is not None and cache is not None:
             check_cache(cache)
             widen_sliding_layers(cache, length)
         self._start_streaming(valid)
-        replayed = generation is not None and generation.record is not None and cache is None
-        if replayed and (self.method.tokens or place.sparse):
-            raise replay_error()
-        for ffn in place.sparse.values():
-            ffn.clear()
+        place.choices.clear()
         if generation is None:
             place.vision.take()
         prefill = Prefill(place.parts, self.method, place.sparse, valid, image, place.tower)
@@ -277,7 +276,6 @@ class Session:
                 "or computing a loss"
             )
         self.forward = ForwardPass(Phase.PREFILL, mark(place.device), prefill)
-        place.choices.hold(None)
         earlier = memory_of(cache)
         if earlier is not None:
             earlier.forget()
