@@ -3,6 +3,8 @@
 #   make demo   set up, then one picture and one question, dense beside sparse
 #   make test   set up, then the tests
 #   make lint   set up, then ruff and mypy
+#   make fuzz   set up, then the C kernels under AddressSanitizer and UBSan with random shapes, for
+#               about four minutes; needs gcc with its sanitizers, and no AMX: tiles are emulated
 #   make clean  remove the virtual environment
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -23,6 +25,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+
+fuzz: $(VENV)/.installed-dev
+	PYTHONPATH=src $(BIN)/python -m tests.backends.fuzz_native
 
 clean:
 	rm -rf $(VENV)

@@ -1,4 +1,5 @@
-"""Writes the tables of a finished `corematching eval` into a document, between its markers.
+"""Writes the tables of a finished `corematching eval` into a document, between its markers,
+in the present names of parameters.
 
     python benchmarks/board_tables.py README.md docs/board/board.json
     python benchmarks/board_tables.py docs/fidelity.md docs/rivals/board.json --budgets tokens
@@ -13,11 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from speed_table import fill_place
+
+from corematching.lab.evaluate.plot import name_curve
+from corematching.methods.text import write_present
+
+RATIO = re.compile(r"ratio=([0-9.]+)")
 
 
 def tabulate_methods(board: dict[str, Any]) -> str:
@@ -29,7 +36,7 @@ def tabulate_methods(board: dict[str, Any]) -> str:
     ]
     for entry in board["methods"]:
         accuracy, cells = entry["accuracy"], []
-        cells.append(f"`{entry['method']}`")
+        cells.append(f"`{write_present(entry['method'])}`")
         cells.append(
             f"{percent(accuracy['value'])} "
             f"({100 * accuracy['low']:.1f}-{100 * accuracy['high']:.1f})"
@@ -52,7 +59,7 @@ def tabulate_families(board: dict[str, Any]) -> str:
     rows = ["| method | " + " | ".join(families) + " |", "|---|" + "---:|" * len(families)]
     for entry in board["methods"]:
         values = [f"{100 * entry['families'][name]['value']:.0f}" for name in families]
-        rows.append(f"| `{entry['method']}` | " + " | ".join(values) + " |")
+        rows.append(f"| `{write_present(entry['method'])}` | " + " | ".join(values) + " |")
     return "\n".join(rows)
 
 
@@ -66,8 +73,8 @@ def tabulate_budgets(board: dict[str, Any], kind: str) -> str:
         if entry["method"] == "dense":
             dense = right
             continue
-        text, _, share = entry["method"].rpartition("=")
-        method = text[: max(text.rfind(","), text.rfind(":"))]
+        text = write_present(entry["method"])
+        method, share = name_curve(text, f"{kind}_kept"), RATIO.findall(text)[-1]
         cost = entry[flops] / entry["dense_" + flops]
         cells.setdefault(method, {})[share] = f"{right} ({100 * cost:.0f})"
     shares = sorted({share for row in cells.values() for share in row}, key=float)

@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from corematching.bench.machine import require_quiet, synchronise
-from corematching.kernels import FFNWeights, NeuronSets, find_kernel
+from corematching.backends.kernels import FFNWeights, NeuronSets, find_kernel
+from corematching.lab.bench.machine import require_quiet, synchronise
 
 COPY_BYTES = 1 << 28
 

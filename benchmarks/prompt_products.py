@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from corematching.kernels.native import (
+from corematching.backends.cpu.native import (
     Products,
     TiledAttention,
     find_unit,

@@ -24,10 +24,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from corematching import CoreMatching, load_demo
+from corematching.cache.masks import take
 from corematching.demo.example import read_example
 from corematching.methods import Sparsifier
 from corematching.protocol import NeuronChoice, PrefillView, TokenChoice
-from corematching.runtime.masks import take
 
 METHODS = {"default": CoreMatching, "paper": CoreMatching.paper}
 SYSTEM_TOKENS = 35

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from corematching.bench import write_markdown
+from corematching.lab.bench import write_markdown
 
 
 def fill_place(text: str, name: str, table: str, kind: str = "bench") -> str:

@@ -13,7 +13,7 @@ class TransformersPeer:
         dtype = getattr(torch, options["dtype"])
         self.options = options
         if "shape" in options:
-            from corematching.bench import RandomWorkload, build_random, find_shape
+            from corematching.lab.bench import RandomWorkload, build_random, find_shape
 
             shape = find_shape(options["shape"])
             self.model = build_random(shape, options["device"], dtype)
@@ -23,7 +23,7 @@ class TransformersPeer:
             return
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        from corematching.evaluate import Subject
+        from corematching.lab.evaluate import Subject
 
         path = options["checkpoint"]
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
@@ -47,7 +47,7 @@ class TransformersPeer:
 
     def answer(self, inputs, new_tokens, **options):
         """Generate exactly so many tokens."""
-        from corematching.bench import generate_exactly
+        from corematching.lab.bench import generate_exactly
 
         output = generate_exactly(self.model, inputs, new_tokens, **options)
         made = output.shape[1] - inputs["input_ids"].shape[1]
@@ -67,6 +67,6 @@ class TransformersPeer:
             import torch
 
             return torch.cuda.max_memory_allocated()
-        from corematching.bench.machine import read_peak_resident
+        from corematching.lab.bench.machine import read_peak_resident
 
         return read_peak_resident()

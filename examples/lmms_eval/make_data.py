@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from corematching.evaluate import SceneQA, pick_questions
+from corematching.lab.evaluate import SceneQA, pick_questions
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CoreMatchingError(Exception):
@@ -12,6 +14,10 @@ class CoreMatchingError(Exception):
 
 class ConfigError(CoreMatchingError, ValueError):
     """A parameter has a value that makes no sense."""
+
+
+class InvalidTensorError(ConfigError):
+    """A tensor has another shape, dtype or layout, or other values, than what reads it takes."""
 
 
 class UnsupportedModelError(CoreMatchingError):
@@ -40,3 +46,43 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return ConfigError(f"unknown {kind} '{name}': {hint}known: {', '.join(names)}")
+
+
+@contextmanager
+def translating(what: str, fix: str) -> Iterator[None]:
+    """Turn whatever a block raises into an `InputError` ``what (reason): fix``.
+
+    For code that reads foreign files, such as tokenizers and templates, and raises anything at all
+    where they are damaged. Our own errors and those of the machine (no memory, no room on disk)
+    pass.
+    """
+    try:
+        yield
+    except CoreMatchingError:
+        raise
+    except Exception as error:
+        if is_of_machine(error):
+            raise
+        raise InputError(f"{what} ({describe_error(error)}): {fix}") from error
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether an error says that memory or room on disk has run out."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def describe_error(error: BaseException) -> str:
+    """An error's first line, with its kind where the text alone says little."""
+    if isinstance(error, OSError | ValueError) and str(error).strip():
+        return first_line(error)
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop."""
+    text = str(error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    head = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return head.rstrip(".:")[:200]

@@ -40,7 +40,7 @@ def parse_size(name: str, value: str | int) -> int:
         size = value
     elif isinstance(value, str):
         found = PATTERN.fullmatch(value.strip())
-        if found and found[2].upper() in UNITS:
+        if found and found[2].upper() in UNITS and len(found[1]) < 30:
             size = int(float(found[1]) * UNITS[found[2].upper()])
     if size <= 0:
         raise ConfigError(

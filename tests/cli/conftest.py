@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from corematching.demo import assemble
 from tests.demo.scene_fakes import write_language_model, write_scene_assets
+
+
+def join(defaults: dict[str, object], arguments: Sequence[object]) -> list[str]:
+    """The arguments, with those of the default options that are not among them in front."""
+    left = [(name, value) for name, value in defaults.items() if name not in arguments]
+    return [str(word) for pair in left for word in pair] + [str(word) for word in arguments]
 
 
 @pytest.fixture(scope="session")

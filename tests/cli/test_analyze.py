@@ -9,9 +9,10 @@ import pytest
 from corematching.cli.analyze import choose_example, read_layers
 from corematching.cli.entry import run_command
 from corematching.errors import ConfigError
-from tests.analyze.pages import check_page
+from tests.cli.conftest import join
 from tests.cli.test_cli_run import refused
-from tests.evaluate.conftest import write_split
+from tests.lab.analyze.pages import check_page
+from tests.lab.evaluate.conftest import write_split
 
 
 @pytest.fixture
@@ -19,9 +20,9 @@ def analyze(tiny_vlm, picture, tmp_path, capsys):
     """Runs `corematching analyze` on the tiny model; gives (exit code, stdout, stderr)."""
 
     def run(*arguments, model=tiny_vlm, image=picture, out="report.html"):
-        pair = ("--image", str(image), "--question", "How many?") if image else ()
-        fixed = ["analyze", "--model", str(model), *pair, "--out", str(tmp_path / out)]
-        return run_command([*fixed, *arguments]), *capsys.readouterr()
+        pair = {"--image": image, "--question": "How many?"} if image else {}
+        defaults = {"--model": model, **pair, "--out": tmp_path / out}
+        return run_command(["analyze", *join(defaults, arguments)]), *capsys.readouterr()
 
     return run
 
@@ -32,9 +33,8 @@ def study(tiny_vlm, tmp_path, capsys):
     split = write_split(tmp_path / "split", pictures=2)
 
     def run(*arguments, model=tiny_vlm):
-        fixed = ["analyze-task", "--model", str(model), "--split", str(split)]
-        code = run_command([*fixed, "--out", str(tmp_path / "co.html"), *arguments])
-        return code, *capsys.readouterr()
+        defaults = {"--model": model, "--split": split, "--out": tmp_path / "co.html"}
+        return run_command(["analyze-task", *join(defaults, arguments)]), *capsys.readouterr()
 
     return run
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from corematching.bench import runner
-from corematching.bench.machine import Ceilings
 from corematching.cli.entry import run_command
-from tests.bench.conftest import write_peers  # noqa: F401
+from corematching.lab.bench import runner
+from corematching.lab.bench.machine import Ceilings
 from tests.cli.test_cli_process import run
 from tests.cli.test_cli_run import refused
+from tests.lab.bench.conftest import write_peers  # noqa: F401
 
 PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 TINY = ("bench", "--shape", "tiny", "--rounds", "1", "--new-tokens", "3", "--force")
@@ -71,7 +71,7 @@ def test_tiny_shape_end_to_end(tmp_path):
     assert set(board) == KEYS and all(set(entry) >= ENTRY for entry in board["contenders"])
     names = [entry["name"] for entry in board["contenders"]]
     assert names[0] == "dense" and names[2] == "transformers_eager"
-    assert "keep=0.2" in names[1] and "beta=0.4" in names[1]
+    assert "keep_ratio=0.2" in names[1] and "neurons=top(ratio=0.4" in names[1]
     assert board["random_weights"] and board["prompt_tokens"] == 16 + 64
     assert board["dtype"] == "bfloat16"
     assert json.loads((out / "bench.json").read_text()) == board
@@ -80,21 +80,29 @@ def test_tiny_shape_end_to_end(tmp_path):
 
 
 def test_table_on_stdout(measure):
-    code, out, err = measure(*TINY, "--keep", "0.5", "--prompt-tokens", "8", "--batch", "2")
+    code, out, err = measure(*TINY, "--keep-ratio", "0.5", "--prompt-tokens", "8", "--batch", "2")
     assert code == 0, err
-    assert "| `dense` |" in out and "neuron_score=none" in out and "batch 2" in out
+    assert "| `dense` |" in out and "neurons=none" in out and "batch 2" in out
     assert "corematching bench --shape=tiny --batch=2 --new-tokens=3 --prompt-tokens=8" in out
 
 
 def test_a_model_through_its_own_processor(measure, tiny_vlm, tmp_path):
     arguments = ("--rounds", "1", "--new-tokens", "3", "--prompt-tokens", "60", "--force")
-    code, out, err = measure("bench", "--model", tiny_vlm, *arguments, "-M", "stride:keep=0.5")
+    code, out, err = measure(
+        "bench", "--model", tiny_vlm, *arguments, "-M", "stride:keep_ratio=0.5"
+    )
     assert code == 0, err
     board = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert [entry["name"] for entry in board["contenders"]] == ["dense", "stride:keep=0.5"]
+    assert [entry["name"] for entry in board["contenders"]] == ["dense", "stride:keep_ratio=0.5"]
     assert not board["random_weights"] and "RANDOM" not in out
     assert board["prompt_tokens"] >= 16 + 60
     assert board["contenders"][0]["parts"]["preprocessing"]["median"] > 0
+
+
+@pytest.mark.parametrize("option", ["--prompt-tokens", "--new-tokens"])
+def test_more_tokens_than_a_model_takes(measure, tiny_vlm, option):
+    message = refused(measure("bench", "--force", "--model", tiny_vlm, option, "99999999"))
+    assert "99,999,999" in message and "the model takes 512 at most" in message
 
 
 def test_missing_peer_is_named_with_its_install_line(measure, write_peers):  # noqa: F811
@@ -105,8 +113,8 @@ def test_missing_peer_is_named_with_its_install_line(measure, write_peers):  # n
 
 
 def test_busy_machine_is_refused(measure, monkeypatch):
-    monkeypatch.setattr("corematching.bench.machine.probe_others.__defaults__", (0.0,))
-    monkeypatch.setattr("corematching.bench.machine.CpuMeter.share", lambda self: 0.6)
+    monkeypatch.setattr("corematching.lab.bench.machine.probe_others.__defaults__", (0.0,))
+    monkeypatch.setattr("corematching.lab.bench.machine.CpuMeter.share", lambda self: 0.6)
     message = refused(measure("bench", "--shape", "tiny"))
     assert "60%" in message and "--force" in message
 
@@ -117,13 +125,23 @@ def test_busy_machine_is_refused(measure, monkeypatch):
         (("--shape", "llava-1.5-7"), "did you mean 'llava-1.5-7b'"),
         (("--shape", "tiny", "--model", "x"), "exclude each other"),
         (("--shape", "tiny", "--method", "papper"), "did you mean 'paper'"),
-        (("--shape", "tiny", "--keep", "1.5"), "--keep 1.5 is outside"),
-        (("--shape", "tiny", "--after", "1"), "give --keep as well"),
+        (("--shape", "tiny", "--keep-ratio", "1.5"), "--keep-ratio=1.5: give a ratio"),
+        (("--shape", "tiny", "--keep-ratio", "7"), "--keep-tokens=7 is that number of tokens"),
+        (("--shape", "tiny", "--layer", "1"), "give --keep-ratio as well"),
+        (("--shape", "tiny", "--keep", "0.5", "--keep-ratio", "0.5"), "give --keep-ratio alone"),
         (("--shape", "tiny", "--dtype", "float31"), "did you mean 'float32'"),
         (("--shape", "tiny", "--peers", "vlm", "--peers-dir", PEERS), "did you mean 'vllm'"),
         (("--shape", "tiny", "--peers", "vllm", "--peers-dir", "/no"), "benchmarks/peers"),
         (("--shape", "tiny", "--new-tokens", "1"), "new-tokens"),
         (("--shape", "tiny", "--device", "gpu9"), "--device cpu"),
+        (
+            ("--shape", "tiny", "--prompt-tokens", "99999999"),
+            "the prompt has 100,000,015 tokens, the model takes 4,096 at most",
+        ),
+        (
+            ("--shape", "tiny", "--new-tokens", "99999999"),
+            "the answer up to 99,999,999, the model takes 4,096 at most",
+        ),
     ],
 )
 def test_bad_options(measure, arguments, message):

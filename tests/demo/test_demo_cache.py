@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections import namedtuple
 
 import pytest
+from safetensors import SafetensorError
 
 from corematching.demo import LanguageSource, demo_directory, find_language_model, load_demo
 from corematching.demo import cache as cache_module
@@ -34,7 +39,22 @@ def test_second_call_uses_the_cache(built, tmp_path, assets, language):
     assert demo_directory(tmp_path, assets, language, progress=no_build) == built
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "flip",
+        "truncate",
+        "delete",
+        "{",
+        "{}",
+        "[]",
+        "null",
+        '{"config.json": 1}',
+        '["config.json"]',
+        "[" * 100_000,
+    ],
+    ids=lambda damage: damage[:20],
+)
 def test_damage_is_repaired(built, tmp_path, assets, language, damage):
     weights = built / "model.safetensors"
     good = weights.read_bytes()
@@ -45,7 +65,7 @@ def test_damage_is_repaired(built, tmp_path, assets, language, damage):
     elif damage == "delete":
         weights.unlink()
     else:
-        (built / "checksums.json").write_text("{")
+        (built / "checksums.json").write_text(damage)
     again = demo_directory(tmp_path, assets, language)
     assert again == built
     assert weights.read_bytes() == good
@@ -86,7 +106,7 @@ def test_environment_names_the_cache(tmp_path, assets, language, monkeypatch):
 
 def test_unwritable_cache(tmp_path, assets, language):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write to the cache"):
+    with pytest.raises(InputError, match="holds no SceneVLM and cannot be written to"):
         demo_directory(tmp_path / "file" / "below", assets, language)
 
 
@@ -119,3 +139,112 @@ def test_load_demo(tmp_path, assets, language, monkeypatch):
     model, processor = load_demo(dtype="float32", device="cpu", cache_dir=tmp_path)
     assert model.dtype.is_floating_point and str(model.dtype) == "torch.float32"
     assert type(processor.image_processor).__name__ == "CLIPImageProcessorPil"
+
+
+def test_a_complete_cache_needs_no_right_to_write(built, tmp_path, assets, language, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    (tmp_path / "scenevlm.lock").unlink(missing_ok=True)
+    for owner, name in ((cache_module.Path, "mkdir"), (os, "open"), (os, "utime")):
+        monkeypatch.setattr(owner, name, refuse)
+    assert demo_directory(tmp_path, assets, language, progress=no_build) == built
+
+
+@pytest.mark.parametrize("held", ["a damaged", "no"])
+def test_a_cache_that_cannot_be_written_to(built, tmp_path, assets, language, held):
+    if held == "no":
+        shutil.rmtree(built)
+    else:
+        (built / "model.safetensors").unlink()
+    (tmp_path / "scenevlm.lock").unlink(missing_ok=True)
+    (tmp_path / "scenevlm.lock").mkdir()
+    with pytest.raises(InputError, match=rf"holds {held} SceneVLM and cannot be written to \("):
+        demo_directory(tmp_path, assets, language)
+
+
+@pytest.mark.parametrize("leads_to", ["nothing", "an empty folder", "a file", "a whole model"])
+def test_a_symbolic_link_in_its_place(built, tmp_path, assets, language, leads_to):
+    whole = built.rename(tmp_path / "elsewhere")
+    other = tmp_path / "other"
+    if leads_to == "an empty folder":
+        other.mkdir()
+    elif leads_to == "a file":
+        other.write_text("kept")
+    elif leads_to == "a whole model":
+        other = whole
+    built.symlink_to(other)
+    assert demo_directory(tmp_path, assets, language) == built
+    assert cache_module.is_intact(built)
+    assert built.is_symlink() is (leads_to == "a whole model")
+    assert cache_module.is_intact(whole)  # what it led to is left alone
+    assert other.exists() is (leads_to != "nothing")
+
+
+def test_a_file_in_its_place(built, tmp_path, assets, language):
+    shutil.rmtree(built)
+    built.write_text("")
+    assert demo_directory(tmp_path, assets, language) == built and built.is_dir()
+
+
+LIMITED = """
+import resource, sys
+from corematching.demo import LanguageSource, SceneAssets, demo_directory
+from corematching.errors import InputError
+cache, assets, language, limit = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+try:
+    demo_directory(cache, SceneAssets.read(assets), LanguageSource.at(language))
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+@pytest.mark.parametrize("limit", [100, 20_000])
+def test_a_limit_on_file_sizes(tmp_path, assets, language, limit):
+    places = (tmp_path / "cache", assets.directory, language.directory)
+    command = [sys.executable, "-c", LIMITED, *map(str, places), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cannot write SceneVLM to" in done.stdout and "free some space" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert [path for path in places[0].iterdir() if path.is_dir()] == []
+
+
+def test_errors_of_safetensors_on_a_full_disk(tmp_path, assets, language, monkeypatch):
+    def stop(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cache_module, "assemble", stop)
+    with pytest.raises(InputError, match="No space left on device"):
+        demo_directory(tmp_path, assets, language)
+
+
+def test_other_errors_of_an_assembly_are_not_taken_for_a_full_disk(
+    tmp_path, assets, language, monkeypatch
+):
+    def stop(*args):
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(cache_module, "assemble", stop)
+    with pytest.raises(KeyError):
+        demo_directory(tmp_path, assets, language)
+
+
+def test_models_of_other_versions_go_when_they_are_out_of_use(tmp_path, assets, language):
+    for name, days in (("unused", 8), ("in-use", 1), ("not-ours", 8)):
+        folder = tmp_path / (f"scenevlm-{name}" if name != "not-ours" else name)
+        folder.mkdir()
+        (folder / "checksums.json").write_text("{}")
+        then = time.time() - days * 24 * 3600
+        os.utime(folder / "checksums.json", (then, then))
+    built = demo_directory(tmp_path, assets, language)
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {built.name, "scenevlm-in-use", "not-ours"}
+
+
+def test_use_is_noted(built, tmp_path, assets, language):
+    os.utime(built / "checksums.json", (0, 0))
+    demo_directory(tmp_path, assets, language)
+    assert (built / "checksums.json").stat().st_mtime > time.time() - 3600

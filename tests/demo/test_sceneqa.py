@@ -1,5 +1,6 @@
 """The shipped test split and its scorer."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -73,4 +74,64 @@ def test_scorer(family, answer, reference, right):
 
 def test_a_folder_that_is_no_split_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"questions\.jsonl"):
+        load_sceneqa(tmp_path)
+
+
+SCENE = {"image": "a.png", "items": [{"name": "pig", "word": False, "box": [1, 2, 3, 4]}]}
+QUESTION = {
+    "id": 0,
+    "image": "a.png",
+    "family": "exists",
+    "question": "Is there a pig?",
+    "answer": "yes",
+    "new_wording": False,
+}
+
+
+def write(folder, questions, scenes):
+    for name, rows in (("questions", questions), ("scenes", scenes)):
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
+def test_a_split_of_ones_own(tmp_path):
+    (question,) = load_sceneqa(write(tmp_path, [QUESTION], [SCENE]))
+    assert question.items[0].box == (1, 2, 3, 4) and question.image == tmp_path / "a.png"
+
+
+@pytest.mark.parametrize(
+    ("questions", "scenes", "said"),
+    [
+        (["{"], [SCENE], r"questions\.jsonl, line 1"),
+        ([QUESTION, "[" * 100_000], [SCENE], r"questions\.jsonl, line 2"),
+        ([QUESTION, ""], [SCENE], "line 2"),
+        ([QUESTION, '{"id": ' + "9" * 5000 + "}"], [SCENE], "line 2"),
+        (["[]"], [SCENE], "list instead of an object"),
+        ([{**QUESTION, "id": "0"}], [SCENE], "'id' is missing or no int"),
+        ([{**QUESTION, "question": None}], [SCENE], "'question' is missing or no str"),
+        ([{**QUESTION, "image": "b.png"}], [SCENE], r"has no scene b\.png"),
+        ([QUESTION, QUESTION], [SCENE], "comes twice"),
+        ([], [SCENE], "no question in"),
+        ([QUESTION], [], r"has no scene a\.png"),
+        ([QUESTION], [{**SCENE, "items": 3}], "'items' is missing or no list"),
+        ([QUESTION], [{**SCENE, "items": [3]}], "int instead of an object"),
+        ([QUESTION], [{**SCENE, "items": [{"name": "pig"}]}], "'word' is missing"),
+        (
+            [QUESTION],
+            [{**SCENE, "items": [{"name": "pig", "word": True, "box": [1, 2]}]}],
+            "four whole numbers",
+        ),
+    ],
+)
+def test_broken_splits_are_named(tmp_path, questions, scenes, said):
+    with pytest.raises(InputError, match=said) as caught:
+        load_sceneqa(write(tmp_path, questions, scenes))
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_split_that_is_not_text(tmp_path):
+    write(tmp_path, [QUESTION], [SCENE])
+    (tmp_path / "questions.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="line 1"):
         load_sceneqa(tmp_path)

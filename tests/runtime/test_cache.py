@@ -14,20 +14,19 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from corematching.errors import UnsupportedModelError
-from corematching.protocol import NeuronChoice
-from corematching.runtime import attach, detach
-from corematching.runtime.cache import (
-    Memory,
+from corematching.cache.layers import (
     check_cache,
     compact,
     is_fresh,
-    memory_of,
-    remember,
     short_mask,
     store,
     widen_sliding_layers,
 )
+from corematching.cache.memory import Memory
+from corematching.cache.remembering import memory_of, remember
+from corematching.errors import UnsupportedModelError
+from corematching.protocol import NeuronChoice
+from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
 from tests.runtime.families import RandomTokens, TestMethod
 
@@ -132,9 +131,9 @@ def test_the_memory_follows_the_samples():
     remember(cache, Memory(valid, 6, 0, {1: choice}))
     cache.reorder_cache(torch.tensor([1, 1]))
     assert cache.memory.valid[:, 0].tolist() == [False, False]
-    assert cache.memory.neurons[1].indices.tolist() == [[2, 3], [2, 3]]
+    assert cache.memory.choice(1).indices.tolist() == [[2, 3], [2, 3]]
     cache.batch_repeat_interleave(2)
-    assert cache.memory.neurons[1].mean.flatten().tolist() == [2.0] * 4
+    assert cache.memory.choice(1).mean.flatten().tolist() == [2.0] * 4
     cache.batch_select_indices(torch.tensor([0]))
     assert cache.memory.valid.shape == (1, 3) and cache.layers[0].keys.shape[0] == 1
 

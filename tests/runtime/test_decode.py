@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from corematching.backends.cpu.native import find_library
 from corematching.errors import ConfigError, UnsupportedModelError
-from corematching.kernels.native import find_library
 from corematching.protocol import NeuronChoice
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
@@ -366,3 +366,38 @@ def test_an_odd_decoder_is_found_out_by_the_probe(caplog):
     assert_same(ours, theirs)
     assert report.kernel.startswith(FFNS)
     assert "a probe gave other numbers" in caplog.text
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.03])
+def test_the_probe_tells_a_rounding_from_another_form(shift, caplog):
+    """In bf16 the whole step may differ by 8 %, but the first layers only by a rounding."""
+    model = build("llama").to(torch.bfloat16)
+    norm = type(model.model.norm)
+
+    class Scaled(norm):
+        def forward(self, x):
+            return super().forward(x) * (1 + shift)
+
+    model.model.layers[1].input_layernorm.__class__ = Scaled
+    with caplog.at_level("INFO"):
+        attach(model, make_method())
+        detach(model)
+    assert ("a probe gave other numbers" in caplog.text) == bool(shift)
+
+
+@pytest.mark.parametrize("hidden, width, heads", [(100, 1000, 5), (100, 1000, 2), (128, 1024, 4)])
+def test_bf16_steps_are_as_near_to_float64_as_pytorchs(hidden, width, heads):
+    """Odd sizes: with the same neurons, both engines differ from float64 by roundings alone."""
+    size = hidden // heads
+    shape = {"hidden_size": hidden, "intermediate_size": width, "head_dim": size}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    model = build("llama", **shape).to(torch.bfloat16)
+    inputs = make_inputs("llama", model, batch=2)
+    given = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    theirs, ours, report = on_both(model, make_method(2), lambda m: follow(m, inputs, given))
+    assert report.kernel.startswith(STEP)
+    exact = copy.deepcopy(model).double()
+    attach(exact, make_method(2), "torch")
+    truth = follow(exact, inputs, given)[:, 1:]
+    own, pytorchs = ((x[:, 1:].double() - truth).norm() for x in (ours, theirs))
+    assert own < 1.1 * pytorchs < 0.1 * truth.norm()

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from corematching.backends.sparse_ffn import SparseFFN
 from corematching.errors import ConfigError, UnsupportedModelError
+from corematching.model.ffn import find_ffn
 from corematching.protocol import NeuronChoice
-from corematching.runtime.ffn import SparseFFN, find_ffn
 from tests.models import build
 
 HIDDEN, WIDTH, KEPT = 16, 24, 7

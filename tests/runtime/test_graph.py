@@ -7,12 +7,12 @@ import logging
 import pytest
 import torch
 
+from corematching.backends.backend import find_graph
+from corematching.backends.cuda import graph as graph_module
+from corematching.backends.cuda.frame import show_columns
+from corematching.backends.cuda.graph import CudaGraph, GraphSteps
 from corematching.methods import method_from_text
 from corematching.runtime import attach, detach
-from corematching.runtime.decode import graph as graph_module
-from corematching.runtime.decode.backend import find_graph
-from corematching.runtime.decode.frame import show_columns
-from corematching.runtime.decode.graph import CudaGraph, GraphSteps
 from tests.models import build, make_inputs
 from tests.runtime.families import (
     RandomNeurons,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from corematching.runtime.hooks import HookWatch, promise_input
+from corematching.model.hooks import HookWatch, promise_input
 
 
 def watched(*arguments):

@@ -56,13 +56,12 @@ def test_every_choice_sees_its_weights(over, score, firing):
         assert same(answer(model, inputs), expected)
 
 
-def test_beams_and_no_cache_answer_as_in_memory():
+def test_beams_answer_as_in_memory():
     model, chosen = build("llava"), method()
     inputs = make_inputs("llava", model)
-    for options in ({"num_beams": 2}, {"use_cache": False}):
-        expected = in_memory(model, inputs, chosen, **options)
-        with chosen(model, memory=CAP):
-            assert same(answer(model, inputs, **options), expected)
+    expected = in_memory(model, inputs, chosen, num_beams=2)
+    with chosen(model, memory=CAP):
+        assert same(answer(model, inputs, num_beams=2), expected)
 
 
 def test_a_second_prompt_streams_and_chooses_again():

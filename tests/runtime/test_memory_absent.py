@@ -11,10 +11,12 @@ import torch
 from corematching.errors import (
     InputError,
 )
-from corematching.runtime import detach, offload_source
-from corematching.runtime.offload_source import FileSource, Scratch
-from corematching.runtime.offload_stream import LayerStream
-from corematching.runtime.offload_weight import AbsentWeight, Outside
+from corematching.model.absent import AbsentWeight
+from corematching.offload import source as offload_source
+from corematching.offload.source import FileSource, Scratch
+from corematching.offload.stream import LayerStream
+from corematching.offload.weight import Outside
+from corematching.runtime import detach
 from tests.models import HIDDEN, WIDTH, build, make_inputs
 from tests.runtime.capped import (
     CAP,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import corematching.runtime.offload
+import corematching.offload.offload
 from corematching.runtime import is_attached, load
 from tests.models import build, make_inputs
 from tests.runtime.capped import CAP, answer, in_memory, method, same, snapshot, unchanged
@@ -16,7 +16,7 @@ from tests.runtime.test_interrupts import Interrupter
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-OFFLOAD = str(Path(corematching.runtime.offload.__file__).with_suffix(""))
+OFFLOAD = str(Path(corematching.offload.offload.__file__).with_suffix(""))
 NAME = "llama"
 TRIES = 150
 

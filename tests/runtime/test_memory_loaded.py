@@ -12,8 +12,8 @@ from corematching.errors import (
     MemoryCapError,
     UnsupportedModelError,
 )
+from corematching.offload.source import open_checkpoint
 from corematching.runtime import load
-from corematching.runtime.offload_source import open_checkpoint
 from tests.models import build, make_inputs
 from tests.runtime.capped import (
     CAP,

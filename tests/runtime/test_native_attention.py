@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from corematching import CoreMatching, Sparsifier
-from corematching.kernels.native import PromptLayer, TiledAttention, has_tiles
-from corematching.runtime.hooks import COUNTING, HookWatch, show_result
-from corematching.runtime.native_tower import TowerLayer
+from corematching.backends.cpu.native import PromptLayer, TiledAttention, has_tiles
+from corematching.backends.cpu.tower import TowerLayer
+from corematching.model.hooks import COUNTING, HookWatch, show_result
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
 

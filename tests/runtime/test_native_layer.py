@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from corematching import CoreMatching, Sparsifier
-from corematching.kernels.native import PromptLayer, has_tiles
-from corematching.runtime.native_layer import LlamaLayer
+from corematching.backends.cpu.layer import LlamaLayer
+from corematching.backends.cpu.native import PromptLayer, has_tiles
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import (
@@ -16,7 +18,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corematching import CoreMatching, Sparsifier
-from corematching.kernels.native import (
+from corematching.backends.cpu.native import (
     TILES,
     VECTORS,
     Products,
@@ -25,9 +27,9 @@ from corematching.kernels.native import (
     has_tiles,
     list_dtypes,
 )
-from corematching.runtime.checks import Parts
-from corematching.runtime.ffn_parts import FFNParts
-from corematching.runtime.native_prompts import NativePrompts
+from corematching.backends.cpu.prefill import NativePrompts
+from corematching.model.ffn import FFNParts
+from corematching.model.spec import Parts
 from tests import models
 
 by_default = pytest.mark.skipif(find_unit() is None, reason="prompts stay PyTorch's here")
@@ -133,6 +135,26 @@ def test_towers_and_projectors_run_in_c_too(calls):
     every = [*tower.modules(), *projector.modules()]
     assert find_unit() == TILES or len(calls) == sum(type(m) is torch.nn.Linear for m in every)
     assert (ours - dense).float().norm() < 2e-2 * dense.float().norm()
+
+
+@by_default
+def test_threads_see_their_own_pictures():
+    """The tower runs outside the model's forward, so no lock keeps threads apart there."""
+    model = models.build("llava").to(torch.bfloat16)
+    pixels = models.make_inputs("llava", model)["pixel_values"].to(torch.bfloat16)
+    batches = [(factor * pixels).repeat(count, 1, 1, 1) for factor, count in ((1, 16), (-0.5, 24))]
+
+    @torch.no_grad()
+    def see(batch):
+        return torch.cat(list(model.get_image_features(pixel_values=batch).pooler_output))
+
+    def repeat(batch):
+        return sum(not torch.equal(see(batch), alone[len(batch)]) for _ in range(40))
+
+    with Sparsifier()(model):
+        alone = {len(batch): see(batch) for batch in batches}
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(repeat, batches)) == [0, 0]
 
 
 @by_default

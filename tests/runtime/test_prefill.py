@@ -9,12 +9,22 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from corematching.errors import ConfigError, InputError, UnsupportedModelError
+from corematching.errors import ConfigError, InputError
 from corematching.protocol import NEEDS, VISION, NeuronChoice, TokenChoice
-from corematching.runtime import attach, detach, weights
+from corematching.runtime import attach, detach
+from corematching.runtime import token_count_bias as weights
 from tests.models import build, image_mask, make_inputs
-from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod, assert_same, generate
+from tests.runtime.families import (
+    BANNED,
+    STEPS,
+    RandomNeurons,
+    RandomTokens,
+    TestMethod,
+    assert_same,
+    generate,
+)
 from tests.runtime.families import reference as reference_of
+from tests.runtime.reference import continue_greedily
 
 
 @dataclass
@@ -194,14 +204,25 @@ def test_merged_hidden_states_travel_on(put):
     inputs = make_inputs("llava", model)
     tokens = Merger((1,), drop=(5, 6, 7))
     put(model, tokens)
-    cached = generate(model, inputs)
+    answer = generate(model, inputs)
     hidden, seen = tokens.seen[0].hidden, {}
     block = model.get_decoder().layers[2]
     handle = block.input_layernorm.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
     forward(model, inputs)
     handle.remove()
     torch.testing.assert_close(seen["x"][:, 4], hidden[:, 4:8].mean(1))
-    assert_same(generate(model, inputs, use_cache=False), cached)
+    dense, prompt = build("llava", "eager"), inputs["input_ids"].shape[1]
+
+    def merge(module, args):
+        merged = args[0].clone()
+        merged[:, 4] = args[0][:, 4:8].mean(1)
+        return (merged, *args[1:])
+
+    dense.get_decoder().layers[2].register_forward_pre_hook(merge)
+    kept = torch.tensor([[i not in tokens.drop for i in range(prompt)]])
+    assert_same(
+        answer, continue_greedily(dense, inputs, STEPS, kept_after={1: kept}, banned=BANNED)
+    )
 
 
 def test_several_images_in_one_prompt(put):
@@ -251,8 +272,6 @@ def test_two_dimensional_masks_of_flash_attention(put, caplog):
     put(model, RandomTokens((0, 2), (1, 2), 0.6), neurons)
     assert_same(generate(model, inputs), expected)  # it cannot add weights to scores
     assert "flash_stand_in cannot add" in caplog.text
-    with pytest.raises(UnsupportedModelError, match="use_cache"):
-        generate(model, inputs, use_cache=False)
 
 
 def test_neurons_are_chosen_from_the_prompt(put):

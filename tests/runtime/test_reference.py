@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from corematching.runtime.ffn import SparseFFN, find_ffn
+from corematching.backends.sparse_ffn import SparseFFN
+from corematching.model.ffn import find_ffn
 from tests.models import FAMILIES, VISION_FAMILIES, build, image_mask, make_inputs
 from tests.runtime.families import (
     STEPS,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from corematching.cache.masks import add_weights, weigh_mask
+from corematching.cache.remembering import memory_of
 from corematching.methods import method_from_text
 from corematching.runtime import attach, detach
-from corematching.runtime.cache import memory_of
-from corematching.runtime.masks import add_weights, weigh_mask
 from tests.models import build, make_inputs
 from tests.runtime.families import STEPS, RandomTokens, TestMethod, generate
 

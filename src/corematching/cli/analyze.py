@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.once import OnceCommand
+from corematching.cli.outputs import check_file
 from corematching.cli.repeat import write_command
 from corematching.errors import ConfigError, InputError, unknown_name
 
@@ -31,6 +33,7 @@ TASK_EXAMPLES = """
 """
 TASKS = ("sceneqa",)
 ANSWER_TOKENS = 40
+LAST_LAYER = 9_999
 
 Picture = Annotated[str | None, typer.Option("--image", "-i", help="Picture, a file or a URL.")]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="What to ask.")]
@@ -66,15 +69,20 @@ def analyze(
     wanted = read_layers(layers)
     given = {"image": image, "question": question, "model": model, "layers": layers, "out": out}
     image, question = choose_example(image, question)
-    check_folder(out, "--out")
-    from corematching.analyze import analyze_picture, build_picture_page, default_rules, save_page
-    from corematching.cli.images import read_image
+    check_file(out, "--out")
     from corematching.cli.loading import load_model
     from corematching.cli.overlay import shown_area
     from corematching.cli.run import has_square_patches
-    from corematching.evaluate import Subject
+    from corematching.lab.analyze import (
+        analyze_picture,
+        build_picture_page,
+        default_rules,
+        save_page,
+    )
+    from corematching.lab.evaluate import Subject
+    from corematching.media import read_picture
 
-    picture = read_image(image)
+    picture = read_picture(image, public_only=False)
     loaded = load_model(model, device, dtype)
     subject = Subject(loaded.name, loaded.model, loaded.processor)
     processor = loaded.processor.image_processor
@@ -113,10 +121,11 @@ def analyze_task(
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
     wanted = read_layers(layers)
-    check_folder(out, "--out")
+    check_file(out, "--out")
     if table is not None:
-        check_folder(table, "--table")
-    from corematching.analyze import (
+        check_file(table, "--table")
+    from corematching.cli.loading import load_model
+    from corematching.lab.analyze import (
         StudyPlan,
         build_study_page,
         default_rules,
@@ -124,8 +133,7 @@ def analyze_task(
         study_task,
         write_tables,
     )
-    from corematching.cli.loading import load_model
-    from corematching.evaluate import SceneQA, Subject
+    from corematching.lab.evaluate import SceneQA, Subject
 
     questions = SceneQA.load(split)
     loaded = load_model(model, device, dtype)
@@ -158,8 +166,8 @@ def analyze_task(
 
 def register_analyze(app: typer.Typer) -> None:
     """Make them commands of the app."""
-    app.command("analyze", epilog=EXAMPLES)(analyze)
-    app.command("analyze-task", epilog=TASK_EXAMPLES)(analyze_task)
+    app.command("analyze", epilog=EXAMPLES, cls=OnceCommand)(analyze)
+    app.command("analyze-task", epilog=TASK_EXAMPLES, cls=OnceCommand)(analyze_task)
 
 
 def choose_example(image: str | None, question: str | None) -> tuple[str, str]:
@@ -193,20 +201,17 @@ def read_layers(text: str | None) -> list[int] | None:
         return None
     layers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
-        if int(first) > int(last):
+        match = re.fullmatch(r"\s*([0-9]{1,20})(?:\s*-\s*([0-9]{1,20}))?\s*", part)
+        first, last = map(int, (match[1], match[2] or match[1])) if match else (1, 0)
+        if first > last:
             raise ConfigError(f"--layers {text}: '{part}' is no layer or range, write 0,8-15")
-        layers.update(range(int(first), int(last) + 1))
+        if last > LAST_LAYER:
+            raise ConfigError(
+                f"--layers {text}: no model has a layer {last}, {LAST_LAYER} is the last that is "
+                "looked for"
+            )
+        layers.update(range(first, last + 1))
     return sorted(layers)
-
-
-def check_folder(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before any work is done."""
-    if not path.parent.is_dir():
-        raise InputError(f"no directory {path.parent} for {option}: create it first")
-    if path.is_dir():
-        raise InputError(f"{path} is a directory: give {option} a file")
 
 
 def answer_both(loaded: Any, picture: Any, question: str) -> dict[str, str]:

@@ -89,7 +89,7 @@ def ask(
     context = method(loaded.model) if method else nullcontext()
     with context as run, torch.inference_mode():
         start = time.perf_counter()
-        inputs = build_inputs(loaded, images, question)
+        inputs = build_inputs(loaded, images, question, max_new_tokens)
         output = loaded.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
         )

@@ -8,6 +8,7 @@ from corematching.cli import console, options
 from corematching.cli.analyze import register_analyze
 from corematching.cli.bench import register_bench
 from corematching.cli.eval import register_eval
+from corematching.cli.once import OnceCommand
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -16,12 +17,18 @@ EXAMPLES = """
 
   corematching run --image street.jpg --question "How many cars are there?" --compare
 
-  corematching run --image a.png --question "What is this?" --keep knee --overlay kept.png
+  corematching run --image a.png --question "What is this?" --keep-ratio 0.2 --overlay kept.png
 
   corematching run --model llava-hf/llava-1.5-7b-hf --image a.png -q "What is this?" --json
 """
 
+
+def accept_debug(debug: options.Debug = False) -> None:
+    """Vision-language models that answer from their core tokens and core neurons only."""
+
+
 app = typer.Typer(
+    callback=accept_debug,
     name="corematching",
     help="Vision-language models that answer from their core tokens and core neurons only.",
     epilog=EXAMPLES,
@@ -32,7 +39,7 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog=EXAMPLES)
+@app.command(epilog=EXAMPLES, cls=OnceCommand)
 def run(
     question: options.Question,
     image: options.Images = None,
@@ -46,21 +53,33 @@ def run(
     engine: options.Engine = "auto",
     memory: options.Memory = None,
     method: options.MethodName = "corematching",
-    tokens: options.Tokens = None,
-    keep: options.Keep = None,
-    after: options.After = None,
+    score: options.Score = None,
+    keep_ratio: options.KeepRatio = None,
+    keep_tokens: options.KeepTokens = None,
+    layer: options.Layer = None,
     neurons: options.Neurons = None,
-    neuron_score: options.NeuronScore = None,
+    neuron_ratio: options.NeuronRatio = None,
+    active_ratio: options.ActiveRatio = None,
+    tokens: options.OldTokens = None,
+    keep: options.OldKeep = None,
+    after: options.OldAfter = None,
+    neuron_score: options.OldNeuronScore = None,
 ) -> None:
     """Ask a question about a picture; the default model is SceneVLM, which comes along."""
     console.keep_bars_away(own_bars=model is None)
     from corematching.cli.run import Request, answer_request
 
     chosen = {
+        "--score": score,
+        "--keep-ratio": keep_ratio,
+        "--keep-tokens": keep_tokens,
+        "--layer": layer,
+        "--neurons": neurons,
+        "--neuron-ratio": neuron_ratio,
+        "--active-ratio": active_ratio,
         "--tokens": tokens,
         "--keep": keep,
         "--after": after,
-        "--neurons": neurons,
         "--neuron-score": neuron_score,
     }
     answer_request(
@@ -82,7 +101,7 @@ def run(
     )
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def demo(overlay: options.Overlay = None) -> None:
     """Ask SceneVLM the shipped question about the shipped picture, dense beside sparse."""
     console.keep_bars_away(own_bars=True)
@@ -102,12 +121,12 @@ def demo(overlay: options.Overlay = None) -> None:
     )
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def models() -> None:
     """List the model families that work."""
     from rich.table import Table
 
-    from corematching.runtime.families import FAMILIES
+    from corematching.model.families import FAMILIES
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in ("family", "model type", "core tokens", "core neurons", "notes"):

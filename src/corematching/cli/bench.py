@@ -13,20 +13,23 @@ from typing import Annotated, Any
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.once import OnceCommand
+from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
-from corematching.errors import ConfigError, InputError
+from corematching.errors import ConfigError
 
 DEFAULT_OUT = Path("corematching-bench")
 DEFAULT_PEERS = Path("benchmarks/peers")
 SHAPE_TEXT_TOKENS = 64
-SHAPE_KEEP, SHAPE_NEURONS = 0.2, 0.4
+SHAPE_KEEP_RATIO, SHAPE_NEURON_RATIO = 0.2, 0.4
 DENSE = "dense"
+FEWER = "give fewer --prompt-tokens"
 EXAMPLES = """
 [bold]Examples[/bold]
 
   corematching bench
 
-  corematching bench --dtype bfloat16 --keep 0.2 --neurons 0.4 --peers all
+  corematching bench --dtype bfloat16 --keep-ratio 0.2 --neuron-ratio 0.4 --peers all
 
   corematching bench --shape llava-1.5-7b --dtype bfloat16 --batch 8 --new-tokens 128
 """
@@ -46,7 +49,7 @@ ShapeName = Annotated[
         "--shape",
         metavar="NAME",
         help="A published architecture with random weights instead of a model; a wrong name lists "
-        "them. Default shares: 0.2 of the image tokens, 0.4 of the neurons.",
+        "them. Default ratios: 0.2 of the image tokens, 0.4 of the neurons.",
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Samples at a time.")]
@@ -55,18 +58,42 @@ PromptTokens = Annotated[
     int | None,
     typer.Option(min=1, help="Text tokens of the prompt, beside the picture's. A shape: 64."),
 ]
-Keep = Annotated[
+KeepRatio = Annotated[
     float | None,
-    typer.Option(metavar="SHARE", help="Time this share of the image tokens, set by hand."),
+    typer.Option(
+        "--keep-ratio", metavar="RATIO", help="Time this ratio of the image tokens, set by hand."
+    ),
 ]
-Neurons = Annotated[
-    float | None,
-    typer.Option(metavar="SHARE", help="Time this share of every layer's neurons, set by hand."),
-]
-After = Annotated[
+KeepTokens = Annotated[
     int | None,
-    typer.Option(min=0, metavar="LAYER", help="With --keep: drop after this layer; default: 1."),
+    typer.Option(metavar="COUNT", help="Time this number of image tokens, set by hand."),
 ]
+NeuronRatio = Annotated[
+    float | None,
+    typer.Option(
+        "--neuron-ratio",
+        metavar="RATIO",
+        help="Time this ratio of every layer's neurons, set by hand.",
+    ),
+]
+ActiveRatio = Annotated[
+    float | None,
+    typer.Option(
+        metavar="RATIO", help="Time neurons by each token: this ratio of those in reach, by hand."
+    ),
+]
+Layer = Annotated[
+    int | None,
+    typer.Option(
+        "--layer",
+        min=0,
+        metavar="LAYER",
+        help="With --keep-ratio or --keep-tokens: drop after this layer; default: 1.",
+    ),
+]
+OldKeep = Annotated[float | None, typer.Option("--keep", hidden=True)]
+OldNeurons = Annotated[float | None, typer.Option("--neurons", hidden=True)]
+OldAfter = Annotated[int | None, typer.Option("--after", min=0, hidden=True)]
 Peers = Annotated[
     list[str] | None,
     typer.Option(
@@ -89,9 +116,14 @@ def bench(
     batch: Batch = 1,
     new_tokens: NewTokens = 64,
     prompt_tokens: PromptTokens = None,
-    keep: Keep = None,
-    neurons: Neurons = None,
-    after: After = None,
+    keep_ratio: KeepRatio = None,
+    keep_tokens: KeepTokens = None,
+    neuron_ratio: NeuronRatio = None,
+    active_ratio: ActiveRatio = None,
+    layer: Layer = None,
+    keep: OldKeep = None,
+    neurons: OldNeurons = None,
+    after: OldAfter = None,
     peers: Peers = None,
     peers_dir: PeersDir = DEFAULT_PEERS,
     rounds: Rounds = 7,
@@ -105,14 +137,22 @@ def bench(
     logging.getLogger("corematching").addHandler(logging.NullHandler())
     if model and shape:
         raise ConfigError("--model and --shape exclude each other: leave one out")
-    from corematching.bench import Plan, choose_adapters, require_quiet
+    from corematching.lab.bench import Plan, choose_adapters, require_quiet
 
     plan = Plan(new_tokens=new_tokens, rounds=rounds, force=force)
-    methods = choose_methods(method, keep, neurons, after, by_shape=shape is not None)
+    by_hand = {
+        "keep_ratio": read_old("--keep-ratio", keep_ratio, "--keep", keep),
+        "keep_tokens": keep_tokens,
+        "neuron_ratio": read_old("--neuron-ratio", neuron_ratio, "--neurons", neurons),
+        "active_ratio": active_ratio,
+        "layer": read_old("--layer", layer, "--after", after),
+    }
+    with console.noting_old_names():
+        methods = choose_methods(method, by_hand, by_shape=shape is not None)
     adapters = choose_adapters(peers or [], peers_dir)
-    make_folder(out)
+    make_folder(out, "--out")
     require_quiet(force=force)
-    workload = open_workload(model, shape, dtype, device, batch, prompt_tokens)
+    workload = open_workload(model, shape, dtype, device, batch, prompt_tokens, new_tokens)
     board = measure(workload, methods, adapters, plan, given)
     save(board, out)
     show(board, out, as_json)
@@ -120,28 +160,36 @@ def bench(
 
 def register_bench(app: typer.Typer) -> None:
     """Make it a command of the app."""
-    app.command("bench", epilog=EXAMPLES)(bench)
+    app.command("bench", epilog=EXAMPLES, cls=OnceCommand)(bench)
 
 
 def choose_methods(
-    texts: Sequence[str] | None,
-    keep: float | None,
-    neurons: float | None,
-    after: int | None,
-    by_shape: bool,
+    texts: Sequence[str] | None, by_hand: dict[str, Any], by_shape: bool
 ) -> dict[str, Any]:
     """The methods to time, by the text that makes them, dense first."""
-    from corematching.bench import name_by_hand
+    from corematching.lab.bench import name_by_hand
     from corematching.methods import method_from_text
 
     chosen = list(texts or [])
-    if after is not None and keep is None:
-        raise ConfigError("--after says where --keep drops tokens: give --keep as well")
-    if keep is not None or neurons is not None:
-        chosen.append(name_by_hand(keep, neurons, after))
+    given = {name: value for name, value in by_hand.items() if value is not None}
+    if "layer" in given and given.keys().isdisjoint(("keep_ratio", "keep_tokens")):
+        raise ConfigError("--layer says where tokens are dropped: give --keep-ratio as well")
+    if given:
+        chosen.append(name_by_hand(**given))
     elif not chosen:
-        chosen.append(name_by_hand(SHAPE_KEEP, SHAPE_NEURONS) if by_shape else "corematching")
+        hand = name_by_hand(SHAPE_KEEP_RATIO, SHAPE_NEURON_RATIO)
+        chosen.append(hand if by_shape else "corematching")
     return {text: method_from_text(text) for text in dict.fromkeys([DENSE, *chosen])}
+
+
+def read_old(option: str, value: Any, old: str, old_value: Any) -> Any:
+    """An option's value, or that of its name in version 0.1."""
+    if old_value is None:
+        return value
+    if value is not None:
+        raise ConfigError(f"{old} is the old name of {option}: give {option} alone")
+    console.note(f"{old} is {option} now; the old name ends with the next version")
+    return old_value
 
 
 def open_workload(
@@ -151,20 +199,35 @@ def open_workload(
     device: str | None,
     batch: int,
     prompt_tokens: int | None,
+    new_tokens: int,
 ) -> Any:
-    """The model and what it is asked: loaded, or a shape's with random weights."""
-    from corematching.bench import LoadedWorkload, RandomWorkload, build_random, find_shape
+    """The model and what it is asked: loaded, or a shape's with random weights.
+
+    Raises
+    ------
+    InputError
+        Prompt and answer are longer than the model takes.
+    """
     from corematching.cli.loading import choose_device, load_model
+    from corematching.inputs import check_room, max_positions
+    from corematching.lab.bench import LoadedWorkload, RandomWorkload, build_random, find_shape
 
     if shape is None:
         loaded = load_model(model, device, dtype)
-        return LoadedWorkload(loaded.name, loaded.model, loaded.processor, batch, prompt_tokens)
+        limit = max_positions(loaded.model.config, loaded.tokenizer)
+        check_room(limit, prompt_tokens or 0, new_tokens, FEWER)  # before the text is written
+        made = LoadedWorkload(loaded.name, loaded.model, loaded.processor, batch, prompt_tokens)
+        check_room(limit, made.prompt_tokens, new_tokens, FEWER)
+        return made
     chosen, target = find_shape(shape), choose_device(device)
+    text_tokens = prompt_tokens or SHAPE_TEXT_TOKENS
+    limit = max_positions(chosen.make_config())
+    check_room(limit, chosen.image_tokens + text_tokens, new_tokens, FEWER)
     kind = read_dtype(dtype)
     console.quieten_libraries()
     with console.waiting(f"filling {chosen.name} with random weights"):
-        made = build_random(chosen, target, kind)
-    return RandomWorkload(chosen, made, batch, prompt_tokens or SHAPE_TEXT_TOKENS)
+        filled = build_random(chosen, target, kind)
+    return RandomWorkload(chosen, filled, batch, text_tokens)
 
 
 def read_dtype(name: str) -> Any:
@@ -187,7 +250,7 @@ def measure(
     given: dict[str, Any],
 ) -> dict[str, Any]:
     """Run the contenders in turn, with those peers that can run here."""
-    from corematching.bench import MethodContender, PeerContender, run_bench
+    from corematching.lab.bench import MethodContender, PeerContender, run_bench
 
     missing = {}
     peers = []
@@ -243,19 +306,9 @@ def find_checkpoint(model: str | None) -> str:
     return snapshot_download(model, local_files_only=True)
 
 
-def make_folder(path: Path) -> None:
-    """Make the output folder, before anything is measured."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {path} ({error.strerror}): give another folder with --out"
-        ) from error
-
-
 def save(board: dict[str, Any], out: Path) -> None:
     """Write the figures, the table and the picture."""
-    from corematching.bench import draw_roofline, write_markdown
+    from corematching.lab.bench import draw_roofline, write_markdown
 
     (out / "bench.json").write_text(json.dumps(board, indent=1) + "\n", encoding="utf-8")
     (out / "bench.md").write_text(write_markdown(board), encoding="utf-8")
@@ -267,7 +320,7 @@ def show(board: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(board))
         return
-    from corematching.bench import write_markdown
+    from corematching.lab.bench import write_markdown
 
     print(write_markdown(board))
     console.note(f"figures, table and roofline: {out}")

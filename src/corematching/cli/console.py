@@ -20,7 +20,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from corematching.old_names import OldNameWarning
+
 StepProgress = Callable[[str, float], None]
+
+MUTED = ("accelerate", "huggingface_hub", "matplotlib", "PIL", "torch", "transformers")
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -31,13 +35,41 @@ def note(message: str) -> None:
     err.print(message, style="dim", markup=False)
 
 
+class NoteHandler(logging.Handler):
+    """Shows a log's messages as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        note(record.getMessage())
+
+
+@contextmanager
+def noting_old_names() -> Iterator[None]:
+    """Turn each warning about a parameter's old name into one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", OldNameWarning)
+        yield
+    for each in caught:
+        if not issubclass(each.category, OldNameWarning):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    old = [each.message for each in caught if issubclass(each.category, OldNameWarning)]
+    for message in dict.fromkeys(map(str, old)):
+        note(message)
+
+
 def quieten_libraries() -> None:
-    """Keep the libraries' warnings off the screen, and their bars where no one watches."""
+    """Keep the libraries' warnings off the screen, and their bars where no one watches.
+
+    What matters of them, such as weights that a checkpoint lacks, `corematching.loading` says.
+    """
     import transformers
 
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(MUTED)})(\.|$)")
     transformers.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    loading = logging.getLogger("corematching.loading")
+    if not any(isinstance(handler, NoteHandler) for handler in loading.handlers):
+        loading.addHandler(NoteHandler(logging.WARNING))
     if not err.is_terminal:
         hide_library_bars()
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.once import OnceCommand
+from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
 
 if TYPE_CHECKING:
-    from corematching.evaluate import Subject
+    from corematching.lab.evaluate import Subject
 
 DEFAULT_OUT = Path("corematching-eval")
 EXAMPLES = """
@@ -23,7 +25,7 @@ EXAMPLES = """
 
   corematching eval --limit 200
 
-  corematching eval -M corematching:keep=0.1 -M corematching:keep=0.2 -M random:keep=0.2 --out board
+  corematching eval -M corematching:keep_ratio=0.1 -M random:keep_ratio=0.1 --out board
 
   corematching eval -M corematching -M fastv -M random --budget 0.05 --budget 0.1 --budget 0.2
 
@@ -44,8 +46,8 @@ Budgets = Annotated[
     typer.Option(
         "--budget",
         "-B",
-        metavar="SHARE",
-        help="Run every method at this share of the image tokens, or of the neurons where it keeps "
+        metavar="RATIO",
+        help="Run every method at this ratio of the image tokens, or of the neurons where it keeps "
         "all tokens; repeat it for several.",
     ),
 ]
@@ -106,12 +108,14 @@ def evaluate(
 ) -> None:
     """Measure what methods lose on SceneQA, beside the dense model."""
     console.keep_bars_away(own_bars=model is None)
-    from corematching.evaluate import Crew, Plan, SceneQA, make_methods
-    from corematching.evaluate import evaluate as run_methods
+    from corematching.lab.evaluate import Crew, Plan, SceneQA, make_methods
+    from corematching.lab.evaluate import evaluate as run_methods
 
-    methods = make_methods(method or ["corematching"], budget)
+    with console.noting_old_names():
+        methods = make_methods(method or ["corematching"], budget)
     plan = Plan(limit, seed, batch, max_new_tokens, engine, share)
     task = SceneQA.load(split)
+    make_folder(out, "--out")
     given = {
         "model": model,
         "split": split,
@@ -141,7 +145,7 @@ def evaluate(
 def load_subject(model: str | None, device: str | None, dtype: str) -> Subject:
     """The model under test."""
     from corematching.cli.loading import load_model
-    from corematching.evaluate import Subject
+    from corematching.lab.evaluate import Subject
 
     loaded = load_model(model, device, dtype)
     return Subject(loaded.name, loaded.model, loaded.processor)
@@ -149,7 +153,7 @@ def load_subject(model: str | None, device: str | None, dtype: str) -> Subject:
 
 def register_eval(app: typer.Typer) -> None:
     """Make it a command of the app."""
-    app.command("eval", epilog=EXAMPLES)(evaluate)
+    app.command("eval", epilog=EXAMPLES, cls=OnceCommand)(evaluate)
 
 
 @contextmanager

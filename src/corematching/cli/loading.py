@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from corematching.cli import console
-from corematching.errors import InputError, UnsupportedModelError, unknown_name
+from corematching.errors import InputError, unknown_name
 
 SCENEVLM = "SceneVLM"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -68,6 +68,7 @@ def load_model(
         The model is no causal language model, with or without images.
     """
     from corematching.devices import multiplies
+    from corematching.loading import choose_loader, load_pretrained, load_processor, read_config
     from corematching.runtime import load
 
     target = choose_device(device)
@@ -77,20 +78,13 @@ def load_model(
         return load_scenevlm(target, dtype)
     go_offline_without_network(name)
     console.quieten_libraries()
-    config = read_config(name)
-    loader, takes_images = choose_loader(name, config)
-    processor = load_processor(name, takes_images)
     with console.waiting(f"loading {name}"):
-        try:
-            if memory is not None:
-                model = load(name, memory, dtype=dtype, device=target)
-            else:
-                model = loader.from_pretrained(name, dtype=dtype).to(target).eval()
-        except (OSError, ImportError, ValueError) as error:
-            raise InputError(
-                f"cannot load the weights of '{name}' ({first_line(error)}): check that the model "
-                "is complete, or delete it from the cache and download it again"
-            ) from error
+        if memory is None:
+            model, processor, takes_images = load_pretrained(name, dtype, target)
+        else:
+            _, takes_images = choose_loader(name, read_config(name))
+            processor = load_processor(name, takes_images)
+            model = load(name, memory, dtype=dtype, device=target)
     if not multiplies(target, model.dtype):
         console.note(
             f"this processor multiplies no {str(model.dtype).removeprefix('torch.')}: "
@@ -124,64 +118,6 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def read_config(name: str) -> Any:
-    """Read a model's config, from a directory or from the hub."""
-    from transformers import AutoConfig
-
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(
-            f"the directory '{name}' holds no model (no config.json): give one that does"
-        )
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"'{name}' has an architecture that transformers does not know "
-            f"({first_line(error)}): see `corematching models` for those that work"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"no model '{name}': no such directory, and the Hugging Face Hub has none or cannot be "
-            "reached; check the name and the network, or leave --model out to use SceneVLM"
-        ) from error
-
-
-def choose_loader(name: str, config: Any) -> tuple[Any, bool]:
-    """The auto class for a config, and whether it takes pictures."""
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
-
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForImageTextToText, True
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM, False
-    raise UnsupportedModelError(
-        f"'{name}' is a '{config.model_type}', which generates no text: see `corematching models` "
-        "for the architectures that work"
-    )
-
-
-def load_processor(name: str, takes_images: bool) -> Any:
-    """The processor of a vision-language model, the tokenizer of a text model."""
-    from transformers import AutoProcessor, AutoTokenizer
-
-    try:
-        return (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(name)
-    except ImportError as error:
-        raise InputError(
-            f"the processor of '{name}' needs a package that is not installed: {first_line(error)}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"'{name}' has no {'processor' if takes_images else 'tokenizer'} that can be loaded "
-            f"({first_line(error)}): save one beside the weights"
-        ) from error
-
-
 def go_offline_without_network(name: str) -> None:
     """Spare the user half a minute of retries when the hub's name cannot even be looked up."""
     proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
@@ -194,10 +130,3 @@ def go_offline_without_network(name: str) -> None:
         from huggingface_hub import constants
 
         constants.HF_HUB_OFFLINE = True
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without its full stop."""
-    text = str(error).strip() or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0].rstrip(".:")[:200]

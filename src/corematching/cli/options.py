@@ -9,6 +9,9 @@ import typer
 
 METHOD = "Method options"
 
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")
+]
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Model id on the Hugging Face Hub, or a directory."),
@@ -48,49 +51,62 @@ MethodName = Annotated[
     str,
     typer.Option(
         "--method",
-        help="NAME, or NAME:param=value,...; a wrong name lists them.",
+        help="NAME, NAME:param=value,..., JSON or @file.json; a wrong name lists them.",
         rich_help_panel=METHOD,
     ),
 ]
-Tokens = Annotated[
+Score = Annotated[
     str | None,
     typer.Option(
-        "--tokens",
         metavar="SCORE",
         help="Token score, or none to keep all; a wrong name lists them.",
         rich_help_panel=METHOD,
     ),
 ]
-Keep = Annotated[
-    str | None,
-    typer.Option(
-        "--keep",
-        metavar="RATIO|knee",
-        help="Share of image tokens to keep, or knee: cut where the sorted scores bend.",
-        rich_help_panel=METHOD,
-    ),
+KeepRatio = Annotated[
+    float | None,
+    typer.Option(metavar="RATIO", help="Ratio of image tokens to keep.", rich_help_panel=METHOD),
 ]
-After = Annotated[
+KeepTokens = Annotated[
     int | None,
     typer.Option(
-        "--after", metavar="LAYER", help="Drop after this layer, from 0.", rich_help_panel=METHOD
+        min=1, metavar="COUNT", help="Number of image tokens to keep.", rich_help_panel=METHOD
+    ),
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYER",
+        help="Drop after this layer, from 0, or after this ratio of the layers (0.4).",
+        rich_help_panel=METHOD,
     ),
 ]
 Neurons = Annotated[
-    float | None,
-    typer.Option(
-        "--neurons",
-        metavar="SHARE",
-        help="Share of FFN neurons that decoding computes; 1 computes all.",
-        rich_help_panel=METHOD,
-    ),
-]
-NeuronScore = Annotated[
     str | None,
     typer.Option(
-        "--neuron-score",
-        metavar="SCORE",
-        help="Neuron score, or none to keep all; a wrong name lists them.",
+        metavar="RULE",
+        help="Neurons that decoding computes: 'gate(0.6)' by each token, 'top(0.4)' for the whole "
+        "answer, or none for all.",
         rich_help_panel=METHOD,
     ),
 ]
+NeuronRatio = Annotated[
+    float | None,
+    typer.Option(
+        metavar="RATIO",
+        help="Ratio of the neurons, of methods with a parameter neuron_ratio.",
+        rich_help_panel=METHOD,
+    ),
+]
+ActiveRatio = Annotated[
+    float | None,
+    typer.Option(
+        metavar="RATIO",
+        help="Ratio of the neurons by each token, of methods with a parameter active_ratio.",
+        rich_help_panel=METHOD,
+    ),
+]
+OldTokens = Annotated[str | None, typer.Option("--tokens", hidden=True)]
+OldKeep = Annotated[str | None, typer.Option("--keep", hidden=True)]
+OldAfter = Annotated[int | None, typer.Option("--after", hidden=True)]
+OldNeuronScore = Annotated[str | None, typer.Option("--neuron-score", hidden=True)]

@@ -7,26 +7,29 @@ from typing import Any
 
 from PIL import Image
 
-from corematching.cli.loading import LoadedModel, first_line
-from corematching.errors import InputError
+from corematching.cli.loading import LoadedModel
+from corematching.errors import InputError, translating
+from corematching.inputs import check_length, longest_prompt, plain_text
 
 
-def build_inputs(loaded: LoadedModel, images: Sequence[Image.Image], question: str) -> Any:
+def build_inputs(
+    loaded: LoadedModel, images: Sequence[Image.Image], question: str, max_new_tokens: int = 1
+) -> Any:
     """Tokens and pixels of one user turn, on the model's device and in its dtype.
 
     Raises
     ------
     InputError
-        The model takes no pictures, the question is empty, or the processor refuses the input.
+        The model takes no pictures, the question is empty, the processor refuses the input, or the
+        prompt and an answer of ``max_new_tokens`` are more than the model takes.
     """
     check_inputs(loaded, images, question)
-    try:
-        inputs = encode(loaded, images, question)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"the processor of '{loaded.name}' cannot take this question and picture: "
-            f"{first_line(error)}"
-        ) from error
+    with translating(
+        f"the processor of '{loaded.name}' cannot take this question and picture",
+        "ask something else, or repair its tokenizer and chat template",
+    ):
+        inputs = encode(loaded, images, plain_text(loaded.processor, question))
+    check_length(loaded.model, longest_prompt(inputs), max_new_tokens, loaded.tokenizer)
     moved = inputs.to(loaded.model.device)
     for name, value in moved.items():
         if hasattr(value, "is_floating_point") and value.is_floating_point():

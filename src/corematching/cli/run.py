@@ -14,13 +14,14 @@ from PIL import Image
 
 from corematching.cli import console
 from corematching.cli.answer import Answer, Writer, ask
-from corematching.cli.images import read_images
 from corematching.cli.loading import LoadedModel, load_model
 from corematching.cli.method_options import build_method, build_text_method
+from corematching.cli.outputs import check_file
 from corematching.cli.overlay import Choice, draw_overlay, shown_area
-from corematching.cli.prompt import check_inputs
+from corematching.cli.prompt import build_inputs
 from corematching.cli.table import tabulate
 from corematching.errors import ConfigError, InputError
+from corematching.media import read_picture
 from corematching.report import MemoryReport
 from corematching.sizes import format_size, parse_size
 
@@ -66,12 +67,13 @@ class Request:
 
 def answer_request(request: Request) -> None:
     """Check the request, load the model, answer, and show the result."""
-    method = build_method(request.method, request.options or {})
+    with console.noting_old_names():
+        method = build_method(request.method, request.options or {})
     check_overlay(request)
     check_memory(request)
-    images = read_images(request.images)
+    images = [read_picture(place, public_only=False) for place in request.images]
     loaded = load_model(request.model, request.device, request.dtype, request.memory)
-    check_inputs(loaded, images, request.question)
+    build_inputs(loaded, images, request.question, request.max_new_tokens)  # refuses what is wrong
     if not loaded.takes_images:
         method = build_text_method(request.method, request.options or {})
     # refuses an unsupported model before anything runs
@@ -86,7 +88,7 @@ def answer_request(request: Request) -> None:
         if sparse.report.memory is not None:
             console.note(describe_memory(sparse.report.memory))
     if request.overlay:
-        save_overlay(request.overlay, loaded, images, sparse.report)
+        save_overlay(request.overlay, loaded, images, sparse.report, method)
 
 
 def check_overlay(request: Request) -> None:
@@ -95,8 +97,7 @@ def check_overlay(request: Request) -> None:
         return
     if not request.images:
         raise InputError("--overlay needs a picture: give one with --image")
-    if not request.overlay.parent.is_dir():
-        raise InputError(f"no directory {request.overlay.parent} for --overlay: create it first")
+    check_file(request.overlay, "--overlay")
 
 
 def check_memory(request: Request) -> None:
@@ -188,7 +189,7 @@ def describe(
 
 
 def save_overlay(
-    path: Path, loaded: LoadedModel, images: Sequence[Image.Image], report: Any
+    path: Path, loaded: LoadedModel, images: Sequence[Image.Image], report: Any, method: Any
 ) -> None:
     """Draw the overlay and say where it is."""
     image_processor = getattr(loaded.processor, "image_processor", None)
@@ -198,7 +199,7 @@ def save_overlay(
         keep=sample.keep_mask,
         scores=[nan if score is None else score for score in sample.scores],
         cut=nan if sample.cut is None else sample.cut,
-        title=name_score(report.method),
+        title=name_score(method),
     )
     square = has_square_patches(loaded, image_processor)
     drawn = draw_overlay(path, areas, choice, square)
@@ -207,11 +208,8 @@ def save_overlay(
 
 
 def name_score(method: Any) -> str:
-    """What the curve's axis shows, from a method's ``to_dict()``."""
-    if not isinstance(method, dict):
-        return "score"
-    score = method.get("token_score") or (method.get("tokens") or {}).get("score")
-    name = score.get("name") if isinstance(score, dict) else score
+    """What the curve's axis shows."""
+    name = getattr(getattr(method.tokens, "score", None), "name", None)
     return f"score: {name}" if name else "score"
 
 

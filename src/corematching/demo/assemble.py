@@ -110,7 +110,7 @@ def name_image_token(tokenizer: Any, assets: SceneAssets, scratch: Path) -> tupl
         if entry["id"] == token_id:
             entry.update(content=name, special=True)
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    renamed = AutoTokenizer.from_pretrained(scratch)
+    renamed = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
     if renamed.convert_tokens_to_ids(name) != token_id:
         raise InputError(f"cannot give token {token_id} the name '{name}': {REINSTALL}")
     return renamed, int(token_id)

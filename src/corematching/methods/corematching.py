@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, field, fields
-from typing import Any, cast
+from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
-from corematching.methods.gated_rule import GatedRule
-from corematching.methods.sparsifier import Installable, NeuronRule, Sparsifier, TokenRule
-from corematching.methods.staged import StagedRule, scale_stages
-from corematching.policy.base import NeuronScore, TokenScore
-from corematching.policy.budgets import Budget, Count, Knee, Ratio
-from corematching.policy.check import check_amount, check_depth, check_share
-from corematching.policy.component import build, find
-from corematching.policy.schedules import DenseEnds
-from corematching.policy.tokens import check_over
+from corematching.errors import ConfigError
+from corematching.methods.base import BaseMethod
+from corematching.methods.gate_threshold import GateThreshold
+from corematching.methods.sparsifier import TokenRule, check_type
+from corematching.methods.staged import StagedRule, make_rule
+from corematching.methods.top_neurons import TopNeurons
+from corematching.policies.base import TokenScore
+from corematching.policies.budgets import Budget, Count, Ratio
+from corematching.policies.check import check_bool, check_depth, check_ratio, settle_amount
+from corematching.policies.component import read_nested
+from corematching.policies.token_scores import TextOverlap
+from corematching.protocol import NeuronPolicy
 from corematching.sizes import parse_size
 
-PUBLISHED: dict[str, Any] = {
-    "token_score": "core-overlap",
-    "neuron_score": "paper",
-    "rho": 0.2,
-    "over": "all",
-    "beta": 0.4,
-    "layer": 6 / 32,
-    "keep": None,
-    "taper": 0.5,
-    "cover": 0.0,
-    "proportional": False,
-    "floor": None,
-    "ceiling": None,
-    "dense_first": 6 / 32,
-    "dense_last": 5 / 32,
-    "compensate": False,
-    "multiple": 1,
-    "firing": None,
-}
-"""The published parameters; `CoreMatching.paper` says where each one stands."""
+if TYPE_CHECKING:
+    from corematching.methods.paper import Paper
 
 ONE_CUT = 0.4
-"""Where image tokens go by default, as a share of the layers."""
+"""Where image tokens go by default, as a ratio of the layers."""
 STAGES = (9 / 32, 17 / 32, 25 / 32)
-"""Where they go instead, less by less, if a smaller share than `FEW` is to be left."""
+"""Where they go instead, less by less, if a smaller ratio than `FEW` is to be left."""
 FEW = 0.2
+KEEP_RATIO, COVER, TAPER = 0.3, 0.9, 0.5
 
 
 @dataclass(frozen=True)
-class CoreMatching(Installable, name="corematching"):
+class CoreMatching(BaseMethod, name="corematching"):
     """Co-adaptive sparse inference: core tokens and core neurons (arXiv:2505.19235).
 
     The defaults are ours and differ from the paper where measurements say so: image tokens are
@@ -53,10 +39,9 @@ class CoreMatching(Installable, name="corematching"):
     activate it, not against the sentence's most frequent ones (on pictures with much background
     those are the background's); nine in ten of the kept ones lie evenly over the picture, for what
     no score can see, and each counts in attention for the dropped ones most like it. Neurons are
-    chosen for each decoded token, by its gate against a threshold from the prompt, since on long
-    answers any choice for the whole of them costs more; with ``beta`` below 1 that is done among
-    the sentence's core neurons, ranked by GRIFFIN's score, the others replaced by their mean and
-    the end layers dense. `paper` gives the published rule.
+    chosen for each decoded token, by its gate against a threshold from the prompt
+    (`GateThreshold`), since on long answers any choice for the whole of them (`TopNeurons`) costs
+    more. `paper` gives the published rule.
 
     ``memory``, such as ``"12GiB"``, is the most that the model may take of its device's memory; it
     changes where weights are kept and no result, so it is no parameter of the method.
@@ -64,90 +49,70 @@ class CoreMatching(Installable, name="corematching"):
     Raises
     ------
     ConfigError
-        When a parameter is out of range or a score's name is unknown.
+        When a parameter is out of range or would do nothing, or a score's name is unknown.
+
+    Examples
+    --------
+    >>> CoreMatching(keep_tokens=64, neurons=TopNeurons(0.4, dense_first=2))  # doctest: +SKIP
     """
 
-    token_score: TokenScore | str | None = field(
-        default="text-overlap",
-        metadata={"help": "image tokens are ranked by this; None keeps all", "kind": "token score"},
-    )
-    neuron_score: NeuronScore | str | None = field(
-        default="griffin",
-        metadata={"help": "neurons are ranked by this; None keeps all", "kind": "neuron score"},
-    )
-    rho: float = field(
-        default=0.2,
-        metadata={"help": "share of a token's neurons that count as its own, in (0, 1]"},
-    )
-    over: str = field(
-        default="all",
+    keep_ratio: float | tuple[float, ...] | None = field(
+        default=None,
         metadata={
-            "help": "tokens that neurons are ranked over: all (that a layer sees), kept (text and "
-            "core tokens, also in the layers before the cut), text, question or image"
+            "help": f"ratio of the image tokens kept, in (0, 1]; default: {KEEP_RATIO}; with "
+            "several layers what the last one leaves, or one ratio for each (a tuple)"
         },
     )
-    beta: float = field(
-        default=1.0, metadata={"help": "share of the neurons that are core, in (0, 1]"}
+    keep_tokens: int | tuple[int, ...] | None = field(
+        default=None, metadata={"help": "number of image tokens kept, instead of keep_ratio"}
     )
     layer: int | float | tuple[int | float, ...] | None = field(
         default=None,
         metadata={
-            "help": "drop image tokens after this decoder layer (int, from 0), or once this share "
+            "help": "drop image tokens after this decoder layer (int, from 0), or once this ratio "
             "of the layers (float) has seen them all; several, from the first to the last: a "
             f"tuple; None: {ONE_CUT}, or in three stages where less than {FEW:.0%} are kept"
         },
     )
-    keep: int | float | tuple[int | float, ...] | None = field(
-        default=0.3,
+    neurons: NeuronPolicy | None = field(
+        default=GateThreshold(),
         metadata={
-            "help": "image tokens kept: a share (float), a count (int), or None for the knee of "
-            "the sorted scores; with several layers one amount for each (a tuple), or what the "
-            "last one leaves"
+            "help": "neurons that decoding computes: GateThreshold (for each token), TopNeurons "
+            "(for the whole answer), another rule, or None for all",
+            "kind": "neuron policy",
         },
     )
-    taper: float = field(
-        default=0.5,
+    score: TokenScore | str | None = field(
+        default=TextOverlap(),
+        metadata={"help": "image tokens are ranked by this; None keeps all", "kind": "token score"},
+    )
+    budget: Budget | tuple[Budget, ...] | str | None = field(
+        default=None,
         metadata={
-            "help": "with several layers and one amount to keep: the share that each layer leaves "
-            "of what the one before left, in (0, 1]"
+            "help": "what decides how many image tokens are kept, such as Knee(), instead of "
+            "keep_ratio",
+            "kind": "budget",
         },
     )
-    floor: int | float | None = field(
-        default=None, metadata={"help": "keep at least this share (float) or count (int) of them"}
+    cover: float | None = field(
+        default=None,
+        metadata={
+            "help": "ratio of the kept tokens spread evenly over the picture, in [0, 1); default: "
+            f"{COVER}; a budget has its own"
+        },
     )
-    ceiling: int | float | None = field(
-        default=None, metadata={"help": "keep at most this share (float) or count (int) of them"}
+    taper: float | None = field(
+        default=None,
+        metadata={
+            "help": "with several layers and one amount to keep: the ratio that each layer leaves "
+            f"of what the one before left, in (0, 1]; default: {TAPER}"
+        },
     )
-    cover: float = field(
-        default=0.9,
-        metadata={"help": "share of the kept tokens spread evenly over the picture, in [0, 1)"},
-    )
-    proportional: bool = field(
-        default=True,
+    proportional: bool | None = field(
+        default=None,
         metadata={
             "help": "attention to a kept token counts for the dropped ones most like it too; "
-            "attention implementations that cannot add to scores leave it out"
-        },
-    )
-    dense_first: int | float = field(
-        default=4 / 32,
-        metadata={"help": "first layers that keep all neurons: int or share of depth"},
-    )
-    dense_last: int | float = field(
-        default=3 / 32,
-        metadata={"help": "last layers that keep all neurons: int or share of depth"},
-    )
-    compensate: bool = field(
-        default=True, metadata={"help": "replace dropped neurons by their mean over the prompt"}
-    )
-    multiple: int = field(
-        default=8, metadata={"help": "round the number of kept neurons to a multiple of this"}
-    )
-    firing: float | None = field(
-        default=0.6,
-        metadata={
-            "help": "share of the core neurons that a decoded token goes on with once their gates "
-            "are known, in (0, 1]; None: all of them"
+            "default: True; attention implementations that cannot add to scores leave it out"
         },
     )
     memory: InitVar[str | int | None] = None
@@ -156,115 +121,108 @@ class CoreMatching(Installable, name="corematching"):
         if memory is not None:
             parse_size("memory", memory)
         object.__setattr__(self, "memory", memory)
-        check_share("rho", self.rho)
-        check_share("beta", self.beta)
-        check_share("taper", self.taper)
-        check_over(self.over)
-        for name in ("layer", "keep"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for amount in _several(self.keep):
-            if amount is not None or isinstance(self.keep, tuple):
-                check_amount("keep", amount)
-        if self.firing is not None:
-            check_share("firing", self.firing)
-        check_depth("dense_first", self.dense_first)
-        check_depth("dense_last", self.dense_last)
-        for layer in self.places:
-            check_depth("layer", layer, least=-1)
-        object.__setattr__(self, "_sparsifier", self._compose())
+        for name, value in (
+            ("neurons", read_nested("neuron policy", self.neurons)),
+            ("score", read_nested(TokenScore.kind, self.score)),
+            ("budget", read_nested(Budget.kind, self.budget)),
+            ("layer", tuple(self.layer) if isinstance(self.layer, list) else self.layer),
+        ):
+            object.__setattr__(self, name, value)
+        if self.neurons is not None:
+            check_type("neurons", self.neurons, NeuronPolicy)
+        self._settle_tokens()
+        self._policies()
 
     @classmethod
-    def paper(cls, **changes: Any) -> CoreMatching:
-        """The published rule with the published parameters, `PUBLISHED`.
-
-        - ``rho=0.2, beta=0.4``, neurons ranked by ``f_rho(n; s)``: CoreInfer (arXiv:2410.18311) and
-          its code, from which CoreMatching takes the core neurons.
-        - Layers 6 to 26 of 32 thinned out, the others dense, as a share of other depths:
-          CoreInfer's code.
-        - Image tokens ranked by ``|Gamma(x) & C_rho^beta(s)|``, cut at the maximum geometric
-          distance: CoreMatching; that the token at the knee is dropped: its authors' code.
-        - Dropped once, after layer 5 of 32: our reading; the method's formulas name no layer, and
-          the authors' code scores from layer 5 on.
-        - No compensation, no rounding to a multiple: neither paper has any.
-
-        Where the papers are silent, a straight curve of scores keeps every token, and equal
-        frequencies are settled by the neuron's index.
+    def paper(cls, **changes: Any) -> Paper:
+        """The published rule with the published parameters: `Paper`.
 
         Parameters
         ----------
         **changes
-            Parameters that differ from the published ones.
+            Parameters of `Paper` that differ from the published ones.
         """
-        return cls(**{**PUBLISHED, **changes})
+        from corematching.methods.paper import Paper
+
+        return Paper(**changes)
 
     @property
-    def places(self) -> tuple[int | float, ...]:
+    def layers(self) -> tuple[int | float, ...]:
         """The layers after which image tokens go, as `layer` has them."""
         if self.layer is not None:
-            return _several(self.layer)
-        few = isinstance(self.keep, float) and self.keep < FEW
+            return self.layer if isinstance(self.layer, tuple) else (self.layer,)
+        few = isinstance(self.keep_ratio, float) and self.keep_ratio < FEW
         return STAGES if few else (ONE_CUT,)
 
-    @property
-    def tokens(self) -> TokenRule | StagedRule | None:
-        """The token policy that the parameters amount to."""
-        return cast("TokenRule | StagedRule | None", self.sparsifier.tokens)
-
-    @property
-    def neurons(self) -> NeuronRule | None:
-        """The neuron policy that the parameters amount to."""
-        return cast("NeuronRule | None", self.sparsifier.neurons)
-
-    @property
-    def sparsifier(self) -> Sparsifier:
-        """The composition that the parameters amount to."""
-        return cast(Sparsifier, vars(self)["_sparsifier"])
-
-    def _compose(self) -> Sparsifier:
-        return Sparsifier(tokens=self._compose_tokens(), neurons=self._compose_neurons())
-
-    def _compose_tokens(self) -> TokenRule | StagedRule | None:
-        ours = {"rho": self.rho, "share": self.rho, "beta": self.beta}
-        score = _resolve(TokenScore.kind, self.token_score, ours)
-        if score is None:
+    def make_tokens(self) -> TokenRule | StagedRule | None:
+        """The rule for image tokens; None without a score."""
+        if self.score is None:
             return None
-        layers, keep = self.places, self.keep
-        bounds: dict[str, Any] = {
-            "floor": self.floor,
-            "ceiling": self.ceiling,
-            "cover": self.cover,
-        }
-        if keep is None or not (isinstance(keep, tuple) or len(layers) > 1):
-            return TokenRule(score, _make_budget(keep, bounds), layers, self.proportional)
-        bounds["proportional"] = self.proportional
-        shape = [self.taper**stage for stage in range(len(layers))]
-        return StagedRule(score, scale_stages(keep, shape), layers, **bounds)
+        score, proportional = cast(TokenScore, self.score), bool(self.proportional)
+        budget = cast("Budget | tuple[Any, ...] | None", self.budget)
+        if isinstance(budget, tuple):
+            return StagedRule(score, budget, self.layers, proportional)
+        if isinstance(budget, Ratio | Count) and len(self.layers) > 1:
+            raise ConfigError(
+                f"budget={budget!r} is for one layer: give keep_ratio or keep_tokens, or a tuple "
+                "with a budget for each layer"
+            )
+        if budget is not None:
+            return TokenRule(score, budget, self.layers, proportional)
+        taper, cover = self.taper or TAPER, cast(float, self.cover)
+        amount = self.keep_ratio, self.keep_tokens
+        return make_rule(score, self.layers, *amount, taper, proportional, cover)
 
-    def _compose_neurons(self) -> NeuronRule | None:
-        schedule = DenseEnds(
-            self.beta, first=self.dense_first, last=self.dense_last, multiple=self.multiple
-        )
-        ours = {"rho": self.rho, "share": self.rho, "over": self.over}
-        score = _resolve(NeuronScore.kind, self.neuron_score, ours)
-        if score is None or self.firing is None:
-            return None if score is None else NeuronRule(score, schedule, self.compensate)
-        return GatedRule(score, schedule, self.compensate, self.firing)
+    def make_neurons(self) -> NeuronPolicy | None:
+        """The rule for neurons, as it was given."""
+        return self.neurons
+
+    def _settle_tokens(self) -> None:
+        """Defaults for what was not given; what would do nothing is refused."""
+        if self.score is None:
+            names = ("keep_ratio", "keep_tokens", "budget", "layer")
+            self._refuse((*names, "cover", "taper", "proportional"), "score=None keeps all tokens")
+            return
+        check_type("score", self.score, TokenScore)
+        if self.budget is not None:
+            why = "budget says how many tokens are kept"
+            self._refuse(("keep_ratio", "keep_tokens"), why)
+            self._refuse(("cover", "taper"), f"{why}; cover is a parameter of the budget")
+        settle_amount(self, None if self.budget else KEEP_RATIO, several=True)
+        for name, default in (("cover", None if self.budget else COVER), ("proportional", True)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        check_bool("proportional", self.proportional)
+        for layer in self.layers:
+            check_depth("layer", layer, least=-1)
+        if self.taper is not None:
+            check_ratio("taper", self.taper)
+            one = len(self.layers) == 1 or isinstance(self.keep_ratio or self.keep_tokens, tuple)
+            if one:
+                why = "taper is for several layers and one amount, such as layer=(0.1, 0.3, 0.5)"
+                self._refuse(("taper",), why)
+
+    def _refuse(self, names: tuple[str, ...], why: str) -> None:
+        """Refuse parameters that would do nothing."""
+        given = [name for name in names if getattr(self, name) is not None]
+        if given:
+            raise ConfigError(f"{why}: leave out {', '.join(given)}")
+
+    @classmethod
+    def at_neuron_ratio(cls, params: Any, ratio: float) -> dict[str, Any] | None:
+        """Parameters with the ratio of `TopNeurons` set, alone or under a `GateThreshold`."""
+        if "neurons" not in params:
+            return {**params, "neurons": {"name": TopNeurons.name, "ratio": ratio}}
+        filled = _fill_ratio(params["neurons"], ratio)
+        return None if filled is None else {**params, "neurons": filled}
 
 
-def _several(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _make_budget(keep: int | float | None, bounds: dict[str, Any]) -> Budget:
-    if keep is None:
-        return Knee(**bounds)
-    return Ratio(keep, **bounds) if isinstance(keep, float) else Count(keep, **bounds)
-
-
-def _resolve(kind: str, score: Any, ours: dict[str, Any]) -> Any:
-    """A score from its name, given those of our parameters that it knows."""
-    if not isinstance(score, str):
-        return score
-    known = {f.name for f in fields(cast(Any, find(kind, score)))}
-    return build(kind, score, **{key: ours[key] for key in ours if key in known})
+def _fill_ratio(neurons: Any, ratio: float) -> dict[str, Any] | None:
+    """A described neuron rule with the ratio of its `TopNeurons` set, where that is open."""
+    rule = {"name": neurons} if isinstance(neurons, str) else neurons
+    if not isinstance(rule, dict):
+        return None
+    if rule["name"] == TopNeurons.name and "ratio" not in rule:
+        return {**rule, "ratio": ratio}
+    among = _fill_ratio(rule.get("among"), ratio)
+    return None if among is None else {**rule, "among": among}

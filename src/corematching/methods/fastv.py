@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from corematching.methods.amounts import budget_of
-from corematching.methods.registry import register_method
-from corematching.methods.sparsifier import Sparsifier, TokenRule
-from corematching.policy.token_scores.attention import Attention
+from dataclasses import dataclass, field
+
+from corematching.methods.base import BaseMethod
+from corematching.methods.sparsifier import TokenRule
+from corematching.policies.budgets import budget_of
+from corematching.policies.check import settle_amount
+from corematching.policies.token_scores.attention import Attention
 
 
-@register_method("fastv", budgets=("keep",))
-def fastv(keep: int | float = 0.5, layer: int | float = 1) -> Sparsifier:
+@dataclass(frozen=True)
+class FastV(BaseMethod, name="fastv"):
     """Keep what the last token attends to in an early layer; all neurons.
 
     "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large
     Vision-Language Models", arXiv:2403.06764: image tokens are ranked by the last token's attention
-    in layer K - 1, averaged over heads, and the lowest share R of them is dropped in front of
-    layer K. Published: K=2, R=50 %.
-
-    Parameters
-    ----------
-    keep : int or float
-        1 - R, or a number of image tokens.
-    layer : int or float
-        K - 1.
+    in layer K - 1, averaged over heads, and the lowest ratio R of them is dropped in front of
+    layer K. Published: K=2, R=50 %; here ``keep_ratio`` is 1 - R and ``layer`` is K - 1.
     """
-    return Sparsifier(tokens=TokenRule(Attention(), budget_of(keep), (layer,)))
+
+    keep_ratio: float | None = field(
+        default=None, metadata={"help": "ratio of the image tokens kept, 1 - R; default: 0.5"}
+    )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "number of image tokens kept, instead"}
+    )
+    layer: int | float = field(
+        default=1, metadata={"help": "K - 1: ranked in this layer, dropped after it"}
+    )
+
+    def __post_init__(self) -> None:
+        settle_amount(self, 0.5)
+        super().__post_init__()
+
+    def make_tokens(self) -> TokenRule:
+        budget = budget_of(self.keep_ratio, self.keep_tokens)
+        return TokenRule(Attention(), budget, (self.layer,))

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from corematching.methods.amounts import budget_of
-from corematching.methods.registry import register_method
-from corematching.methods.sparsifier import Sparsifier, TokenRule
-from corematching.policy.token_scores.projection import Projection
+from dataclasses import dataclass, field
+
+from corematching.methods.base import BaseMethod
+from corematching.methods.sparsifier import TokenRule
+from corematching.policies.budgets import budget_of
+from corematching.policies.check import settle_amount
+from corematching.policies.token_scores.projection import ProjectionScore
 
 
-@register_method("projection", budgets=("keep",))
-def projection(keep: int | float = 0.3, layer: int | float = 0.3) -> Sparsifier:
+@dataclass(frozen=True)
+class Projection(BaseMethod, name="projection"):
     """Keep what moves the last token's attention output most along its direction; all neurons.
 
     "CoreMatching: A Co-adaptive Sparse Inference Framework with Token and Neuron Pruning for
     Comprehensive Acceleration of Vision-Language Models", arXiv:2505.19235, the projection-guided
     criterion, computed exactly. No budget or layer is published for it: the defaults are
     those of the random control.
-
-    Parameters
-    ----------
-    keep : int or float
-        Image tokens kept, a share (float) or a count (int).
-    layer : int or float
-        Scored in this layer and dropped after it.
     """
-    return Sparsifier(tokens=TokenRule(Projection(), budget_of(keep), (layer,)))
+
+    keep_ratio: float | None = field(
+        default=None, metadata={"help": "ratio of the image tokens kept; default: 0.3"}
+    )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "number of image tokens kept, instead"}
+    )
+    layer: int | float = field(
+        default=0.3, metadata={"help": "ranked in this layer, dropped after it"}
+    )
+
+    def __post_init__(self) -> None:
+        settle_amount(self, 0.3)
+        super().__post_init__()
+
+    def make_tokens(self) -> TokenRule:
+        budget = budget_of(self.keep_ratio, self.keep_tokens)
+        return TokenRule(ProjectionScore(), budget, (self.layer,))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from corematching.methods.registry import register_method
-from corematching.methods.sparsifier import Sparsifier
-from corematching.methods.staged import StagedRule, scale_stages
-from corematching.policy.token_scores.attention import Attention
+from dataclasses import dataclass, field
+
+from corematching.methods.base import BaseMethod
+from corematching.methods.staged import StagedRule, make_stages
+from corematching.policies.check import settle_amount
+from corematching.policies.token_scores.attention import Attention
 
 PUBLISHED = (0.5, 0.25, 0.125)
 LAYERS = (9 / 32, 17 / 32, 25 / 32)
 
 
-@register_method("pyramiddrop", budgets=("keep",))
-def pyramiddrop(
-    keep: tuple[int | float, ...] | int | float = PUBLISHED,
-    layer: tuple[int | float, ...] = LAYERS,
-) -> Sparsifier:
+@dataclass(frozen=True)
+class PyramidDrop(BaseMethod, name="pyramiddrop"):
     """Halve the image tokens after each quarter of the depth; all neurons.
 
     "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy
@@ -24,14 +23,28 @@ def pyramiddrop(
     and 24 of 32. The paper computes that layer's queries and keys beforehand and drops in front of
     it; here the layer itself runs and the tokens are dropped behind it, so that each
     stage is one layer longer and the ranking is the same.
-
-    Parameters
-    ----------
-    keep : tuple, int or float
-        Image tokens left by each stage, shares (float) or counts (int) of those at the start. One
-        amount is what the last stage leaves, and the earlier ones leave four times and twice
-        that.
-    layer : tuple
-        The ranking layers, as shares of the depth that still sees every token, or layer indices.
     """
-    return Sparsifier(tokens=StagedRule(Attention(), scale_stages(keep, PUBLISHED), tuple(layer)))
+
+    keep_ratio: float | tuple[float, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "ratio of the image tokens that each stage leaves, or what the last one "
+            "leaves, the earlier ones in the published proportions"
+        },
+    )
+    keep_tokens: int | tuple[int, ...] | None = field(
+        default=None, metadata={"help": "the same as numbers of tokens, instead"}
+    )
+    layer: tuple[int | float, ...] = field(
+        default=LAYERS,
+        metadata={"help": "the ranking layers (int), or ratios of the depth that sees all"},
+    )
+
+    def __post_init__(self) -> None:
+        settle_amount(self, PUBLISHED, several=True)
+        object.__setattr__(self, "layer", tuple(self.layer))
+        super().__post_init__()
+
+    def make_tokens(self) -> StagedRule:
+        budgets = make_stages(self.keep_ratio, self.keep_tokens, PUBLISHED)
+        return StagedRule(Attention(), budgets, self.layer)

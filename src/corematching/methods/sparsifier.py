@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from corematching.errors import ConfigError
-from corematching.policy.amounts import layers_of
-from corematching.policy.base import NeuronScore, TokenScore, read_activations
-from corematching.policy.budgets import Budget
-from corematching.policy.check import check_bool, check_depth
-from corematching.policy.compensation import average_dropped
-from corematching.policy.component import Component
-from corematching.policy.core import pick_top
-from corematching.policy.passes import sum_tokens
-from corematching.policy.proportional import count_alike
-from corematching.policy.schedules import Schedule
+from corematching.methods.base import BaseMethod
+from corematching.policies.amounts import layers_of
+from corematching.policies.base import NeuronScore, TokenScore, read_activations
+from corematching.policies.budgets import Budget
+from corematching.policies.check import check_bool, check_depth
+from corematching.policies.compensation import average_dropped
+from corematching.policies.component import REGISTRY, Component
+from corematching.policies.core import pick_top
+from corematching.policies.passes import sum_tokens
+from corematching.policies.proportional import count_alike
+from corematching.policies.schedules import Schedule
 from corematching.protocol import (
     ACTIVATIONS,
     EMBEDDINGS,
@@ -31,11 +30,6 @@ from corematching.protocol import (
     TokenChoice,
     TokenPolicy,
 )
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-
-    from corematching.runtime import Run
 
 
 class TokenDropper(Component, kind="token policy"):
@@ -56,7 +50,7 @@ class TokenRule(TokenDropper, name="token-rule"):
         default=(6 / 32,),
         metadata={
             "help": "drop after these layers: ints (layer indices, -1 is the input), or floats "
-            "(share of the depth that still sees every token)"
+            "(ratio of the depth that still sees every token)"
         },
     )
     proportional: bool = field(
@@ -66,8 +60,8 @@ class TokenRule(TokenDropper, name="token-rule"):
 
     def __post_init__(self) -> None:
         check_bool("proportional", self.proportional)
-        _check_type("score", self.score, TokenScore)
-        _check_type("budget", self.budget, Budget)
+        check_type("score", self.score, TokenScore)
+        check_type("budget", self.budget, Budget)
         after = self.after if isinstance(self.after, tuple | list) else (self.after,)
         object.__setattr__(self, "after", tuple(after))
         if not self.after:
@@ -125,21 +119,21 @@ class NeuronRule(NeuronDropper, name="neuron-rule"):
     """Score the intermediate neurons over the prompt, keep each layer's highest for the decode."""
 
     score: NeuronScore = field(metadata={"help": "neuron score", "kind": "neuron score"})
-    schedule: Schedule = field(metadata={"help": "share per layer", "kind": "neuron schedule"})
+    schedule: Schedule = field(metadata={"help": "ratio per layer", "kind": "neuron schedule"})
     compensate: bool = field(
         default=False,
         metadata={"help": "stand in for dropped neurons with their mean over the prompt"},
     )
 
     def __post_init__(self) -> None:
-        _check_type("score", self.score, NeuronScore)
-        _check_type("schedule", self.schedule, Schedule)
+        check_type("score", self.score, NeuronScore)
+        check_type("schedule", self.schedule, Schedule)
         check_bool("compensate", self.compensate)
 
     @property
     def needs(self) -> frozenset[str]:
         """The parts of the view that the choice reads."""
-        kept = {KEPT} if getattr(self.score, "over", None) == "kept" else set()
+        kept = {KEPT} if getattr(self.score, "token_set", None) == "kept" else set()
         mean = {ACTIVATIONS} if self.compensate else set()
         return self.score.needs | kept | mean
 
@@ -163,74 +157,13 @@ class NeuronRule(NeuronDropper, name="neuron-rule"):
         return NeuronChoice(later=rank)
 
 
-class Installable(Component, kind="method"):
-    """A method that can be put on a model and taken off again.
-
-    A subclass has ``tokens`` and ``neurons`` (each a policy or None), as
-    `corematching.protocol.Method` asks.
-    """
-
-    memory: str | int | None = None
-
-    def install(self, model: Module, engine: str = "auto", memory: str | int | None = None) -> Run:
-        """Put the method on this model instance and leave it on, as a server does.
-
-        Parameters
-        ----------
-        model : Module
-            A loaded model.
-        engine : str
-            What may run decode steps and prompts: ``auto``, ``torch`` or ``native``; see
-            `corematching.runtime.attach`.
-        memory : str or int, optional
-            What the model may take of its device's memory, such as ``"12GiB"``: the weights that
-            decoding does not need are then kept outside. Default: the method's own ``memory``.
-
-        Raises
-        ------
-        AlreadyInstalledError
-            When a method is on the model already.
-        MemoryCapError
-            When the model does not fit under the cap.
-        UnsupportedModelError
-            When the model cannot be shortened or thinned out.
-        """
-        from corematching.runtime import attach
-
-        cap = self.memory if memory is None else memory
-        return attach(model, cast(Any, self), engine, cap)
-
-    def remove(self, model: Module) -> None:
-        """Take the method off the model."""
-        from corematching.runtime import detach
-
-        detach(model)
-
-    @contextmanager
-    def __call__(
-        self, model: Module, engine: str = "auto", memory: str | int | None = None
-    ) -> Iterator[Run]:
-        """Put the method on for the length of a ``with`` block, whatever happens in it."""
-        run: Run | None = None
-        try:
-            try:
-                run = self.install(model, engine, memory)
-                yield run
-            finally:
-                if run is not None:
-                    run.remove()
-        finally:
-            if run is not None:
-                run.remove()  # an interrupt may have cut the first one short
-
-
 @dataclass(frozen=True)
-class Sparsifier(Installable, name="sparsifier"):
+class Sparsifier(BaseMethod, name="sparsifier"):
     """Any token policy with any neuron policy; either may be None.
 
     Examples
     --------
-    >>> Sparsifier(tokens=TokenRule(TextOverlap(), Ratio(0.2)), neurons=None)  # doctest: +SKIP
+    >>> Sparsifier(tokens=TokenRule(TextOverlap(), Ratio(0.2)))  # doctest: +SKIP
     """
 
     tokens: TokenPolicy | None = field(
@@ -242,18 +175,23 @@ class Sparsifier(Installable, name="sparsifier"):
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
-            _check_type("tokens", self.tokens, TokenPolicy)
+            check_type("tokens", self.tokens, TokenPolicy)
         if self.neurons is not None:
-            _check_type("neurons", self.neurons, NeuronPolicy)
+            check_type("neurons", self.neurons, NeuronPolicy)
 
 
 def _place(layer: int | float, num_layers: int) -> int:
-    """The layer index of an int (itself) or of a share of the depth that sees every token."""
+    """The layer index of an int (itself) or of a ratio of the depth that sees every token."""
     if isinstance(layer, float):
         return min(max(1, layers_of(layer, num_layers)), max(1, num_layers - 1)) - 1
     return layer
 
 
-def _check_type(name: str, value: Any, expected: type) -> None:
-    if not isinstance(value, expected):
-        raise ConfigError(f"{name}={value!r}: give a {expected.__name__}")
+def check_type(name: str, value: Any, expected: type) -> None:
+    """Refuse what is of another type; a method in a score's place gets the score's name."""
+    if isinstance(value, expected):
+        return
+    scores = REGISTRY.get(getattr(expected, "kind", ""), {})
+    known = scores.get(value.name) if isinstance(value, BaseMethod) else None
+    hint = f", such as {known.__name__}()" if known else ""
+    raise ConfigError(f"{name}={value!r}: give a {expected.__name__}{hint}")

@@ -1,4 +1,4 @@
-"""Token policies that drop in stages, each with an amount of its own."""
+"""Token policies that drop in stages, each with a budget of its own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import TokenDropper, TokenRule
-from corematching.policy.base import TokenScore
-from corematching.policy.budgets import Budget, Count, Ratio, spread_among
-from corematching.policy.check import check_amount
-from corematching.policy.greedy import resolve_amount
+from corematching.policies.base import TokenScore
+from corematching.policies.budgets import Budget, Count, Ratio, budget_of, spread_among
 from corematching.protocol import PrefillView, TokenChoice
 
 PLACES = "staged-rule.places"
@@ -24,29 +22,19 @@ PLACES = "staged-rule.places"
 class StagedRule(TokenDropper, name="staged-rule"):
     """Score the image tokens after several layers and keep less each time; text is always kept.
 
-    Amounts are of the image tokens that the prompt had at the start, and what a stage spreads
+    Budgets are of the image tokens that the prompt had at the start, and what a stage spreads
     evenly lies evenly over the whole picture, not over what the stages before left of it. Of stages
     that fall on one layer of a shallow model, the last one counts.
     """
 
     score: TokenScore = field(metadata={"help": "token score", "kind": "token score"})
-    keep: tuple[int | float, ...] = field(
-        default=(0.5, 0.25, 0.125),
-        metadata={"help": "image tokens kept by each stage: shares (float) or counts (int)"},
+    budgets: tuple[Ratio | Count, ...] = field(
+        default=(Ratio(0.5), Ratio(0.25), Ratio(0.125)),
+        metadata={"help": "how many each stage keeps: Ratio or Count", "kind": "budget"},
     )
     after: tuple[int | float, ...] = field(
         default=(0.25, 0.5, 0.75),
-        metadata={"help": "the stages' layers, as in token-rule; one for each amount"},
-    )
-    cover: float = field(
-        default=0.0,
-        metadata={"help": "share of each stage's tokens spread evenly over the picture, in [0, 1)"},
-    )
-    floor: int | float | None = field(
-        default=None, metadata={"help": "keep at least this share (float) or count (int) of them"}
-    )
-    ceiling: int | float | None = field(
-        default=None, metadata={"help": "keep at most this share (float) or count (int) of them"}
+        metadata={"help": "the stages' layers, as in token-rule; one for each budget"},
     )
     proportional: bool = field(
         default=False,
@@ -54,31 +42,16 @@ class StagedRule(TokenDropper, name="staged-rule"):
     )
 
     def __post_init__(self) -> None:
-        for name in ("keep", "after"):
+        for name in ("budgets", "after"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.keep) != len(self.after):
-            amounts, layers = len(self.keep), len(self.after)
-            raise ConfigError(
-                f"{amounts} amount{_s(amounts)} to keep for {layers} layer{_s(layers)}: "
-                "give one for each"
-            )
-        for amount in self.keep:
-            check_amount("keep", amount)
-        for earlier, later in pairwise(self.keep):
-            if type(earlier) is type(later) and later > earlier:
-                raise ConfigError(
-                    f"keep={self.keep}: {later} are more than the {earlier} that the layer before "
-                    "leaves, give falling amounts"
-                )
-        self._limit(Ratio, 1.0)
+        check_stages(self.budgets, self.after)
         for layer in self.after:
             self._rule(layer)
 
     @property
     def budget(self) -> Budget:
         """What is kept after the last stage, as one cut would keep it."""
-        last = self.keep[-1]
-        return self._limit(Ratio if isinstance(last, float) else Count, last)
+        return self.budgets[-1]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -103,28 +76,21 @@ class StagedRule(TokenDropper, name="staged-rule"):
             raise ConfigError(f"stages after layers {layers}: name them from the first to the last")
         return layers
 
-    def stages(self, num_layers: int) -> dict[int, int | float]:
-        """The amount that each layer keeps."""
+    def stages(self, num_layers: int) -> dict[int, Ratio | Count]:
+        """The budget of each layer that drops."""
         places = (self._rule(layer).drop_after(num_layers)[0] for layer in self.after)
-        return dict(zip(places, self.keep, strict=True))
+        return dict(zip(places, self.budgets, strict=True))
 
     def choose(self, view: PrefillView) -> TokenChoice:
         """Choose among the image tokens still present."""
         stages = self.stages(view.num_layers)
         if view.layer not in stages:
             raise ConfigError(f"no stage after layer {view.layer}: the stages are {list(stages)}")
+        budget = stages[view.layer]
         places, totals, present = _number_images(view)
-        counts = resolve_amount(stages[view.layer], totals)
-        if self.floor is not None:
-            counts = counts.maximum(resolve_amount(self.floor, totals))
-        if self.ceiling is not None:
-            counts = counts.minimum(resolve_amount(self.ceiling, totals))
-        budget = _Stage(counts, places, present, cover=self.cover)
-        return self._rule(view.layer, budget).choose(view)
-
-    def _limit(self, kind: Any, amount: int | float) -> Budget:
-        budget: Budget = kind(amount, cover=self.cover, floor=self.floor, ceiling=self.ceiling)
-        return budget
+        counts = budget.bound(budget.count(totals.new_empty(0), totals), totals)
+        stage = _Stage(counts, places, present, cover=budget.cover)
+        return self._rule(view.layer, stage).choose(view)
 
     def _rule(self, layer: int | float, budget: Budget | None = None) -> TokenRule:
         budget = Ratio(1.0) if budget is None else budget
@@ -163,27 +129,78 @@ def _number_images(view: PrefillView) -> tuple[Tensor, Tensor, Tensor]:
     return whole.gather(1, view.origin), totals, totals
 
 
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
+def check_stages(budgets: Sequence[Any], layers: Sequence[Any]) -> None:
+    """Refuse budgets that are not one `Ratio` or `Count` for each layer, or that rise."""
+    if len(budgets) != len(layers):
+        raise ConfigError(
+            f"{len(budgets)} amount{_s(budgets)} to keep for {len(layers)} layer{_s(layers)}: "
+            "give one for each"
+        )
+    for budget in budgets:
+        if not isinstance(budget, Ratio | Count):
+            raise ConfigError(f"budgets={budget!r}: a stage keeps a Ratio or a Count")
+    for earlier, later in pairwise(budgets):
+        for name in ("keep_ratio", "keep_tokens"):
+            before, after = (getattr(budget, name, 0) for budget in (earlier, later))
+            if type(earlier) is type(later) and after > before:
+                raise ConfigError(
+                    f"{name}: {after} are more than the {before} that the layer before leaves, "
+                    "give falling amounts"
+                )
 
 
-def scale_stages(
-    keep: Sequence[int | float] | int | float, shape: Sequence[float]
-) -> tuple[int | float, ...]:
-    """Amounts for all stages from one for the last.
+def _s(items: Sequence[Any]) -> str:
+    return "" if len(items) == 1 else "s"
+
+
+def make_stages(
+    keep_ratio: float | tuple[float, ...] | None,
+    keep_tokens: int | tuple[int, ...] | None,
+    shape: Sequence[float],
+    **bounds: Any,
+) -> tuple[Ratio | Count, ...]:
+    """Budgets of all stages.
 
     Parameters
     ----------
-    keep : sequence, int or float
-        Several amounts stay as they are. One is what the last stage keeps, a share (float) or a
-        count (int); the earlier ones keep more, in the proportions of ``shape``.
+    keep_ratio, keep_tokens : float, int or tuple
+        One of them is given. Several amounts stay as they are. A single one is what the last stage
+        keeps; the earlier ones keep more, in the proportions of ``shape``.
     shape : sequence of float
-        The published amounts.
+        The published ratios.
+    **bounds
+        Of every budget.
     """
-    if isinstance(keep, Sequence):
-        return tuple(keep)
-    check_amount("keep", keep)
+    if isinstance(keep_ratio, tuple):
+        return tuple(Ratio(ratio, **bounds) for ratio in keep_ratio)
+    if isinstance(keep_tokens, tuple):
+        return tuple(Count(tokens, **bounds) for tokens in keep_tokens)
     factors = [stage / shape[-1] for stage in shape]
-    if isinstance(keep, float):
-        return tuple(min(1.0, keep * factor) for factor in factors)
-    return tuple(round(keep * factor) for factor in factors)
+    if keep_tokens is not None:
+        return tuple(Count(round(keep_tokens * factor), **bounds) for factor in factors)
+    assert keep_ratio is not None
+    return tuple(Ratio(min(1.0, keep_ratio * factor), **bounds) for factor in factors)
+
+
+def make_rule(
+    score: TokenScore,
+    layers: tuple[int | float, ...],
+    keep_ratio: float | tuple[float, ...] | None,
+    keep_tokens: int | tuple[int, ...] | None,
+    taper: float,
+    proportional: bool,
+    cover: float = 0.0,
+) -> TokenRule | StagedRule:
+    """One cut, or a `StagedRule` where there are several layers or an amount for each.
+
+    Parameters
+    ----------
+    taper : float
+        The ratio that each layer leaves of what the one before left.
+    """
+    if len(layers) > 1 or isinstance(keep_ratio, tuple) or isinstance(keep_tokens, tuple):
+        shape = [taper**stage for stage in range(len(layers))]
+        budgets = make_stages(keep_ratio, keep_tokens, shape, cover=cover)
+        return StagedRule(score, budgets, layers, proportional)
+    budget = budget_of(keep_ratio, keep_tokens, cover=cover)
+    return TokenRule(score, budget, layers, proportional)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from corematching.methods.amounts import budget_of
-from corematching.methods.registry import register_method
-from corematching.methods.sparsifier import Sparsifier, TokenRule
-from corematching.policy.token_scores.stride import Stride
+from dataclasses import dataclass, field
+
+from corematching.methods.base import BaseMethod
+from corematching.methods.sparsifier import TokenRule
+from corematching.policies.budgets import budget_of
+from corematching.policies.check import settle_amount
+from corematching.policies.token_scores.stride import StrideScore
 
 
-@register_method("stride", budgets=("keep",))
-def stride(
-    keep: int | float = 0.3, layer: int | float = 0.3, proportional: bool = False
-) -> Sparsifier:
-    """Image tokens at equal distances in the prompt's order; all neurons.
+@dataclass(frozen=True)
+class Stride(BaseMethod, name="stride"):
+    """Image tokens at equal distances in the prompt's order; all neurons."""
 
-    Parameters
-    ----------
-    keep : int or float
-        Image tokens kept, a share (float) or a count (int).
-    layer : int or float
-        Dropped after this layer, where the random control drops them; -1 is the input.
-    proportional : bool
-        Attention to a kept token counts for the dropped ones most like it too.
-    """
-    budget = budget_of(keep)
-    return Sparsifier(tokens=TokenRule(Stride(keep), budget, (layer,), proportional))
+    keep_ratio: float | None = field(
+        default=None, metadata={"help": "ratio of the image tokens kept; default: 0.3"}
+    )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "number of image tokens kept, instead"}
+    )
+    layer: int | float = field(
+        default=0.3,
+        metadata={"help": "dropped after this layer, as in the random control; -1: the input"},
+    )
+    proportional: bool = field(
+        default=False,
+        metadata={"help": "attention to a kept token counts for the dropped ones most like it too"},
+    )
+
+    def __post_init__(self) -> None:
+        settle_amount(self, 0.3)
+        super().__post_init__()
+
+    def make_tokens(self) -> TokenRule:
+        amount = self.keep_ratio, self.keep_tokens
+        return TokenRule(StrideScore(*amount), budget_of(*amount), (self.layer,), self.proportional)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import TokenDropper
-from corematching.policy.check import check_amount
+from corematching.policies.check import settle_amount
 from corematching.protocol import VISION, PrefillView, TokenChoice, VisionView
 
 
@@ -21,17 +21,18 @@ class VisionRule(TokenDropper):
     models in which one image token is one patch can show what is needed.
     """
 
-    keep: int | float | None = field(
-        default=None,
-        metadata={"help": "patches kept of each image: a share (float), a count (int)"},
+    keep_ratio: float | None = field(
+        default=None, metadata={"help": "ratio of each image's patches that is kept"}
+    )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "number of patches kept of each image, instead"}
     )
     vision_layer: int = field(
         default=-1, metadata={"help": "layer of the tower that is read: -1 is the last"}
     )
 
     def __post_init__(self) -> None:
-        if self.keep is not None:
-            check_amount("keep", self.keep)
+        settle_amount(self)
         if not isinstance(self.vision_layer, int) or self.vision_layer >= 0:
             raise ConfigError(
                 f"vision_layer={self.vision_layer!r}: give a negative whole number, -1 is the last"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from corematching.methods.registry import register_method
-from corematching.methods.sparsifier import Sparsifier
+from corematching.methods.base import BaseMethod
 from corematching.methods.vision_rule import VisionRule
-from corematching.policy.amounts import count_of
-from corematching.policy.vision_merging import attend_to_patches, zip_tokens
+from corematching.policies.amounts import count_of
+from corematching.policies.check import settle_amount
+from corematching.policies.vision_merging import attend_to_patches, zip_tokens
 from corematching.protocol import VisionView
 
 CONTEXTUAL = 10 / 64
-"""Share of the kept tokens that are merged ones: 10 of 64, 20 of 128, 30 of 192 as published."""
+"""Ratio of the kept tokens that are merged ones: 10 of 64, 20 of 128, 30 of 192 as published."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class VisionZipRule(VisionRule, name="visionzip-rule"):
 
     def merge(self, vision: VisionView) -> tuple[Tensor, Tensor, Tensor]:
         patches = vision.features.shape[1]
-        keep = 1.0 if self.keep is None else self.keep
-        total = count_of(keep, patches) if isinstance(keep, float) else min(keep, patches)
+        total = patches if self.keep_ratio is None else count_of(self.keep_ratio, patches)
+        if self.keep_tokens is not None:
+            total = min(self.keep_tokens, patches)
         contextual = round(total * CONTEXTUAL)
         attention = attend_to_patches(vision.queries, vision.keys, vision.scaling, vision.classes)
         keys = vision.keys[:, :, vision.classes :]
@@ -34,21 +35,33 @@ class VisionZipRule(VisionRule, name="visionzip-rule"):
         return kept, features, attention.sum(1)
 
 
-@register_method("visionzip", budgets=("keep",))
-def visionzip(keep: int | float = 64 / 576, vision_layer: int = -2) -> Sparsifier:
+@dataclass(frozen=True)
+class VisionZip(BaseMethod, name="visionzip"):
     """Keep what the vision tower itself attends to, and merge the rest into a few; all neurons.
 
     "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv:2412.04467,
     without training: `zip_tokens` has the rule and what differs. In front of layer 0, positions of
     the language model stay the original ones. In a tower without a class token the
-    attention that a patch gets from all others stands for the class token's, as in the paper.
-
-    Parameters
-    ----------
-    keep : int or float
-        Image tokens kept of each image, a share (float; by default 64 of LLaVA-1.5's 576, one of
-        three published budgets) or a count (int); 10 of 64 are merged ones.
-    vision_layer : int
-        The tower's layer whose attention and keys are read; published: the second to last.
+    attention that a patch gets from all others stands for the class token's, as in the paper. The
+    default is one of three published budgets, 64 of LLaVA-1.5's 576 tokens; 10 of 64 are merged
+    ones.
     """
-    return Sparsifier(tokens=VisionZipRule(keep, vision_layer))
+
+    keep_ratio: float | None = field(
+        default=None,
+        metadata={"help": "ratio of each image's tokens kept; default: 64 of 576"},
+    )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "number of image tokens kept, instead"}
+    )
+    vision_layer: int = field(
+        default=-2,
+        metadata={"help": "the tower's layer whose attention and keys are read; published: -2"},
+    )
+
+    def __post_init__(self) -> None:
+        settle_amount(self, 64 / 576)
+        super().__post_init__()
+
+    def make_tokens(self) -> VisionZipRule:
+        return VisionZipRule(self.keep_ratio, self.keep_tokens, self.vision_layer)

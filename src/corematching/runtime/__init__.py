@@ -1,10 +1,10 @@
 """Keeps on an unmodified transformers model what a method chooses; knows no method itself."""
 
-from .attach import Run, attach, detach, is_attached
-from .checks import check_model
-from .families import FAMILIES, Family, find_family
-from .offload_load import load
-from .shared import Recording, record_prompt, replay_prompt
+from corematching.model.families import FAMILIES, Family, find_family
+from corematching.model.spec import check_model
+from corematching.offload.load import load
+from corematching.runtime.attach import Run, attach, detach, is_attached
+from corematching.runtime.recording import Recording, record_prompt, replay_prompt
 
 __all__ = [
     "FAMILIES",

@@ -7,12 +7,11 @@ from typing import Any
 from torch import nn
 
 from corematching.errors import AlreadyInstalledError, InputError
+from corematching.offload.offload import find_offload
 from corematching.protocol import Method
 from corematching.report import Report
-
-from .count import build_report
-from .engine import Engine
-from .offload import find_offload
+from corematching.runtime.record import build_report
+from corematching.runtime.session import Engine
 
 MARK = "_corematching"
 """The attribute under which a model has the engine that is on it, or the claim of one to come.
@@ -78,8 +77,11 @@ def attach(
     """Install a method on one model; nothing runs before the model does.
 
     A turn that goes on from a cache keeps that cache's choices: only the first prompt drops tokens.
-    A sliding window of a shortened cache counts the tokens that are still present. Modules may be
-    replaced meanwhile: the next run reads the model anew, or says what it cannot run on.
+    What a cache remembers follows its rows and columns, whether its own methods change them
+    (``batch_select_indices``, ``crop``, ...) or its keys and values are replaced. A sliding window
+    of a shortened cache counts the tokens that are still present. generate() refuses
+    ``use_cache=False``, which would run the prompt again at every step. Modules may be replaced
+    meanwhile: the next run reads the model anew, or says what it cannot run on.
 
     Parameters
     ----------

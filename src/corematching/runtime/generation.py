@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.generation import GenerationMode
 
+from corematching.cache.layers import check_cache, short_mask, widen_sliding_layers
+from corematching.cache.remembering import memory_of
 from corematching.errors import UnsupportedModelError
-
-from .cache import check_cache, memory_of, short_mask, widen_sliding_layers
-from .patches import Patches
+from corematching.model.patching import Patches
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from corematching.runtime.session import Engine
 
 
 class GenerationPatches:
@@ -62,6 +62,9 @@ class GenerationPatches:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        method = self.engine.method
+        if generation_config.use_cache is False and (method.tokens or method.neurons):
+            raise replay_error()
         if generation_config.prefill_chunk_size is not None:
             raise UnsupportedModelError(
                 "prefill_chunk_size splits the prompt, but the choices need all of it in one "
@@ -93,12 +96,14 @@ class GenerationPatches:
         return result
 
     def _prepare_inputs(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if self.engine.answering or _seen(cache):
+            self.engine.follow(cache, input_ids.shape[0])
+            self.engine.gather_neurons(cache)
         if self.engine.generating and not self._masks_are_short:
-            memory = memory_of(kwargs.get("past_key_values"))
-            if memory is not None and memory.shortened and _seen(kwargs["past_key_values"]):
+            memory = memory_of(cache)
+            if memory is not None and memory.shortened and _seen(cache):
                 self._shorten(memory, kwargs)
-        if self.engine.answering or _seen(kwargs.get("past_key_values")):
-            self.engine.gather_neurons(kwargs.get("past_key_values"))
         return original(input_ids, *args, **kwargs)
 
     def _update_kwargs(
@@ -121,6 +126,15 @@ class GenerationPatches:
         else:
             total = memory.prompt if positions is None else positions.shape[-1]
         model_kwargs["attention_mask"] = short_mask(memory, mask, total)
+
+
+def replay_error() -> UnsupportedModelError:
+    """Why a prompt cannot run again at every step."""
+    return UnsupportedModelError(
+        "use_cache=False runs the prompt again at every step, where each token would have to see "
+        "what the first run kept: leave use_cache at True (what is left after dropping tokens is "
+        "small), or remove the method"
+    )
 
 
 def _seen(cache: Any) -> bool:

@@ -1,0 +1,1 @@
+"""What computes: PyTorch everywhere, compiled kernels on CPUs, Triton and graphs on GPUs."""

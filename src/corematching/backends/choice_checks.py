@@ -1,0 +1,139 @@
+"""What policies may choose: checked before anything is computed from it, for every engine alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from corematching.backends.kernels.check import check_order, describe, find_disorder, refuse_order
+from corematching.errors import ConfigError, InvalidTensorError
+from corematching.protocol import NeuronChoice, TokenChoice
+
+if TYPE_CHECKING:
+    from corematching.backends.sparse_ffn import SparseFFN
+
+
+def limits_of(choice: NeuronChoice) -> tuple[Tensor | None, ...]:
+    """The thresholds of the input, the gate and the output."""
+    return choice.input_threshold, choice.gate_threshold, choice.output_threshold
+
+
+def check_neurons(choice: NeuronChoice, count: int, width: int) -> None:
+    """Refuse neurons, means and thresholds that an FFN cannot compute with.
+
+    Does not wait for a GPU: of indices there, `check_settled` looks at the values.
+
+    Parameters
+    ----------
+    choice : NeuronChoice
+        Its indices are there.
+    count : int
+        Neurons that were asked for.
+    width : int
+        F, neurons of the FFN.
+
+    Raises
+    ------
+    InvalidTensorError
+        There is another number of neurons, of means or of thresholds, or something is of another
+        kind of dtype; on the CPU also where the indices do not ascend in [0, width).
+    """
+    indices, mean = choice.indices, choice.mean
+    if not isinstance(indices, Tensor) or indices.dim() != 2 or indices.shape[1] != count:
+        raise InvalidTensorError(
+            f"expected neuron indices (batch, {count}), got {describe(indices)}: "
+            "a policy must choose as many neurons as it was asked for"
+        )
+    if indices.dtype != torch.long:
+        raise InvalidTensorError(
+            f"expected neuron indices in int64, got {describe(indices)}: convert them with .long()"
+        )
+    if mean is not None and not _is_float(mean, (len(indices), width)):
+        raise InvalidTensorError(
+            f"expected means ({len(indices)}, {width}) in a float dtype, got {describe(mean)}: "
+            "a policy must give one mean per neuron, 0 on the kept ones"
+        )
+    for limits in limits_of(choice):
+        if limits is not None and not _is_float(limits, (len(indices),)):
+            raise InvalidTensorError(
+                f"expected thresholds ({len(indices)},) in a float dtype, got {describe(limits)}: "
+                "a policy must give one per sample"
+            )
+    if indices.device.type == "cpu":
+        check_order(indices, width)
+
+
+def check_settled(ffns: Iterable[SparseFFN]) -> None:
+    """Settle the choices that FFNs have taken, and check them; waits for each device once.
+
+    Raises
+    ------
+    InvalidTensorError
+        See `check_neurons`; on a GPU also where the indices do not ascend in [0, width).
+    ConfigError
+        A policy chose no neurons.
+    """
+    flags: dict[torch.device, list[tuple[Tensor, int]]] = {}
+    fresh = [(ffn, ffn.taken) for ffn in ffns if ffn.taken is not ffn.checked]
+    for ffn, choice in fresh:
+        if choice is None:
+            continue
+        late = choice.later is not None
+        choice.settle()
+        if choice.indices is None:
+            raise ConfigError("a policy must choose neurons, at once or with 'later'")
+        if late:
+            ffn.check_choice(choice)
+        if choice.indices.device.type != "cpu":
+            flag = find_disorder(choice.indices, ffn.width)
+            flags.setdefault(flag.device, []).append((flag, ffn.width))
+    for found in flags.values():
+        for bad, (_, width) in zip(
+            torch.stack([flag for flag, _ in found]).tolist(), found, strict=True
+        ):
+            if bad:
+                raise refuse_order(width)
+    for ffn, choice in fresh:
+        ffn.checked = choice
+
+
+def check_tokens(choice: TokenChoice, valid: Tensor, hidden: Tensor, layer: int) -> None:
+    """Refuse tokens that cannot go on from (B, T) ``valid`` ones with (B, T, d) ``hidden`` states.
+
+    Raises
+    ------
+    InvalidTensorError
+        The mask is no (B, T) bool, the weights are not (B, T), positive and finite where a token is
+        kept, or the hidden states are not (B, T, d).
+    """
+    keep, weights, merged = choice.keep, choice.weights, choice.hidden
+    if not isinstance(keep, Tensor) or keep.shape != valid.shape or keep.dtype != torch.bool:
+        raise InvalidTensorError(
+            f"expected a keep mask {tuple(valid.shape)}, bool, after layer {layer}, got "
+            f"{describe(keep)}: a policy must choose among the tokens it is shown"
+        )
+    if merged is not None and not _is_float(merged, tuple(hidden.shape)):
+        raise InvalidTensorError(
+            f"expected hidden states {tuple(hidden.shape)} in a float dtype after layer {layer}, "
+            f"got {describe(merged)}: a policy that merges gives one for every token it is shown"
+        )
+    if weights is None:
+        return
+    if not _is_float(weights, tuple(valid.shape)):
+        raise InvalidTensorError(
+            f"expected weights {tuple(valid.shape)} in a float dtype after layer {layer}, got "
+            f"{describe(weights)}: a policy must give one for every token it is shown"
+        )
+    fine = (weights > 0) & (weights < torch.inf)
+    if not bool((fine | ~keep.to(fine.device) | ~valid.to(fine.device)).all()):
+        raise InvalidTensorError(
+            f"a kept token counts for less than nothing, for infinitely many tokens or for NaN "
+            f"after layer {layer}: weights must be positive and finite"
+        )
+
+
+def _is_float(x: object, shape: tuple[int, ...]) -> bool:
+    return isinstance(x, Tensor) and x.shape == shape and x.is_floating_point()

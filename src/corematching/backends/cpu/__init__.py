@@ -1,0 +1,1 @@
+"""Prompts and decode steps in compiled code on a CPU."""

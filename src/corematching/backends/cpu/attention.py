@@ -1,0 +1,96 @@
+"""Attention of prompts between its projections: in C on a CPU's tiles, else the model's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from corematching.backends.cpu.native import TILES, TiledAttention, refuse_attention, rotate_apart
+from corematching.cache.layers import store
+
+ATTENTION = "sdpa"
+ONLY_SDPA = ("softcap", "position_bias", "cache", "enable_gqa")
+"""What a call may ask for besides, that the C code does not know."""
+PROBE_ERROR = 2e-2
+
+
+class PromptAttention:
+    """From queries, keys and values that stand side by side to what the output projection gets.
+
+    Parameters
+    ----------
+    unit : str or None
+        What multiplies; only tiles attend here.
+    """
+
+    def __init__(self, unit: str | None) -> None:
+        self._tiled = TiledAttention() if unit == TILES else None
+
+    def attend(
+        self, module: Any, joint: Tensor, angles: Any, mask: Any, cache: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """Llama's attention: (B, T, H + 2G, D), not rotated yet, to (B, T, H * D), and no weights.
+
+        ``angles`` are cosines and sines, (B or 1, T, D) each; queries are rotated in place.
+        """
+        groups = module.v_proj.out_features // module.head_dim
+        cos, sin = angles
+        query, key, value = rotate_apart(joint, cos, sin, groups)
+        if cache is not None:
+            key, value = store(cache, key, value, module.layer_idx)
+        return self._mix(module, query, key, value, mask, module.scaling, kwargs)
+
+    def attend_to_patches(self, module: Any, joint: Tensor, mask: Any) -> Tensor:
+        """CLIP's attention: (B, T, 3H, D) to (B, T, H * D)."""
+        query, key, value = joint.transpose(1, 2).chunk(3, dim=1)
+        return self._mix(module, query, key, value, mask, module.scale, {"dropout": 0.0})[0]
+
+    def _mix(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Any]:
+        tiled = None if asks_for_more(kwargs) else self._tiled
+        if tiled is not None and refuse_attention(query, key, value, mask) is None:
+            causal = query.shape[2] > 1 and is_causal(module, mask, kwargs)
+            mixed = tiled.attend(query, key, value, mask, scaling, causal)
+            return mixed.flatten(2), None
+        mixed, weights = ALL_ATTENTION_FUNCTIONS[ATTENTION](
+            module, query, key, value, mask, scaling=scaling, **kwargs
+        )
+        return mixed.flatten(2), weights
+
+
+def inputs_of(attention: Any) -> list[Any]:
+    """The projections to queries, keys and values."""
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def asks_for_more(kwargs: dict[str, Any]) -> bool:
+    """Whether a call of an attention asks for what the C code does not know."""
+    return any(kwargs.get(name) for name in ONLY_SDPA)
+
+
+def is_causal(module: Any, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an attention's queries see the keys up to their own only, as PyTorch's decides."""
+    causal = kwargs.get("is_causal")
+    return mask is None and (getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def uses_sdpa(attention: Any) -> bool:
+    """Whether an attention runs PyTorch's fused one, without dropout."""
+    config = getattr(attention, "config", None)
+    return getattr(config, "_attn_implementation", None) == ATTENTION and not attention.training
+
+
+def is_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two ways to compute something differ by roundings only."""
+    error = (ours.float() - theirs.float()).norm()
+    return bool(error <= PROBE_ERROR * theirs.float().norm())

@@ -1,0 +1,51 @@
+"""The projection of single tokens to the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.backends.cpu.native import MAX_BATCH, linear, refuse_matrix, use_large_pages
+from corematching.model.patching import Patches, has_foreign_forward
+
+
+class NativeHead:
+    """Runs the output projection of single tokens in C.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with output embeddings.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._head = model.get_output_embeddings()
+        self._patches = Patches()
+
+    def install(self) -> None:
+        """Replace the projection's forward on its instance, where it is a plain linear layer."""
+        head = self._head
+        plain = type(head) is nn.Linear and "weight" in head._parameters
+        if plain and not has_foreign_forward(head):
+            if refuse_matrix(head.weight) is None:
+                use_large_pages([head.weight])
+            self._patches.wrap(head, "forward", self._forward)
+
+    def remove(self) -> None:
+        """Put the projection's own forward back."""
+        self._patches.undo()
+
+    def _forward(self, original: Any, x: Tensor) -> Tensor:
+        weight, bias = self._head.weight, self._head.bias
+        single = x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= MAX_BATCH
+        if (
+            not single
+            or torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or x.dtype != weight.dtype
+            or refuse_matrix(weight) is not None
+        ):
+            return original(x)
+        return linear(x[:, 0], weight, bias)[:, None]

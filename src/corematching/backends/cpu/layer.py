@@ -1,0 +1,235 @@
+"""A decoder layer of Llama's form in one call of C, or in a few."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.backends.cpu.attention import PromptAttention, asks_for_more, inputs_of, is_causal
+from corematching.backends.cpu.native import (
+    STEP,
+    TILES,
+    Norm,
+    Products,
+    PromptLayer,
+    Scratch,
+    normalise,
+    refuse_product,
+)
+from corematching.cache.layers import store, takes_as_is
+from corematching.model.ffn import FFNParts
+from corematching.model.gates import Gates
+from corematching.model.hooks import may_run_late, promise_input, run_pre_hooks
+from corematching.model.snapshot import Watch
+
+
+@dataclass
+class Weights:
+    """What a layer multiplies with, and its attention."""
+
+    attention: Any
+    inputs: list[Tensor]
+    input_biases: list[Tensor | None]
+    output: Tensor
+    output_bias: Tensor | None
+    ffn: dict[str, Tensor]
+    down_bias: Tensor | None
+    norms: tuple[Norm, Norm]
+    whole: PromptLayer | None = None
+
+
+class LlamaLayer:
+    """Runs prompts through a layer, with the residuals added where the products are rounded.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        A decoder layer of Llama's form.
+    ffn : FFNParts
+        The parts of its FFN.
+    products : Products
+        Multiplies.
+    attention : PromptAttention
+        Attends.
+    gates : Gates
+        Who wants to see the FFN's gates.
+    scratch : Scratch
+        Memory to work in, for all layers.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        ffn: FFNParts,
+        products: Products,
+        attention: PromptAttention,
+        gates: Gates,
+        scratch: Scratch,
+    ) -> None:
+        self.layer: Any = layer
+        self.ffn, self._gates, self._scratch = ffn, gates, scratch
+        self._products, self._attend = products, attention
+        self._watch = Watch()
+        self._weights: Weights | None = None
+
+    def run(self, x: Tensor, mask: Any, cache: Any, angles: Any, **kwargs: Any) -> Tensor | None:
+        """(B, T, d) to (B, T, d), or None where C cannot do it.
+
+        Parameters
+        ----------
+        x : Tensor
+            Several tokens of each sample, on the CPU, that nobody wants a graph of.
+        mask, cache : object
+            As the layer gets them.
+        angles : tuple of Tensor
+            Cosines and sines, (B or 1, T, D) each, of x's dtype.
+        """
+        weights = self._find_weights()
+        if weights is None or x.dtype != weights.output.dtype:
+            return None
+        out = None
+        if weights.whole is not None and self._goes_at_once(x, mask, cache, kwargs):
+            out = self._run_at_once(weights.whole, x, mask, cache, angles, kwargs)
+        if out is None:
+            out = self._run_in_parts(weights, x, mask, cache, angles, kwargs)
+        return out
+
+    def _goes_at_once(self, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether attention reads this prompt's own keys alone, and hooks can wait for the end."""
+        if cache is not None and not takes_as_is(cache, self.layer.self_attn.layer_idx):
+            return False
+        known = PromptLayer.takes(x, mask) and not asks_for_more(kwargs)
+        return known and may_run_late(self.ffn.down)
+
+    def _run_at_once(
+        self,
+        whole: PromptLayer,
+        x: Tensor,
+        mask: Any,
+        cache: Any,
+        angles: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor | None:
+        ffn, attention = self.ffn, self.layer.self_attn
+        x, middle = x.contiguous(), torch.empty_like(x)
+        if not promise_input(ffn.mlp, middle, functools.partial(normalise, middle, whole.ffn_norm)):
+            return None
+        kept = self._gates.make_room(ffn.mlp, middle, ffn.width)
+        causal = is_causal(attention, mask, kwargs)
+        done = whole.run(x, angles, mask, causal, middle, kept)
+        if cache is not None:
+            assert done.key is not None and done.value is not None
+            store(cache, done.key, done.value, attention.layer_idx)
+        run_pre_hooks(ffn.down, done.active)
+        return done.out
+
+    def _run_in_parts(
+        self,
+        weights: Weights,
+        x: Tensor,
+        mask: Any,
+        cache: Any,
+        angles: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        attention, products = weights.attention, self._products
+        first, second = weights.norms
+        joint = products.several(x, weights.inputs, weights.input_biases, first)
+        joint = joint.view(*x.shape[:-1], -1, attention.head_dim)
+        mixed = self._attend.attend(attention, joint, angles, mask, cache, **kwargs)[0]
+        x = products.linear(mixed, weights.output, weights.output_bias, x)
+        make = functools.partial(normalise, x, second)
+        if promise_input(self.ffn.mlp, x, make):
+            active = activate(products, self._gates, self.ffn, weights.ffn, x, second)
+        else:
+            normed = run_pre_hooks(self.ffn.mlp, make())
+            active = activate(products, self._gates, self.ffn, weights.ffn, normed)
+        active = run_pre_hooks(self.ffn.down, active)
+        return products.linear(active, weights.ffn["down"], weights.down_bias, x)
+
+    def _find_weights(self) -> Weights | None:
+        """The weights, or None if C cannot multiply with them; looked at again after a change."""
+        if not self._watch.unchanged():
+            weights = self._list_weights()
+            self._weights = weights if weights is not None and self._fit(weights) else None
+            if self._weights is not None:
+                self._weights.whole = self._prepare(self._weights)
+            self._watch = Watch([self.layer])
+        return self._weights
+
+    def _prepare(self, weights: Weights) -> PromptLayer | None:
+        """The layer as one call, where tiles do all of it."""
+        attention, ffn = weights.attention, self.ffn
+        names = ("q", "k", "v")
+        matrices = dict(zip(names, weights.inputs, strict=True))
+        query, key, size = matrices["q"], matrices["k"], attention.head_dim
+        fits = weights.output.shape[1] == query.shape[0] and not query.shape[0] % key.shape[0]
+        if self._products.unit != TILES or size % STEP or not fits:
+            return None
+        biases = {
+            f"{name}_bias": bias for name, bias in zip(names, weights.input_biases, strict=True)
+        }
+        everything = matrices | biases | weights.ffn
+        everything |= {
+            "o": weights.output,
+            "o_bias": weights.output_bias,
+            "down_bias": weights.down_bias,
+        }
+        assert ffn.activation_name is not None
+        return PromptLayer(
+            everything, weights.norms, size, ffn.activation_name, attention.scaling, self._scratch
+        )
+
+    def _fit(self, weights: Weights) -> bool:
+        every = [*weights.inputs, weights.output, *weights.ffn.values()]
+        matrices = [part for part in every if part.ndim == 2]
+        if any(refuse_product(part, self._products.unit) is not None for part in matrices):
+            return False
+        norms = [norm.weight for norm in weights.norms]
+        if len({part.dtype for part in (*matrices, *norms)}) > 1:
+            return False
+        return all(part.is_contiguous() for part in matrices if part is not weights.ffn["down"])
+
+    def _list_weights(self) -> Weights | None:
+        """What stands in the layer now; None if that is no longer plain."""
+        layer, ffn = self.layer, self.ffn
+        attention = layer.self_attn
+        inputs = inputs_of(attention)
+        linears = {attention.o_proj, *inputs, *ffn.list_linears()}
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        if any(type(x) is not nn.Linear for x in linears) or not linears <= set(layer.modules()):
+            return None
+        first, second = (Norm(norm.weight, norm.variance_epsilon) for norm in norms)
+        return Weights(
+            attention=attention,
+            inputs=[linear.weight for linear in inputs],
+            input_biases=[linear.bias for linear in inputs],
+            output=attention.o_proj.weight,
+            output_bias=attention.o_proj.bias,
+            ffn=ffn.dense(),
+            down_bias=ffn.down.bias,
+            norms=(first, second),
+        )
+
+
+def activate(
+    products: Products,
+    gates: Gates,
+    ffn: FFNParts,
+    weights: dict[str, Tensor],
+    x: Tensor,
+    norm: Norm | None = None,
+) -> Tensor:
+    """(B, T, d) to the activations (B, T, F) of a gated FFN, of normalised x where there is a norm.
+
+    ``weights`` are those of `FFNParts.dense`.
+    """
+    biases = weights.get("gate_bias"), weights.get("up_bias")
+    assert ffn.activation_name is not None
+    kept = gates.make_room(ffn.mlp, x, ffn.width)
+    gate, up = weights["gate"], weights["up"]
+    return products.gated(x, gate, up, *biases, ffn.activation_name, kept, norm)

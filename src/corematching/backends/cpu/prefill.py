@@ -1,0 +1,326 @@
+"""Runs the matrices, the norms and the FFNs of prompts in C, on a CPU's tiles or vectors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.backends.cpu.attention import PromptAttention, inputs_of, is_close, uses_sdpa
+from corematching.backends.cpu.inputs import is_plain, is_prompt
+from corematching.backends.cpu.layer import LlamaLayer, activate
+from corematching.backends.cpu.native import (
+    TILES,
+    VECTORS,
+    Norm,
+    Products,
+    Scratch,
+    find_unit,
+    list_dtypes,
+    normalise,
+    refuse_product,
+)
+from corematching.backends.cpu.tower import TowerAttention, TowerLayer
+from corematching.errors import UnsupportedModelError
+from corematching.model.ffn import FFNParts
+from corematching.model.hooks import HookWatch
+from corematching.model.patching import Patches, has_foreign_forward
+from corematching.model.spec import Parts
+
+FEWEST_FLOAT_ROWS = 64
+"""PyTorch multiplies fewer rows of float32 in less time."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class NativePrompts:
+    """Replaces the forwards of linear layers, RMSNorms, gated FFNs and Llama's attention.
+
+    In the vision tower and the projector, those of linear layers and convolutions. On their
+    instances, and only for prompts: a call that they cannot take (a single token, gradients,
+    autocast, another dtype, compiled code) goes to the module's own forward. Hooks on modules see
+    what they always see.
+
+    Parameters
+    ----------
+    parts : Parts
+        The model's parts.
+    unit : str or None
+        What multiplies: ``tiles`` or ``vectors``; None replaces nothing. The default is what the
+        machine is best at.
+    """
+
+    def __init__(self, parts: Parts, unit: str | None = "") -> None:
+        self.parts = parts
+        self.unit = find_unit() if unit == "" else unit
+        self._patches = Patches()
+        self._products = Products(self.unit or VECTORS)
+        self._attend = PromptAttention(self.unit)
+        self._scratch = Scratch()
+        self._dtypes = list_dtypes(self.unit)
+
+    def install(self, ffns: list[FFNParts]) -> None:
+        """Replace the forwards, where there is something to multiply with.
+
+        Parameters
+        ----------
+        ffns : list of FFNParts
+            Of all layers, or none.
+        """
+        if self.unit is None:
+            return
+        layers = [module for layer in self.parts.layers for module in layer.modules()]
+        seeing = [self.parts.vision, self.parts.projector]
+        tower = [module for part in seeing if part is not None for module in part.modules()]
+        for module in [*layers, *tower]:
+            if has_foreign_forward(module):
+                continue
+            if _is_plain_linear(module):
+                self._wrap(module, self._linear, module)
+            elif self.unit == VECTORS and type(module) in CONVOLUTIONS:
+                self._wrap(module, _run_convolution, module)
+        if self.unit == TILES and not any(map(has_foreign_forward, tower)):
+            self._install_in_tower(tower)
+        final = getattr(self.parts.decoder, "norm", None)
+        every: list[Any] = [*layers, final]
+        norms = [module for module in every if _is_norm(module) and not has_foreign_forward(module)]
+        for norm in norms:
+            self._wrap(norm, _run_norm, norm)
+        if any(map(has_foreign_forward, layers)):
+            return  # what follows runs several modules at once
+        ffns = ffns if _are_known(ffns) else []
+        for ffn in ffns:
+            inner = [module for module in ffn.mlp.modules() if module not in (ffn.mlp, ffn.down)]
+            self._wrap(ffn.mlp, self._ffn, ffn, HookWatch(inner))
+        if self._attends_like_llama():
+            for module in self.parts.attentions:
+                self._wrap(module, self._attention, module, HookWatch(inputs_of(module)))
+            if ffns and self._layers_are_llamas(ffns[0], norms):
+                for layer, ffn in zip(self.parts.layers, ffns, strict=True):
+                    whole = self._join(layer, ffn)
+                    self._wrap(layer, self._layer, whole, _watch_layer(layer, ffn))
+
+    def _install_in_tower(self, modules: list[nn.Module]) -> None:
+        """Whole layers, and attentions; a layer is compared before its attention is replaced."""
+        found = [TowerAttention(m, self._project_jointly, self._attend) for m in modules]
+        known = {attention.module: attention for attention in found if attention.is_known()}
+        for module in modules:
+            attention = known.get(getattr(module, "self_attn", None))
+            layer = None
+            if attention is not None:
+                layer = TowerLayer(module, attention, self._products, self._scratch)
+            if layer is not None and layer.is_known():
+                self._wrap(module, layer.forward)
+        for module, attention in known.items():
+            self._wrap(module, attention.forward)
+
+    def remove(self) -> None:
+        """Put every forward back."""
+        self._patches.undo()
+
+    def _wrap(self, owner: Any, around: Any, *args: Any) -> None:
+        self._patches.wrap(owner, "forward", functools.partial(around, *args))
+
+    def _layers_are_llamas(self, ffn: FFNParts, norms: list[Any]) -> bool:
+        """Whether the layers are of one form, and that form computes what `LlamaLayer` does."""
+        first: Any = self.parts.layers[0]
+        for layer in self.parts.layers:
+            names = {name for name, _ in layer.named_children()}
+            if names != LAYER_PARTS or type(layer) is not type(first):
+                return False
+            if layer.input_layernorm not in norms or layer.post_attention_layernorm not in norms:
+                return False
+        x, angles = self._make_probe(first.self_attn)
+        with torch.inference_mode(False), torch.no_grad():
+            theirs = first(x, position_embeddings=angles, attention_mask=None)
+            ours = self._join(first, ffn).run(x, None, None, angles)
+        theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+        return ours is not None and is_close(ours, theirs)
+
+    def _make_probe(self, attention: Any) -> tuple[Tensor, Any]:
+        """As few tokens as run here, and their angles; a gap is between their places."""
+        decoder: Any = self.parts.decoder
+        dtype = attention.q_proj.weight.dtype
+        count = FEWEST_FLOAT_ROWS if dtype == torch.float32 else 3
+        with torch.inference_mode(False), torch.no_grad():
+            x = torch.sin(torch.arange(1.0 * count * attention.q_proj.in_features))
+            x, places = x.to(dtype).view(1, count, -1), torch.arange(1, count + 1)[None]
+            places[:, 2:] += 6
+            return x, decoder.rotary_emb(x, places)
+
+    def _join(self, layer: Any, ffn: FFNParts) -> LlamaLayer:
+        return LlamaLayer(layer, ffn, self._products, self._attend, self.parts.gates, self._scratch)
+
+    def _layer(
+        self,
+        whole: LlamaLayer,
+        hooks: HookWatch,
+        original: Any,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        x, angles = hidden_states, position_embeddings
+        attention = whole.layer.self_attn
+        known = is_prompt(x) and self._takes(x) and not hooks.sees_any()
+        known = known and uses_sdpa(attention) and _are_angles(angles, x, attention.head_dim)
+        out = whole.run(x, attention_mask, past_key_values, angles, **kwargs) if known else None
+        if out is not None:
+            return out
+        return original(
+            x, attention_mask=attention_mask, past_key_values=past_key_values,
+            position_embeddings=angles, **kwargs,
+        )  # fmt: skip
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether x is of a dtype that C multiplies faster, and has rows enough for it."""
+        few = x.dtype == torch.float32 and x.numel() < FEWEST_FLOAT_ROWS * x.shape[-1]
+        return x.dtype in self._dtypes and not few
+
+    def _fits(self, x: Tensor, weight: Tensor) -> bool:
+        if x.dtype != weight.dtype or not self._takes(x):
+            return False
+        return refuse_product(weight, self._products.unit) is None
+
+    def _linear(self, module: Any, original: Any, x: Tensor) -> Tensor:
+        if not is_plain(x) or not self._fits(x, module.weight):
+            return original(x)
+        return self._products.linear(x, module.weight, module.bias)
+
+    def _ffn(self, ffn: FFNParts, hooks: HookWatch, original: Any, x: Tensor, *args: Any) -> Any:
+        """Gate, activation and up at once; the down projection is called as a module."""
+        if args or not is_prompt(x) or hooks.sees_any():
+            return original(x, *args)
+        weights = ffn.dense()
+        both = weights["gate"], weights["up"]
+        if not all(self._fits(x, weight) and weight.is_contiguous() for weight in both):
+            return original(x, *args)
+        return ffn.down(activate(self._products, self.parts.gates, ffn, weights, x))
+
+    def _attention(
+        self,
+        module: Any,
+        hooks: HookWatch,
+        original: Any,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        x, angles = hidden_states, position_embeddings
+        known = uses_sdpa(module) and not hooks.sees_any()
+        joint = self._project(module, x, angles) if known else None
+        if joint is None:
+            return original(
+                hidden_states=x, position_embeddings=angles, attention_mask=attention_mask,
+                past_key_values=past_key_values, **kwargs,
+            )  # fmt: skip
+        seen = angles, attention_mask, past_key_values
+        mixed, weights = self._attend.attend(module, joint, *seen, **kwargs)
+        return module.o_proj(mixed), weights
+
+    def _project_jointly(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
+        """(B, T, queries, keys and values, D), not rotated; None where C cannot do that."""
+        inputs = inputs_of(module)
+        if not is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
+            return None
+        weights = [linear.weight for linear in inputs]
+        if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
+            return None
+        joint = self._products.several(x, weights, [linear.bias for linear in inputs], norm)
+        return joint.view(*x.shape[:-1], -1, module.head_dim)
+
+    def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
+        """(B, T, H + 2G, D), queries, keys and values, not rotated; None where C cannot do that."""
+        if not _are_angles(angles, x, module.head_dim):
+            return None
+        return self._project_jointly(module, x) if type(module.o_proj) is nn.Linear else None
+
+    def _attends_like_llama(self) -> bool:
+        """Whether the attentions are of one form, and that form computes what `attend` does."""
+        decoder: Any = self.parts.decoder
+        first: Any = self.parts.attentions[0]
+        for module in self.parts.attentions:
+            names = {name for name, _ in module.named_children()}
+            if names != set(PROJECTIONS) or type(module) is not type(first):
+                return False
+            if getattr(module, "sliding_window", None):
+                return False
+        if not hasattr(decoder, "rotary_emb") or not hasattr(first, "head_dim"):
+            return False
+        x, angles = self._make_probe(first)
+        with torch.inference_mode(False), torch.no_grad():
+            joint = self._project(first, x, angles)
+            if joint is None:
+                return False
+            theirs = first(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
+            ours = self._attend.attend(first, joint, angles, None, None)[0]
+            return is_close(first.o_proj(ours), theirs)
+
+
+def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:
+    weight = module.weight
+    if not is_plain(x) or x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
+        return original(x)
+    return normalise(x, Norm(weight, module.variance_epsilon))
+
+
+def _are_known(ffns: list[FFNParts]) -> bool:
+    """Whether these are gated FFNs of one form, and the first computes what that form says."""
+    if len({type(ffn.mlp) for ffn in ffns}) != 1:
+        return False
+    try:
+        ffns[0].check()
+    except UnsupportedModelError:
+        return False
+    return all(ffn.gated and ffn.activation_name for ffn in ffns)
+
+
+def _watch_layer(layer: Any, ffn: FFNParts) -> HookWatch:
+    """The hooks that a layer in one piece would not run."""
+    called = (ffn.mlp, ffn.down)
+    inner = [module for module in layer.modules() if module not in (layer, *called)]
+    return HookWatch(inner, called=called)
+
+
+def _is_plain_linear(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module) is nn.Linear and weight is not None and type(weight.data) is Tensor
+
+
+def _run_convolution(module: Any, original: Any, x: Tensor) -> Tensor:
+    """In float32, rounded once, what a CPU without bf16 products takes forty times longer for."""
+    if not is_plain(x) or x.dtype != torch.bfloat16 or module.weight.dtype != x.dtype:
+        return original(x)
+    bias = None if module.bias is None else module.bias.float()
+    return module._conv_forward(x.float(), module.weight.float(), bias).to(x.dtype)
+
+
+def _are_angles(angles: Any, x: Tensor, size: int) -> bool:
+    """Whether these are cosines and sines, (B or 1, T, D) each."""
+    return isinstance(angles, tuple) and all(
+        isinstance(part, Tensor)
+        and part.ndim == 3
+        and part.shape[0] in (1, x.shape[0])
+        and part.shape[1:] == (x.shape[1], size)
+        and part.dtype == x.dtype
+        for part in angles
+    )
+
+
+def _is_norm(module: Any) -> bool:
+    """Whether a module is an RMSNorm of Llama's form, by what it computes."""
+    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or weight.ndim != 1:
+        return False
+    if not isinstance(epsilon, float) or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    with torch.inference_mode(False), torch.no_grad():
+        x = 3 * torch.sin(torch.arange(2 * weight.shape[0]).float()).to(weight.dtype).view(2, -1)
+        return is_close(normalise(x, Norm(weight, epsilon)), module(x))

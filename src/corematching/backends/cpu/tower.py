@@ -1,0 +1,249 @@
+"""Layers of vision towers in one call of C or in a few, and their attention, on a CPU's tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
+
+from corematching.backends.cpu.attention import (
+    ONLY_SDPA,
+    PromptAttention,
+    inputs_of,
+    is_causal,
+    is_close,
+    uses_sdpa,
+)
+from corematching.backends.cpu.inputs import is_prompt
+from corematching.backends.cpu.native import (
+    STEP,
+    TILES,
+    Norm,
+    Products,
+    PromptLayer,
+    Scratch,
+    refuse_product,
+)
+from corematching.backends.kernels import activation_name
+from corematching.model.hooks import CAPTURING, COUNTING, HookWatch, show_result
+from corematching.model.snapshot import Watch
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+LAYER_PARTS = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
+NOT_HERE = (*ONLY_SDPA, "is_causal", "output_attentions")
+"""What a call may ask for that only the module's own forward does."""
+NO_NORM = Norm(torch.empty(0), 0.0)
+
+
+class TowerAttention:
+    """The attention of CLIP and SigLIP: all heads have keys of their own, and nothing is rotated.
+
+    Parameters
+    ----------
+    module : nn.Module
+        What may be such an attention.
+    project : callable
+        ``project(module, x, norm)`` gives (B, T, 3H, D), queries, keys and values of x, normalised
+        first where there is a norm; None where it cannot.
+    attention : PromptAttention
+        Does the rest.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        project: Callable[[Any, Tensor, Norm | None], Tensor | None],
+        attention: PromptAttention,
+    ) -> None:
+        self.module: Any = module
+        self._project, self._attention = project, attention
+        self._inputs = [getattr(module, name, module) for name in PROJECTIONS[:3]]
+        self._hooks = HookWatch(self._inputs, ignored=[COUNTING])
+
+    def is_known(self) -> bool:
+        """Whether the module has this form, and computes what `forward` does."""
+        module = self.module
+        children = dict(module.named_children())
+        if set(children) != set(PROJECTIONS) or not uses_sdpa(module):
+            return False
+        if any(type(child) is not nn.Linear for child in children.values()):
+            return False
+        size, scale = getattr(module, "head_dim", None), getattr(module, "scale", None)
+        widths = {width for child in children.values() for width in child.weight.shape}
+        if len(widths) != 1 or not isinstance(size, int) or widths.pop() % size:
+            return False
+        if not isinstance(scale, float) or scale <= 0 or module.q_proj.weight.device.type != "cpu":
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            width, dtype = module.q_proj.in_features, module.q_proj.weight.dtype
+            x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
+            ours = self._see(x, None)
+            return ours is not None and is_close(ours, module(x, attention_mask=None)[0])
+
+    def forward(
+        self, original: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """(B, T, d) to (B, T, d) and no weights, or what the module's own forward gives."""
+        out = self._see(hidden_states, attention_mask) if self.may_run(kwargs) else None
+        if out is None:
+            return original(hidden_states, attention_mask=attention_mask, **kwargs)
+        return out, None
+
+    def may_run(self, kwargs: dict[str, Any]) -> bool:
+        """Whether nobody asks for, or looks at, what only the module's own forward has."""
+        asked = any(kwargs.get(name) for name in NOT_HERE)
+        return uses_sdpa(self.module) and not self._hooks.sees_any() and not asked
+
+    def _see(self, x: Tensor, mask: Any) -> Tensor | None:
+        mixed = self.mix(x, mask)
+        return None if mixed is None else self.module.out_proj(mixed)
+
+    def mix(self, x: Tensor, mask: Any, norm: Norm | None = None) -> Tensor | None:
+        """(B, T, d) to what the output projection gets, (B, T, d); None where C cannot do it."""
+        joint = self._project(self.module, x, norm)
+        if joint is None:
+            return None
+        parts = joint.flatten(2).chunk(len(self._inputs), -1)
+        for linear, part in zip(self._inputs, parts, strict=True):
+            show_result(linear, x, part)
+        return self._attention.attend_to_patches(self.module, joint, mask)
+
+
+class TowerLayer:
+    """A layer of CLIP's and SigLIP's towers: products add the residuals and apply the activation.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        What may be such a layer.
+    attention : TowerAttention
+        Of its attention; known.
+    products : Products
+        Multiplies, on tiles.
+    scratch : Scratch
+        Memory to work in, for all layers.
+    """
+
+    def __init__(
+        self, layer: nn.Module, attention: TowerAttention, products: Products, scratch: Scratch
+    ) -> None:
+        self.layer: Any = layer
+        self._attention, self._products, self._scratch = attention, products, scratch
+        self._whole: PromptLayer | None = None
+        self._function = getattr(getattr(layer, "mlp", None), "activation_fn", None)
+        self._activation = ""
+        self._watch, self._plain, self._norms = Watch(), False, (NO_NORM, NO_NORM)
+        self._hooks = HookWatch(())
+
+    def is_known(self) -> bool:
+        """Whether the layer has this form, and computes what `forward` does."""
+        layer = self.layer
+        if set(dict(layer.named_children())) != LAYER_PARTS:
+            return False
+        self._activation = _name_activation(self._function)
+        if any(type(getattr(layer.mlp, name, None)) is not nn.Linear for name in ("fc1", "fc2")):
+            return False
+        attention = set(layer.self_attn.modules()) - {layer.self_attn, layer.self_attn.out_proj}
+        inner = [module for module in layer.modules() if module not in (layer, *attention)]
+        self._hooks = HookWatch(inner, ignored=[COUNTING, CAPTURING])
+        with torch.inference_mode(False), torch.no_grad():
+            width, dtype = layer.mlp.fc1.in_features, layer.mlp.fc1.weight.dtype
+            x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
+            ours = self._run(x, None) if self._activation else None
+            return ours is not None and is_close(ours, layer(x, None))
+
+    def forward(
+        self, original: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """(B, T, d) to (B, T, d), or what the layer's own forward gives."""
+        known = self._attention.may_run(kwargs) and not self._hooks.sees_any()
+        out = self._run(hidden_states, attention_mask) if known else None
+        return original(hidden_states, attention_mask, **kwargs) if out is None else out
+
+    def _run(self, x: Tensor, mask: Any) -> Tensor | None:
+        if not self._watch.unchanged():
+            self._plain, self._watch = self._read_layer(), Watch([self.layer])
+            self._whole = self._prepare() if self._plain else None
+        layer, (first, second) = self.layer, self._norms
+        if not self._plain or first.weight.dtype != x.dtype:
+            return None
+        if self._whole is not None and is_prompt(x) and self._whole.takes(x, mask):
+            return self._run_at_once(self._whole, x, mask)
+        mixed = self._attention.mix(x, mask, first)
+        if mixed is None:
+            return None
+        x = self._multiply(layer.self_attn.out_proj, mixed, x)
+        active = self._multiply(layer.mlp.fc1, x, activation=self._activation, norm=second)
+        return self._multiply(layer.mlp.fc2, active, x)
+
+    def _run_at_once(self, whole: PromptLayer, x: Tensor, mask: Any) -> Tensor:
+        """The same in one call; the hooks, which count, read nothing but shapes."""
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        done = whole.run(x.contiguous(), None, mask, is_causal(attention, mask, {}))
+        assert done.joint is not None
+        inputs = inputs_of(attention)
+        for linear, part in zip(inputs, done.joint.chunk(len(inputs), -1), strict=True):
+            show_result(linear, x, part)
+        show_result(attention.out_proj, x, done.middle)
+        show_result(mlp.fc1, done.middle, done.active)
+        show_result(mlp.fc2, done.active, done.out)
+        return done.out
+
+    def _prepare(self) -> PromptLayer | None:
+        """The layer, whose other parts are plain, as one call; None if attention needs more."""
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        inputs, dtype = inputs_of(attention), self._norms[0].weight.dtype
+        plain = all(type(linear) is nn.Linear and _fits(linear.weight) for linear in inputs)
+        if not plain or any(x.weight.dtype != dtype for x in inputs) or attention.head_dim % STEP:
+            return None
+        linears = [*inputs, attention.out_proj, mlp.fc1, mlp.fc2]
+        weights: dict[str, Any] = {}
+        for name, linear in zip(("q", "k", "v", "o", "up", "down"), linears, strict=True):
+            weights |= {name: linear.weight, f"{name}_bias": linear.bias}
+        return PromptLayer(
+            weights, self._norms, attention.head_dim, self._activation, attention.scale,
+            self._scratch,
+        )  # fmt: skip
+
+    def _read_layer(self) -> bool:
+        """Read the norms, and whether all parts are still such that C can do their work."""
+        layer, mlp = self.layer, self.layer.mlp
+        norms = [layer.layer_norm1, layer.layer_norm2]
+        if mlp.activation_fn is not self._function or not all(map(_is_plain_norm, norms)):
+            return False
+        first, second = (Norm(norm.weight, norm.eps, norm.bias) for norm in norms)
+        self._norms = first, second
+        linears = [layer.self_attn.out_proj, mlp.fc1, mlp.fc2]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            return False
+        weights = [linear.weight for linear in linears]
+        if any(w.dtype != norm.weight.dtype for w in weights for norm in norms):
+            return False
+        return all(map(_fits, weights))
+
+    def _multiply(
+        self, linear: Any, x: Tensor, residual: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        out = self._products.linear(x, linear.weight, linear.bias, residual, **kwargs)
+        show_result(linear, x, out)
+        return out
+
+
+def _fits(weight: Tensor) -> bool:
+    return weight.is_contiguous() and refuse_product(weight, TILES) is None
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    """Whether a module is a LayerNorm over the last dimension, with all its parameters."""
+    plain = type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1
+    return plain and norm.weight is not None and norm.bias is not None
+
+
+def _name_activation(function: Any) -> str:
+    """The name of an activation function that C knows; "" of any other."""
+    if type(function) is QuickGELUActivation:
+        return "quick_gelu"
+    return activation_name(function) or ""

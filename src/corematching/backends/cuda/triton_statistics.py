@@ -1,0 +1,274 @@
+"""Statistics of a prompt as Triton kernels; `backends.kernels.statistics` has the contract.
+
+Selecting runs while a prompt waits, between launches of matrix products: each function is one
+launch or a few, none waits for the device, and none sorts. What stands at a place of the order is
+found bit by bit, or by counting how often each value occurs.
+
+Shapes: B samples, T tokens, F neurons.
+"""
+
+# ruff: noqa: N803 - Triton's constants are written in capitals
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from corematching.backends.cuda.triton_programs import INTERPRETED
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = {"values": 0, "sizes": 1, "unit squares": 2}
+INTEGERS = {2: torch.int16, 4: torch.int32}
+DIGITS = {2: ((0, 15),), 4: ((20, 11), (10, 10), (0, 10))}
+"""By bytes of a float: the bits of its magnitude, highest first, each (shift, number)."""
+WIDEST = 1 << 15
+"""The most numbers that one program holds."""
+TINY = tl.constexpr(1e-24)
+LOWEST = tl.constexpr(-(1 << 31))
+
+
+def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
+    """A sum over each sample's tokens; two launches for ``unit squares``, else one."""
+    if not _readable(values, *FLOATS, torch.bool):
+        return None
+    batch, length, width = values.shape
+    values, tokens = _bytes(values), _bytes(tokens.contiguous())
+    out = torch.empty(batch, width, dtype=torch.float32, device=values.device)
+    factors = None
+    with _on(values):
+        if what == "unit squares":
+            factors = torch.empty(batch, length, dtype=torch.float32, device=values.device)
+            _invert_squares_kernel[(batch * length,)](values, tokens, factors, width, BLOCK=1024)
+        _sum_rows_kernel[(triton.cdiv(width, 64), batch)](
+            values, tokens, factors, out, length, width, KIND=KINDS[what], BLOCK_T=64, BLOCK_F=64
+        )
+    return out
+
+
+def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
+    """The weights of what each token marks; one launch."""
+    if not _readable(marks, torch.bool):
+        return None
+    batch, length, width = marks.shape
+    out = torch.empty(batch, length, dtype=torch.float32, device=marks.device)
+    with _on(marks):
+        _weigh_marks_kernel[(batch * length,)](
+            _bytes(marks), weights.float().contiguous(), out, length, width, BLOCK=1024
+        )
+    return out
+
+
+def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | None:
+    """Mark each token's largest entries; one launch."""
+    if not _readable(values, *FLOATS) or values.shape[-1] > WIDEST:
+        return None
+    batch, length, width = values.shape
+    marks = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    counts = counts.expand(batch, length, 1).contiguous()
+    bits = 8 * values.element_size() - 1
+    with _on(values):
+        _mark_highest_kernel[(batch * length,)](
+            _bits(values), counts, _bytes(marks), width, ABSOLUTE=absolute, BITS=bits,
+            MAGNITUDE=(1 << bits) - 1, **_row(width),
+        )  # fmt: skip
+    return marks
+
+
+def pick_highest(scores: Tensor, count: int) -> Tensor | None:
+    """The places of each row's highest scores; one launch."""
+    batch, width = scores.shape
+    if scores.dtype not in FLOATS or width > WIDEST or not _reachable(scores):
+        return None
+    places = torch.empty(batch, count, dtype=torch.long, device=scores.device)
+    with _on(scores):
+        _pick_highest_kernel[(batch,)](
+            scores.float().contiguous(), places, width, count, **_row(width)
+        )
+    return places
+
+
+def find_size(
+    values: Tensor, tokens: Tensor, neurons: Tensor | None, ranks: Tensor
+) -> Tensor | None:
+    """The magnitude at a place of the order; two launches for 16-bit floats, else six."""
+    if not _readable(values, *FLOATS):
+        return None
+    batch, length, width = values.shape
+    bits, tokens = _bits(values), _bytes(tokens.contiguous())
+    neurons = None if neurons is None else neurons.contiguous()
+    listed = width if neurons is None else neurons.shape[1]
+    known = torch.zeros(batch, dtype=torch.int32, device=values.device)
+    missing = ranks.to(torch.int32)
+    for shift, number in DIGITS[values.element_size()]:
+        found = torch.zeros(batch, 1 << number, dtype=torch.int32, device=values.device)
+        with _on(values):
+            _count_digits_kernel[(triton.cdiv(listed, 1024), length, batch)](
+                bits, tokens, neurons, known, found, width, listed, SHIFT=shift, NUMBER=number,
+                MAGNITUDE=(1 << 8 * values.element_size() - 1) - 1, BLOCK=1024,
+            )  # fmt: skip
+            _narrow_kernel[(batch,)](found, known, missing, NUMBER=number, num_warps=16)
+    return known.to(bits.dtype).view(values.dtype).float()
+
+
+def _readable(values: Tensor, *dtypes: torch.dtype) -> bool:
+    return values.dtype in dtypes and values.is_contiguous() and _reachable(values)
+
+
+def _reachable(values: Tensor) -> bool:
+    return values.numel() > 0 and (values.is_cuda or INTERPRETED)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.view(torch.uint8) if values.dtype == torch.bool else values
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(INTEGERS[values.element_size()])
+
+
+def _row(width: int) -> dict[str, int]:
+    """How one program holds a row."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": max(4, min(16, block // 1024))}
+
+
+def _on(values: Tensor) -> Any:
+    return torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def _invert_squares_kernel(values, tokens, factors, width, BLOCK: tl.constexpr):
+    """1 / ||a(t)||^2 of each token that counts."""
+    row = tl.program_id(0).to(tl.int64)
+    counts = tl.load(tokens + row) != 0
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        inside = (columns < width) & counts
+        value = tl.load(values + row * width + columns, mask=inside, other=0).to(tl.float32)
+        total += value * value
+    tl.store(factors + row, 1.0 / tl.maximum(tl.sum(total, axis=0), TINY))
+
+
+@triton.jit
+def _sum_rows_kernel(
+    values, tokens, factors, out, length, width,
+    KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_F columns of one sample."""
+    columns = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    sample = tl.program_id(1).to(tl.int64)
+    inside = columns < width
+    total = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+    for first in range(0, length, BLOCK_T):
+        places = first + tl.arange(0, BLOCK_T)
+        rows = sample * length + places
+        counts = tl.load(tokens + rows, mask=places < length, other=0) != 0
+        block = tl.load(
+            values + rows[:, None] * width + columns[None, :],
+            mask=counts[:, None] & inside[None, :],
+            other=0,
+        ).to(tl.float32)
+        if KIND == 1:
+            block = tl.abs(block)
+        if KIND == 2:
+            factor = tl.load(factors + rows, mask=counts, other=0.0)
+            block = block * block * factor[:, None]
+        total += block
+    tl.store(out + sample * width + columns, tl.sum(total, axis=0), mask=inside)
+
+
+@triton.jit
+def _weigh_marks_kernel(marks, weights, out, length, width, BLOCK: tl.constexpr):
+    """The sum of one token's marked weights."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        mark = tl.load(marks + row * width + columns, mask=columns < width, other=0) != 0
+        total += tl.load(weights + row // length * width + columns, mask=mark, other=0.0)
+    tl.store(out + row, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _mark_highest_kernel(
+    bits, counts, marks, width,
+    ABSOLUTE: tl.constexpr, BITS: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: the bits of floats above 0 are in the floats' order; what is below counts 0."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    own = tl.load(bits + row * width + columns, mask=inside, other=0).to(tl.int32)
+    size = own & MAGNITUDE if ABSOLUTE else tl.maximum(own, 0)
+    count = tl.load(counts + row).to(tl.int32)
+    cut = tl.sum(tl.zeros([BLOCK], tl.int32), axis=0)
+    for step in range(BITS):
+        higher = cut | (1 << (BITS - 1 - step))
+        reached = tl.sum((size >= higher).to(tl.int32), axis=0)
+        cut = tl.where(reached >= count, higher, cut)
+    cut = tl.maximum(cut, 1)
+    tl.store(marks + row * width + columns, (size >= cut).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _pick_highest_kernel(scores, places, width, count, BLOCK: tl.constexpr):
+    """One row: the bits of its ``count``-th highest score, then what reaches it."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    score = tl.load(scores + row * width + columns, mask=inside, other=0.0)
+    score = tl.where(score == 0, 0.0, score)  # -0 counts as 0
+    bits = score.to(tl.int32, bitcast=True)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # whole numbers in the floats' order
+    keys = tl.where(score != score, 0x7FFFFFFF, keys)
+    keys = tl.where(inside, keys, LOWEST)
+    cut = tl.where(tl.sum((keys >= 0).to(tl.int32), axis=0) >= count, 0, LOWEST)
+    for step in range(31):
+        higher = cut | (1 << (30 - step))
+        reached = tl.sum((keys >= higher).to(tl.int32), axis=0)
+        cut = tl.where(reached >= count, higher, cut)
+    above = (keys > cut).to(tl.int32)
+    equal = ((keys == cut) & inside).to(tl.int32)
+    missing = count - tl.sum(above, axis=0)
+    chosen = above | (equal & (tl.cumsum(equal, axis=0) <= missing).to(tl.int32))
+    place = tl.cumsum(chosen, axis=0) - 1
+    tl.store(places + row * count + place, columns.to(tl.int64), mask=chosen != 0)
+
+
+@triton.jit
+def _count_digits_kernel(
+    bits, tokens, neurons, known, found, width, listed,
+    SHIFT: tl.constexpr, NUMBER: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How often each digit follows the higher ones that are known, over one token's neurons."""
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    row = sample * tl.num_programs(1) + token
+    counts = (places < listed) & (tl.load(tokens + row) != 0)
+    columns = places.to(tl.int64)
+    if neurons is not None:
+        columns = tl.load(neurons + sample * listed + places, mask=counts, other=0)
+    size = tl.load(bits + row * width + columns, mask=counts, other=0).to(tl.int32) & MAGNITUDE
+    counts = counts & ((size >> (SHIFT + NUMBER)) == tl.load(known + sample))
+    digit = (size >> SHIFT) & ((1 << NUMBER) - 1)
+    tl.atomic_add(found + (sample << NUMBER) + digit, 1, mask=counts)
+
+
+@triton.jit
+def _narrow_kernel(found, known, missing, NUMBER: tl.constexpr):
+    """One digit more of what is known, and the rank among those that begin with it."""
+    sample = tl.program_id(0)
+    digits = tl.arange(0, 1 << NUMBER)
+    below = tl.cumsum(tl.load(found + (sample << NUMBER) + digits), axis=0)
+    rank = tl.load(missing + sample)
+    passed = below < rank
+    digit = tl.sum(passed.to(tl.int32), axis=0)
+    tl.store(known + sample, (tl.load(known + sample) << NUMBER) | digit)
+    tl.store(missing + sample, rank - tl.max(tl.where(passed, below, 0), axis=0))

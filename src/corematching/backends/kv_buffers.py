@@ -1,0 +1,124 @@
+"""Keys and values in one buffer with room to grow, behind an ordinary DynamicCache."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from corematching.cache.remembering import memory_of
+
+LEAST_ROOM = 64
+CPU = torch.device("cpu")
+
+
+class CacheBuffers:
+    """Lets a step store its keys and values without copying the ones that are there.
+
+    The layers of a cache keep what anybody may read or replace: ``keys`` and ``values``, which are
+    now slices of one buffer. Where something has replaced them since (beams, a crop), they are
+    copied into a new one.
+
+    Parameters
+    ----------
+    layers, kv_heads, head_dim : int
+        Of the decoder.
+    dtype : torch.dtype
+        Of keys and values.
+    device : torch.device
+        Where they are.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> None:
+        self.layers, self.kv_heads, self.head_dim, self.dtype = layers, kv_heads, head_dim, dtype
+        self.device = device
+        self._own: weakref.WeakKeyDictionary[Any, tuple[Tensor, tuple[Tensor, ...]]]
+        self._own = weakref.WeakKeyDictionary()
+
+    def stored(self, cache: Any, batch: int) -> int | None:
+        """Tokens that the cache stores; None where it is of a form that cannot be buffered."""
+        own = self._own.get(cache)
+        if own is not None and _are_shown(cache, own[1]):
+            return own[1][0].shape[2] if own[1][0].shape[0] == batch else None
+        if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+            return None
+        if len(cache.layers) != self.layers:
+            return None
+        layer: Any
+        shapes = set()
+        for layer in cache.layers:
+            if type(layer) is not DynamicLayer or not layer.is_initialized:
+                return None
+            tensor: Any
+            for tensor in (layer.keys, layer.values):
+                if tensor.dtype != self.dtype or tensor.device != self.device or tensor.ndim != 4:
+                    return None
+                shapes.add(tuple(tensor.shape))
+        if len(shapes) != 1:
+            return None
+        rows, heads, length, size = shapes.pop()
+        fits = (rows, heads, size) == (batch, self.kv_heads, self.head_dim)
+        return length if fits and length else None
+
+    def take(self, cache: Any, stored: int, batch: int) -> Tensor:
+        """The cache's buffer, (2 * layers, B, kv_heads, capacity, head_dim), with room for one."""
+        own = self._own.get(cache)
+        if own is not None and _are_shown(cache, own[1]) and stored < own[0].shape[3]:
+            return own[0]
+        with torch.inference_mode(False), torch.no_grad():
+            buffer = self.make(batch, stored + max(LEAST_ROOM, stored // 4))
+            self.fill(buffer, cache, stored)
+        return buffer
+
+    def make(self, batch: int, capacity: int) -> Tensor:
+        """(2 * layers, B, kv_heads, capacity, head_dim) of any values."""
+        return torch.empty(
+            (2 * self.layers, batch, self.kv_heads, capacity, self.head_dim),
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def fill(self, buffer: Tensor, cache: Any, stored: int) -> None:
+        """Copy what a cache stores into a buffer."""
+        for index, layer in enumerate(cache.layers):
+            buffer[2 * index, :, :, :stored].copy_(layer.keys.detach())
+            buffer[2 * index + 1, :, :, :stored].copy_(layer.values.detach())
+
+    def forget(self, cache: Any) -> None:
+        """Keep no slices for a cache that shows others by now."""
+        self._own.pop(cache, None)
+
+    def is_shown(self, cache: Any, buffer: Tensor) -> bool:
+        """Whether a cache's layers are slices of this buffer, as `show` left them."""
+        own = self._own.get(cache)
+        return own is not None and own[0] is buffer and _are_shown(cache, own[1])
+
+    def show(self, cache: Any, buffer: Tensor, length: int) -> None:
+        """Let the cache's layers have ``length`` tokens of the buffer."""
+        with torch.inference_mode(False), torch.no_grad():
+            views = buffer.narrow(3, 0, length).unbind(0)
+        for layer, keys, values in zip(cache.layers, views[::2], views[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+        self._own[cache] = buffer, views
+        memory = memory_of(cache)
+        if memory is not None:
+            memory.note(cache)
+
+
+def _are_shown(cache: Any, views: tuple[Tensor, ...]) -> bool:
+    """Whether a cache's layers still have these views."""
+    layers = cache.layers
+    return len(layers) * 2 == len(views) and all(
+        layer.keys is keys and layer.values is values
+        for layer, keys, values in zip(layers, views[::2], views[1::2], strict=True)
+    )

@@ -1,0 +1,399 @@
+"""FFNs that compute only the chosen neurons while decoding.
+
+`SparseFFN` replaces the forward of one FFN on its instance. Prompts run through the original
+forward; a single token runs on the chosen neurons' weights alone, never on masks: on their rows in
+the dense weights where a kernel can read them in place, else on compact copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from corematching.backends.choice_checks import check_neurons, check_settled, limits_of
+from corematching.backends.kernels import (
+    CompactWeights,
+    FFNWeights,
+    IndexedKernel,
+    NeuronSets,
+    Thresholds,
+    find_kernel,
+    gather_columns,
+    gather_rows,
+    sparse_ffn,
+)
+from corematching.errors import ConfigError, InputError
+from corematching.model.ffn import FFNParts
+from corematching.model.hooks import may_run_late
+from corematching.model.patching import Patches
+from corematching.protocol import NeuronChoice
+
+log = logging.getLogger(__name__)
+
+
+class SparseFFN:
+    """An FFN that computes all neurons of a prompt, and only the chosen ones of a decoded token.
+
+    Parameters
+    ----------
+    mlp : nn.Module
+        ``act(gate(x)) * up(x)`` or ``act(up(x))``, then ``down``; gate and up may be one fused
+        linear layer (gate first), and every linear layer may have a bias.
+    count : int
+        Neurons of each choice, in [1, width].
+    in_place : bool
+        Whether a kernel that reads the dense weights in place may run where there is one. It wants
+        the down projection stored by neuron, which `install` sees to and `remove` undoes.
+
+    Attributes
+    ----------
+    active : bool
+        Whether a single token now runs on the chosen neurons.
+    count : int
+        Neurons of each choice.
+    checked : NeuronChoice or None
+        The choice that was taken, once `check_settled` has looked at it.
+    plan : Any
+        What the kernel made of the choice; None where compact copies are used.
+
+    Raises
+    ------
+    ConfigError
+        ``count`` is out of range.
+    UnsupportedModelError
+        The weights cannot be gathered, or the FFN computes something else.
+    """
+
+    def __init__(self, mlp: nn.Module, count: int, in_place: bool = False) -> None:
+        self.mlp, self.parts = mlp, FFNParts(mlp)
+        self.active = False
+        self.count = count
+        self.plan: Any = None
+        self._kernel: IndexedKernel | None = None
+        self._in_place = in_place
+        self._warned = False
+        self._patches = Patches()
+        self._original: Callable[..., Tensor] = mlp.forward
+        self._sets: NeuronSets | None = None
+        self._rows: FFNWeights | None = None
+        self._weights: CompactWeights | None = None
+        self._copied = False
+        self._batch = 1
+        self._bias: Tensor | None = None
+        self._limits: Thresholds = Thresholds()
+        self._taken: NeuronChoice | None = None
+        self.checked: NeuronChoice | None = None
+        if not 1 <= count <= self.width:
+            raise ConfigError(
+                f"an FFN of {self.width} neurons cannot keep {count}: "
+                f"choose a count from 1 to {self.width}"
+            )
+        self.check()
+
+    @property
+    def kernel_name(self) -> str:
+        """The kernel that reads the weights in place; empty where there is none."""
+        return "" if self._kernel is None else self._kernel.name
+
+    @property
+    def runs_uncounted(self) -> bool:
+        """Whether single tokens run on a kernel that does not count what it reads."""
+        return self.active and self.plan is not None and not hasattr(self.plan, "bytes_read")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether single tokens run on tensors that stay in place until the next choice."""
+        if self.active and self.plan is not None:
+            return self._kernel is not None and self._kernel.traceable
+        return not self.active or self._copied
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where what single tokens run on lies, so that captured code can tell whether it moved."""
+        holders: list[Any] = [self.plan, self._rows] if self.plan else [self._weights, self._limits]
+        tensors = [x for holder in holders if holder for x in vars(holder).values()]
+        places = [x.data_ptr() for x in [*tensors, self._bias] if isinstance(x, Tensor)]
+        return (int(self.active), *places)
+
+    @property
+    def down_proj(self) -> nn.Linear:
+        """The module whose input is the activations."""
+        return self.parts.down
+
+    @property
+    def taken(self) -> NeuronChoice | None:
+        """A choice that the next `gather` makes hold."""
+        return self._taken
+
+    @property
+    def width(self) -> int:
+        """F, the intermediate neurons of the dense FFN."""
+        return self.parts.width
+
+    def install(self) -> None:
+        """Replace the FFN's forward on its instance."""
+        self._original = self.mlp.forward
+        self._patches.wrap(self.mlp, "forward", lambda _, *args, **kw: self.forward(*args, **kw))
+        if self._in_place:
+            self._choose_kernel()
+
+    def remove(self) -> None:
+        """Put the FFN's own forward and the layout of its weights back; free the copies."""
+        self._patches.undo()
+        self.clear()
+        self._weights = self._bias = self._rows = self.plan = self._kernel = None
+
+    def check(self) -> None:
+        """Compare the weights as found with the FFN's own forward; see `FFNParts.check`."""
+        self.parts.check()
+
+    def at_hand(self) -> AbstractContextManager[None]:
+        """A block in which all neurons' weights are there; here they always are."""
+        return nullcontext()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, T, d) to (B, T, d), on the chosen neurons where T is 1 and a choice is set."""
+        if not self.active or x.dim() != 3 or x.shape[1] != 1:
+            return self._original(x, *args, **kwargs)
+        self.check_batch(x.shape[0])
+        if self.plan is not None and self._runs_in_place(x):
+            assert self._kernel is not None and self._rows is not None
+            return self._kernel.run(x[:, 0], self._rows, self.plan)[:, None]
+        if not self._copied:
+            self._copy_neurons()
+        weights = self._weights
+        assert weights is not None
+        out = sparse_ffn(x[:, 0], weights, self._bias, self.parts.activation, self._limits)
+        return out[:, None]
+
+    def set(self, choice: NeuronChoice) -> None:
+        """Take a choice and gather its weights at once; see `take` and `gather`."""
+        self.take(choice)
+        self.gather()
+
+    def take(self, choice: NeuronChoice) -> None:
+        """Take a choice; it holds from the next `gather` on, until then all neurons run.
+
+        Raises
+        ------
+        ConfigError
+            See `check_choice`.
+        """
+        if choice.indices is not None:
+            self.check_choice(choice)
+        self.clear()
+        limited = any(x is not None for x in limits_of(choice))
+        if self.count < self.width or choice.later or limited:
+            self._taken = choice
+
+    def gather(self, copies: bool = False) -> None:
+        """Fetch the weights of a choice that was taken; single tokens run on them from now on.
+
+        Samples share one copy where equal neighbours allow it (beams, one choice for all). A choice
+        of every neuron leaves the FFN dense. Does nothing without a new choice.
+
+        Parameters
+        ----------
+        copies : bool
+            Make compact copies also where a kernel reads the weights in place, for compiled code;
+            not where that kernel runs in compiled code as well.
+        """
+        if self._taken is not None:
+            check_settled([self])
+            choice, self._taken, self.checked = self._taken, None, None
+            assert choice.indices is not None
+            with torch.inference_mode(False), torch.no_grad():
+                self._settle(choice.indices, choice)
+            self.active = True
+            self._warn_of_hooks()
+        copies = copies and not (self._kernel is not None and self._kernel.traceable)
+        if self.active and not self._copied and (copies or self.plan is None):
+            self._copy_neurons()
+
+    def _warn_of_hooks(self) -> None:
+        """Say once that hooks on the linear layers are not called for single tokens."""
+        hooked = any(x._forward_hooks or not may_run_late(x) for x in self.parts.list_linears())
+        if hooked and not self._warned:
+            self._warned = True
+            log.warning(
+                "hooks on the linear layers of %s are called for prompts only: decoding computes "
+                "the chosen neurons without calling these layers",
+                type(self.mlp).__name__,
+            )
+
+    def check_choice(self, choice: NeuronChoice) -> None:
+        """Refuse a choice that this FFN cannot compute with; see `check_neurons`.
+
+        Raises
+        ------
+        ConfigError
+            It is of other shapes or dtypes, its indices do not ascend in [0, width), or it
+            thresholds a gate that is not there.
+        """
+        check_neurons(choice, self.count, self.width)
+        if choice.gate_threshold is not None and not self.parts.gated:
+            raise ConfigError(
+                f"{type(self.mlp).__name__} has no gate to compare with a threshold: use a method "
+                "without a rule on the gate (CoreMatching: neurons=TopNeurons()), or a policy that "
+                "gives output_threshold"
+            )
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse tokens of ``batch`` rows that do not fall evenly to the choice's samples.
+
+        Raises
+        ------
+        InputError
+            They do not.
+        """
+        if batch % self._batch:
+            raise InputError(
+                f"neurons were chosen for {self._batch} samples, and tokens of {batch} rows come "
+                "in: decode as many rows as the prompt had, or change the cache's rows with "
+                "cache.batch_select_indices() or cache.batch_repeat_interleave()"
+            )
+
+    def clear(self) -> None:
+        """Run every token on all neurons until the next choice; the buffers stay for reuse."""
+        self.active, self._taken = False, None
+
+    def bytes_read(self, batch: int) -> int:
+        """Bytes of weights that one decode step of ``batch`` samples reads; waits for the device.
+
+        A kernel that reads the weights in place reads each row that any sample has chosen once (at
+        most: not those that a threshold leaves out). Of compact copies, a set of neurons that
+        several samples share is read once.
+        """
+        if not self.active or self._sets is None:
+            dense = [*self.parts.dense().values(), self.parts.down.bias]
+            return sum(p.numel() * p.element_size() for p in dense if p is not None)
+        sets, count = self._sets.indices.shape
+        if self.runs_uncounted and sets > 1:
+            width = self.width
+            chosen = torch.zeros(width, dtype=torch.bool, device=self._sets.indices.device)
+            sets, count = 1, int(chosen.index_fill(0, self._sets.indices.flatten(), True).sum())
+        row = self.parts.down.out_features
+        size = self.parts.down.weight.element_size()
+        each = sum(
+            (row if tensor.dim() == 2 else 1) * count for tensor in self.parts.dense().values()
+        )
+        bias = 0 if self._bias is None else self._bias.shape[1] * min(batch, self._bias.shape[0])
+        return (each * min(batch, sets) + bias) * size
+
+    def bytes_counted(self) -> int:
+        """Bytes of weights that the kernel has read here so far, by its own count."""
+        count = getattr(self.plan, "bytes_read", None)
+        return 0 if count is None else count()
+
+    def _choose_kernel(self) -> None:
+        """Find the kernel for these weights, and lay the down projection out for it."""
+        rows = self.parts.by_neuron()
+        down = rows.down_t
+        rows = dataclasses.replace(rows, down_t=down.new_empty(0).expand(0, 0))
+        self._kernel = find_kernel(rows)
+        if self._kernel is not None and not self.parts.down.weight.t().is_contiguous():
+            self._patches.then(self.parts.store_down_as_usual)
+            self.parts.store_down_by_neuron()
+
+    def _runs_in_place(self, x: Tensor) -> bool:
+        """Whether the kernel can compute this token."""
+        kernel, sets = self._kernel, self._sets
+        if kernel is None or sets is None or (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        if torch.compiler.is_compiling():
+            return kernel.traceable
+        fits = kernel.max_batch is None or x.shape[0] <= kernel.max_batch
+        return fits and x.dtype == self.parts.down.weight.dtype
+
+    def _settle(self, indices: Tensor, choice: NeuronChoice) -> None:
+        """Turn a choice into sets of neurons, and give them to the kernel."""
+        device = self.parts.down.weight.device
+        limits = [None if x is None else x.to(device, torch.float32) for x in limits_of(choice)]
+        indices = indices.to(device)
+        self._batch = indices.shape[0]
+        step = indices.shape[0] // _count_sets([indices, *(x for x in limits if x is not None)])
+        own = (None if x is None else x[::step] for x in limits)
+        self._limits = Thresholds(
+            *(
+                None if x is None else _refill(old, x)
+                for old, x in zip(_fields(self._limits), own, strict=True)
+            )
+        )
+        self._fold(choice.mean)
+        self._sets = NeuronSets(indices[::step], self._bias, self._limits)
+        self._copied = False
+        self.plan, previous = None, self.plan
+        if self._kernel is not None:
+            self._rows = self.parts.by_neuron()
+            if self._kernel.refuse(self._rows) is None:
+                self.plan = self._kernel.prepare(self._rows, self._sets, previous)
+
+    def _copy_neurons(self) -> None:
+        """Fill the buffers of compact copies, in place where their shapes match."""
+        assert self._sets is not None
+        old = self._weights
+        fresh: dict[str, Tensor] = {}
+        sets, count = self._sets.indices.shape
+        with torch.inference_mode(False), torch.no_grad():
+            for name, dense in self.parts.dense().items():
+                buffer = None if old is None else getattr(old, name)
+                if name == "down":
+                    buffer = _buffer(buffer, (sets, dense.shape[0], count), dense)
+                    fresh[name] = gather_columns(dense, self._sets.indices, buffer)
+                else:
+                    buffer = _buffer(buffer, (sets, count, *dense.shape[1:]), dense)
+                    fresh[name] = gather_rows(dense, self._sets.indices, buffer)
+        if old is None or any(getattr(old, name) is not new for name, new in fresh.items()):
+            self._weights = CompactWeights(**fresh)
+        self._copied = True
+
+    def _fold(self, mean: Tensor | None) -> None:
+        """(B, F) means, or None: the one bias vector per sample that stands for dropped neurons."""
+        down = self.parts.down
+        if mean is None:
+            bias = self.parts.bias()
+        else:
+            bias = F.linear(mean.to(down.weight), down.weight, down.bias)
+        self._bias = None if bias is None else _refill(self._bias, bias)
+
+
+def _fields(limits: Thresholds) -> tuple[Tensor | None, ...]:
+    return limits.input, limits.gate, limits.output
+
+
+def _refill(old: Tensor | None, new: Tensor) -> Tensor:
+    """A copy of ``new``, in ``old`` where it fits."""
+    buffer = _buffer(old, tuple(new.shape), new)
+    buffer.copy_(new)
+    return buffer
+
+
+def _buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """``old`` where it fits, else an empty tensor at an address that compiled code may rely on."""
+    kind = (like.dtype, like.device)
+    if old is not None and old.shape == shape and (old.dtype, old.device) == kind:
+        return old
+    fresh = torch.empty(shape, dtype=like.dtype, device=like.device)
+    torch._dynamo.mark_static_address(fresh)
+    return fresh
+
+
+def _count_sets(choices: list[Tensor]) -> int:
+    """The smallest S for which samples that follow each other, B / S at a time, choose the same."""
+    batch = choices[0].shape[0]
+    if batch == 1:
+        return 1
+    repeats = [(x[1:] == x[:-1]).reshape(batch - 1, -1).all(1) for x in choices]
+    same = torch.stack(repeats).all(0).tolist()
+    for sets in range(1, batch):
+        group, rest = divmod(batch, sets)
+        if not rest and all(same[row - 1] for row in range(1, batch) if row % group):
+            return sets
+    return batch

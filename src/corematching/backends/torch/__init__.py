@@ -1,0 +1,1 @@
+"""The reference: plain PyTorch, right on every device."""

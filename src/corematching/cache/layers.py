@@ -1,0 +1,218 @@
+"""What a prefill of ours does to key-value caches, and the masks that fit them afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from corematching.cache.masks import take
+from corematching.cache.memory import Memory
+from corematching.cache.remembering import RememberingCache, memory_of
+from corematching.errors import InputError, UnsupportedModelError
+
+DYNAMIC_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+STATIC_LAYERS = (StaticLayer, StaticSlidingWindowLayer)
+
+
+def is_fresh(cache: Any, query_length: int) -> bool:
+    """Whether a forward with this cache is a prefill; asks no device while decoding."""
+    if cache is None or not cache.layers or not any(x.is_initialized for x in cache.layers):
+        return True
+    stored = cache.get_query_offset()
+    if isinstance(stored, Tensor):
+        return query_length > 1 and int(stored) == 0
+    return stored == 0
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse caches whose layers cannot be shortened.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The cache is quantised, off-loaded, or no DynamicCache or StaticCache at all.
+    """
+    if cache is None:
+        return
+    name = type(cache).__name__
+    known = isinstance(cache, (DynamicCache, StaticCache))
+    layers = {type(layer) for layer in cache.layers}
+    if not known or layers - set(DYNAMIC_LAYERS) - set(STATIC_LAYERS):
+        odd = ", ".join(sorted(x.__name__ for x in layers - {*DYNAMIC_LAYERS, *STATIC_LAYERS}))
+        raise UnsupportedModelError(
+            f"a {name}{f' with {odd}' if odd else ''} cannot be shortened: "
+            "use a DynamicCache or a StaticCache (cache_implementation=None or 'static')"
+        )
+    if cache.offloading:
+        raise UnsupportedModelError(
+            f"an off-loaded {name} cannot be shortened: leave cache_implementation at None or "
+            "'static'; what is left after dropping tokens is small"
+        )
+
+
+def widen_sliding_layers(cache: Any, length: int, capacity: int | None = None) -> None:
+    """Give sliding-window layers that ``length`` tokens would overflow room for all of them.
+
+    A full sliding layer has evicted tokens by the time some are chosen. After the prefill a window
+    counts the tokens that are still present.
+
+    Parameters
+    ----------
+    cache : Cache
+        An empty cache.
+    length : int
+        Tokens that will be stored before any is dropped.
+    capacity : int or None
+        Slots for static layers, where the cache has no full layer to take the number from.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A static cache has sliding layers only, so their full length is not known.
+    """
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer and length >= layer.sliding_window:
+            cache.layers[index] = DynamicLayer()
+        elif type(layer) is StaticSlidingWindowLayer and length > layer.max_cache_len:
+            full = [x.max_cache_len for x in cache.layers if type(x) is StaticLayer]
+            slots = max(full, default=capacity or 0)
+            if slots < length:
+                raise UnsupportedModelError(
+                    f"this StaticCache's sliding windows hold {layer.max_cache_len} of the "
+                    f"prompt's {length} tokens: use a DynamicCache, or let generate() make the "
+                    "cache (cache_implementation='static')"
+                )
+            cache.layers[index] = StaticLayer(max_cache_len=slots)
+
+
+def store(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """What ``cache.update`` gives and does; the cache may keep these very keys and values.
+
+    An empty dynamic layer would copy them.
+
+    Parameters
+    ----------
+    cache : Cache
+    key, value : Tensor
+        (B, G, T, D), in memory that nobody else writes to.
+    index : int
+        The layer.
+    """
+    if not takes_as_is(cache, index):
+        keys, values = cache.update(key, value, index)
+        return keys, values
+    layer = cache.layers[index]
+    layer.dtype, layer.device = key.dtype, key.device
+    layer.keys, layer.values, layer.is_initialized = key, value, True
+    return key, value
+
+
+def takes_as_is(cache: Any, index: int) -> bool:
+    """Whether `store` gives back the very keys and values that it gets for this layer."""
+    kind: Any = type(cache)
+    if issubclass(kind, RememberingCache):
+        kind = kind.__bases__[1]
+    if kind.update is not Cache.update or cache.offloading or index >= len(cache.layers):
+        return False
+    layer = cache.layers[index]
+    return type(layer) is DynamicLayer and not layer.is_initialized
+
+
+def compact(cache: Any, layers: int, order: Tensor) -> None:
+    """Keep only the tokens in ``order`` (B, K) in the first ``layers`` layers."""
+    if cache is None:
+        return
+    count = order.shape[1]
+    layer: Any
+    for layer in cache.layers[:layers]:
+        keys, values = take(layer.keys, order, 0, 2), take(layer.values, order, 0, 2)
+        if layer.is_compileable:
+            layer.keys[:, :, :count].copy_(keys)
+            layer.values[:, :, :count].copy_(values)
+            layer.cumulative_length.fill_(count)
+            if isinstance(layer, StaticSlidingWindowLayer):
+                layer.cumulative_length_int = count
+        else:
+            layer.keys, layer.values = keys, values
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = count
+
+
+def tokens_after(cache: Any, query_length: int) -> int:
+    """Tokens of the conversation after the next forward, dropped ones included.
+
+    An upper bound where a static cache counts on the device.
+    """
+    seen = cache.get_seq_length()
+    if isinstance(seen, Tensor):
+        memory = cache.memory
+        return memory.prompt - memory.valid.shape[1] + cache.get_max_length()
+    return seen + query_length
+
+
+def short_mask(memory: Memory, mask: Tensor | None, total: int) -> Tensor | None:
+    """The 2D mask over what is stored, from one over the ``total`` tokens of the conversation.
+
+    Returns None where nothing is padding and ``mask`` is None.
+
+    Raises
+    ------
+    InputError
+        The mask has another number of rows than the cache.
+    """
+    rest = total - memory.prompt
+    batch = memory.valid.shape[0]
+    if mask is None:
+        if not memory.filler:
+            return None
+        mask = memory.valid.new_ones(batch, total, dtype=torch.long)
+    if mask.shape[0] != batch:
+        raise InputError(
+            f"an attention mask of {mask.shape[0]} rows does not fit a cache of {batch}: take the "
+            "rows of the mask that the cache has"
+        )
+    valid = memory.valid.to(mask)
+    return valid if rest <= 0 else torch.cat([valid, mask[:, -rest:]], dim=1)
+
+
+def fit_mask(kwargs: dict[str, Any], cache: Cache | None, length: int) -> dict[str, Any]:
+    """A caller's mask over the whole conversation, or none, made to fit what is stored.
+
+    Raises
+    ------
+    InputError
+        The mask is of another number of rows, or does not reach to the new tokens.
+    """
+    memory, mask = memory_of(cache), kwargs.get("attention_mask")
+    if memory is None or not memory.shortened or isinstance(mask, dict):
+        return kwargs
+    if mask is None and memory.filler:
+        total = tokens_after(cache, length)
+    elif mask is not None and mask.ndim == 2:
+        total = mask.shape[1]
+        _refuse_short_mask(total, cache, length)
+    else:
+        return kwargs
+    return dict(kwargs, attention_mask=short_mask(memory, mask, total))
+
+
+def _refuse_short_mask(columns: int, cache: Any, length: int) -> None:
+    """Raise where a dynamic cache and new tokens are more than a mask has columns."""
+    seen = cache.get_seq_length()
+    if isinstance(seen, int) and columns < seen + length:
+        raise InputError(
+            f"an attention mask of {columns} columns does not fit a conversation of {seen} tokens "
+            f"and {length} new ones: it counts dropped tokens as well, as cache.get_seq_length() "
+            "does"
+        )

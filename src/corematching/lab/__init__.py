@@ -1,0 +1,1 @@
+"""Evaluation, benchmarks and analysis; they need extras, and nothing imports them."""

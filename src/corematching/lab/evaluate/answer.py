@@ -1,0 +1,238 @@
+"""A model with a method on it answers a batch of questions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from corematching.errors import InputError, translating
+from corematching.inputs import check_length, longest_prompt, plain_text
+from corematching.lab.evaluate.oracle import BoxCoverage
+from corematching.lab.evaluate.task import Question, Task
+from corematching.media import open_picture
+from corematching.report import Report
+from corematching.runtime import Run
+
+SAMPLED_VALUES = 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test.
+
+    Attributes
+    ----------
+    name : str
+        What the board calls it.
+    model : PreTrainedModel
+    processor : ProcessorMixin
+        With a tokenizer and an image processor.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+
+    def __post_init__(self) -> None:
+        if getattr(self.processor, "image_processor", None) is None:
+            raise InputError(
+                f"'{self.name}' takes no pictures, the questions are about pictures: choose a "
+                "vision-language model (see `corematching models`)"
+            )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes when the weights do: a hash over a sample of every parameter."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            flat = parameter.detach().flatten()
+            step = max(1, flat.numel() // SAMPLED_VALUES)
+            values = flat[::step][:SAMPLED_VALUES].float().cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Any:
+        """Tokens and pixels of a batch, one picture and one question each, padded on the left."""
+        with translating(
+            f"the processor of '{self.name}' cannot take these questions and pictures",
+            "repair its tokenizer and chat template",
+        ):
+            texts = [self._render(plain_text(self.processor, prompt)) for prompt in prompts]
+            return encode_texts(self.model, self.processor, texts, [[image] for image in images])
+
+    def _render(self, prompt: str) -> str:
+        """The chat template's text, or the bare prompt where there is none."""
+        if not getattr(self.processor, "chat_template", None):
+            return (getattr(self.processor, "image_token", None) or "") + prompt
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        turns = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def encode_texts(model: Any, processor: Any, texts: list[str], images: list | None) -> Any:
+    """Rendered prompts and each one's pictures (None: no pictures) as a model's input.
+
+    Padded on the left, with the end token where the tokenizer names none to pad with; a prompt that
+    starts with the tokenizer's first token gets no second one.
+
+    Raises
+    ------
+    InputError
+        A prompt has more tokens than the model takes.
+    """
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    inputs = processor(
+        text=texts,
+        images=images,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not starts_itself(processor, texts[0]),
+        return_tensors="pt",
+    ).to(model.device)
+    check_length(model, longest_prompt(inputs), tokenizer=processor.tokenizer)
+    for name, value in inputs.items():
+        if hasattr(value, "is_floating_point") and value.is_floating_point():
+            inputs[name] = value.to(model.dtype)
+    return inputs
+
+
+def starts_itself(processor: Any, text: str) -> bool:
+    """Whether a rendered prompt has the tokenizer's first token already."""
+    start = getattr(processor.tokenizer, "bos_token", None)
+    return bool(start and text.startswith(start))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model said to a batch.
+
+    Attributes
+    ----------
+    texts : list of str
+        The answers.
+    logits : Tensor
+        (B, V) float32, of the first token.
+    report : Report
+        What was kept, dropped and saved.
+    """
+
+    texts: list[str]
+    logits: Tensor
+    report: Report
+
+
+class FirstLogits:
+    """Sees the logits that the first token of an answer is chosen from."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        if self.value is None:
+            self.value = output.logits[:, -1].float()
+
+
+@contextmanager
+def watching(model: Any) -> Iterator[FirstLogits]:
+    """Watch a model's first logits for the length of a block."""
+    first = FirstLogits()
+    handle = model.register_forward_hook(first)
+    try:
+        yield first
+    finally:
+        handle.remove()
+
+
+def encode_batch(subject: Subject, task: Task[Any], questions: Sequence[Question]) -> Any:
+    """A model's input for a batch of questions, best of like length."""
+    images = [read_picture(question.image) for question in questions]
+    return subject.encode([task.prompt(question) for question in questions], images)
+
+
+def show_scenes(method: Any, task: Task[Any], questions: Sequence[Question]) -> None:
+    """Tell an oracle where the objects of the next batch are; other methods are told nothing."""
+    score = getattr(method.tokens, "score", None)
+    if isinstance(score, BoxCoverage):
+        sizes = [read_picture(question.image).size for question in questions]
+        pairs = zip(questions, sizes, strict=True)
+        score.show([task.areas(question, size) for question, size in pairs])
+
+
+def answer_batch(subject: Subject, run: Run, inputs: Any, max_new_tokens: int) -> Batch:
+    """Answer questions greedily.
+
+    Parameters
+    ----------
+    subject : Subject
+    run : Run
+        Of a method that is on the model.
+    inputs : mapping
+        From `encode_batch`.
+    max_new_tokens : int
+        An answer stops here if the model does not stop before.
+    """
+    settings = subject.model.generation_config
+    pad = settings.pad_token_id
+    if pad is None:
+        pad = subject.tokenizer.pad_token_id
+    with watching(subject.model) as first, torch.inference_mode():
+        output = subject.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+        )
+        report = run.report
+    new = output[:, inputs["input_ids"].shape[1] :]
+    texts = subject.tokenizer.batch_decode(new, skip_special_tokens=True)
+    assert first.value is not None
+    return Batch([text.strip() for text in texts], first.value, report)
+
+
+@lru_cache(maxsize=512)
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture as RGB.
+
+    Raises
+    ------
+    InputError
+        It cannot be read.
+    """
+    try:
+        return open_picture(path)
+    except InputError as error:
+        raise InputError(f"{error}; the split is damaged") from error
+
+
+def split_batches(
+    subject: Subject, task: Task[Any], questions: Sequence[Question], size: int
+) -> list[list[Question]]:
+    """Batches of questions of one family where possible, sorted by length.
+
+    Answers of one family are of like length, so that few samples wait for a longer one.
+    """
+    order = {family: place for place, family in enumerate(task.families)}
+    lengths = [len(subject.tokenizer(task.prompt(question))["input_ids"]) for question in questions]
+    ranked = sorted(
+        zip(questions, lengths, strict=True),
+        key=lambda pair: (order[pair[0].family], pair[1], pair[0].id),
+    )
+    ordered = [question for question, _ in ranked]
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]

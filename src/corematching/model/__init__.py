@@ -1,0 +1,1 @@
+"""What a Hugging Face model is made of, and what is put on it."""

@@ -1,0 +1,247 @@
+"""Finds the FFN of a decoder layer, and the weights and the activation function in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from corematching.errors import UnsupportedModelError
+from corematching.model.absent import AbsentWeight
+from corematching.model.ffn_weights import FFNWeights, activation_name
+from corematching.model.patching import has_foreign_forward
+
+FFN_NAMES = ("mlp", "feed_forward", "ffn")
+PLAIN_NAMES = (
+    ("fc1", "fc2"),
+    ("up_proj", "down_proj"),
+    ("c_fc", "c_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+)
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
+EXPERT_NAMES = frozenset({"experts", "router", "shared_expert", "shared_experts"})
+EXPERT_CLASS = re.compile(r"(MoeBlock|MoE|Moe|Experts)$")
+
+
+def find_ffn(layer: nn.Module) -> nn.Module:
+    """Find the FFN of a decoder layer.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        One of ``model.get_decoder().layers``.
+
+    Returns
+    -------
+    nn.Module
+        The layer's FFN.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The layer routes its tokens to experts, or holds no FFN under a known name.
+    """
+    for name, module in layer.named_modules():
+        kind = type(module).__name__
+        if name.rpartition(".")[2] in EXPERT_NAMES or EXPERT_CLASS.search(kind):
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} has a mixture of experts ({kind} '{name}'), whose FFN "
+                "differs from token to token: use a model with dense FFNs, or drop tokens only "
+                "(neurons=None)"
+            )
+    for name in FFN_NAMES:
+        module = getattr(layer, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise UnsupportedModelError(
+        f"{type(layer).__name__} has no FFN named {', '.join(FFN_NAMES)}: "
+        "drop tokens only (neurons=None)"
+    )
+
+
+class FFNParts:
+    """The linear layers and the activation function of an FFN.
+
+    Parameters
+    ----------
+    mlp : nn.Module
+        ``act(gate(x)) * up(x)`` or ``act(up(x))``, then ``down``; gate and up may be one fused
+        linear layer (gate first), and every linear layer may have a bias.
+
+    Attributes
+    ----------
+    down : nn.Linear
+        The module whose input is the activations.
+    activation : callable
+        The activation function.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The weights cannot be read by neuron.
+    """
+
+    def __init__(self, mlp: Any) -> None:
+        self.mlp = mlp
+        self._fused: nn.Linear | None = getattr(mlp, "gate_up_proj", None)
+        self._gate: nn.Linear | None = getattr(mlp, "gate_proj", None)
+        self._up: nn.Linear
+        self.down: nn.Linear
+        names = next((n for n in PLAIN_NAMES if all(hasattr(mlp, part) for part in n)), None)
+        if self._fused is not None and hasattr(mlp, "down_proj"):
+            self._up, self.down = self._fused, mlp.down_proj
+        elif names is not None:
+            self._up, self.down = getattr(mlp, names[0]), getattr(mlp, names[1])
+        else:
+            parts = ", ".join(name for name, _ in mlp.named_children()) or "nothing"
+            raise UnsupportedModelError(
+                f"{type(mlp).__name__} is no FFN of a known form (it has {parts}): "
+                "drop tokens only (neurons=None)"
+            )
+        for linear in (self._up, self.down, self._gate):
+            if linear is not None:
+                check_linear(mlp, linear)
+        found = [getattr(mlp, n) for n in ACTIVATION_NAMES if callable(getattr(mlp, n, None))]
+        if not found:
+            raise UnsupportedModelError(
+                f"{type(mlp).__name__} has no activation function named "
+                f"{', '.join(ACTIVATION_NAMES)}: drop tokens only (neurons=None)"
+            )
+        self.activation: Callable[[Tensor], Tensor] = found[0]
+        self.activation_name = activation_name(self.activation)
+
+    @property
+    def width(self) -> int:
+        """F, the intermediate neurons."""
+        return self.down.in_features
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate."""
+        return self._gate is not None or self._fused is not None
+
+    def list_linears(self) -> list[nn.Linear]:
+        """The linear layers that there are."""
+        linears = (self._gate, self._up, self.down)
+        return [linear for linear in linears if linear is not None]
+
+    def dense(self) -> dict[str, Tensor]:
+        """What a choice gathers from, by its name in `CompactWeights`: views, no copies."""
+        rows: dict[str, Tensor | None] = {"down": self.down.weight}
+        if self._fused is not None:
+            half = self.width
+            rows["gate"], rows["up"] = self._fused.weight[:half], self._fused.weight[half:]
+            if self._fused.bias is not None:
+                rows["gate_bias"], rows["up_bias"] = (
+                    self._fused.bias[:half],
+                    self._fused.bias[half:],
+                )
+        else:
+            rows["up"], rows["up_bias"] = self._up.weight, self._up.bias
+            if self._gate is not None:
+                rows["gate"], rows["gate_bias"] = self._gate.weight, self._gate.bias
+        return {name: tensor for name, tensor in rows.items() if tensor is not None}
+
+    def by_neuron(self) -> FFNWeights:
+        """The weights as a kernel over lists of neurons reads them: views, no copies."""
+        with torch.inference_mode(False), torch.no_grad():
+            rows = {name: tensor.detach() for name, tensor in self.dense().items()}
+            down_t = rows.pop("down").t()
+        return FFNWeights(down_t=down_t, activation=self.activation_name or "", **rows)
+
+    def bias(self) -> Tensor | None:
+        """(1, d) or None, the bias of the down projection."""
+        return None if self.down.bias is None else self.down.bias.detach()[None]
+
+    def store_down_by_neuron(self) -> None:
+        """Lay the down projection's weight out with each neuron's numbers in a row.
+
+        Its shape and its values stay as they are, and it stays the same parameter.
+        """
+        weight = self.down.weight
+        if not weight.t().is_contiguous():
+            with torch.inference_mode(False), torch.no_grad():
+                weight.data = weight.data.t().contiguous().t()
+
+    def store_down_as_usual(self) -> None:
+        """Undo `store_down_by_neuron`."""
+        weight = self.down.weight
+        if not weight.is_contiguous():
+            with torch.inference_mode(False), torch.no_grad():
+                weight.data = weight.data.contiguous()
+
+    def check(self) -> None:
+        """Compare two probe tokens with all neurons against the FFN's own forward.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The FFN computes something else.
+        """
+        weight = self.down.weight
+        with torch.inference_mode(False), torch.no_grad():
+            ramp = torch.arange(2 * self.down.out_features, device=weight.device)
+            x = torch.sin(ramp.float()).to(weight.dtype).view(1, 2, -1)
+            self.compare(x[0], self.mlp.forward(x)[0])
+
+    def compare(self, x: Tensor, theirs: Tensor) -> None:
+        """Compare (n, d) outputs of the FFN's own forward with ours on the (n, d) inputs ``x``.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The FFN computes something else.
+        """
+        weight = self.down.weight
+        with torch.inference_mode(False), torch.no_grad():
+            ours = self._compute(x)
+        scale = theirs.float().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
+        error = float((ours.float() - theirs.float()).abs().max() / scale)
+        if not error < (1e-3 if weight.dtype == torch.float32 else 5e-2):
+            raise UnsupportedModelError(
+                f"{type(self.mlp).__name__} computes more than its activation and linear layers "
+                f"(a probe differs by {error:.1e} of the output): put the model in eval mode, "
+                "merge its adapters, or drop tokens only (neurons=None)"
+            )
+
+    def _compute(self, x: Tensor) -> Tensor:
+        """(n, d) to (n, d), with all neurons."""
+        parts = self.dense()
+        active = F.linear(x, parts["up"], parts.get("up_bias"))
+        if "gate" in parts:
+            active = self.activation(F.linear(x, parts["gate"], parts.get("gate_bias"))) * active
+        else:
+            active = self.activation(active)
+        return F.linear(active, parts["down"], self.down.bias)
+
+
+def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
+    """Refuse layers whose weight is not the plain matrix that their forward multiplies with."""
+    kind = f"{type(mlp).__name__}'s {type(linear).__name__}"
+    if hasattr(linear, "base_layer"):
+        raise UnsupportedModelError(
+            f"{kind} carries an adapter: merge it first (model = model.merge_and_unload())"
+        )
+    weight: Any = getattr(linear, "weight", None)
+    if has_foreign_forward(linear):
+        raise UnsupportedModelError(
+            f"{kind} has a forward of its own on the instance, which single neurons would skip: "
+            "put the original back (del module.forward), or choose no neurons"
+        )
+    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    absent = isinstance(weight, AbsentWeight)
+    plain = plain and isinstance(weight, Tensor) and (absent or type(weight.data) is Tensor)
+    if not plain:
+        raise UnsupportedModelError(
+            f"{kind} is quantised or sharded, so the rows of single neurons cannot be gathered: "
+            "load the model in bf16 or fp32 without tensor parallelism, or drop tokens only "
+            "(neurons=None)"
+        )
+    if weight.is_meta:
+        raise UnsupportedModelError(
+            f"{kind} is off-loaded (its weight is on 'meta'): load the whole model on one device"
+        )

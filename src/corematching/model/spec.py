@@ -1,0 +1,259 @@
+"""Finds the parts of a model that the runtime works on, and refuses what it cannot shorten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from corematching.errors import UnsupportedModelError
+from corematching.model.attention import find_attention
+from corematching.model.ffn import find_ffn
+from corematching.model.gates import Gates
+from corematching.protocol import ACTIVATIONS, ATTENTION, CONTRIBUTIONS, Method, NeuronPolicy
+
+DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+VISION_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_encoder")
+PROJECTOR_NAMES = ("multi_modal_projector", "connector", "aligner")
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+@dataclass
+class Parts:
+    """The parts of a model that the runtime works on.
+
+    Attributes
+    ----------
+    decoder : nn.Module
+        The text model.
+    layers : list of nn.Module
+        Its decoder layers.
+    attentions, ffns, down_projs : list of nn.Module
+        Each layer's attention, FFN, and the module that the activations enter.
+    config : Any
+        The text model's configuration.
+    image_ids : tuple of int
+        Token ids that stand for image (or video) features; empty for text-only models.
+    vision, projector : nn.Module or None
+        The vision tower, and what turns its output into image tokens, where that is not in it.
+    gates : Gates
+        What products keep of gates that are read later.
+    """
+
+    decoder: nn.Module
+    layers: list[nn.Module]
+    attentions: list[nn.Module]
+    ffns: list[nn.Module]
+    down_projs: list[nn.Module]
+    config: Any
+    image_ids: tuple[int, ...]
+    vision: nn.Module | None
+    projector: nn.Module | None = None
+    gates: Gates = field(default_factory=Gates)
+
+    @property
+    def widths(self) -> list[int]:
+        """F of every layer."""
+        return [linear_shape(down)[0] for down in self.down_projs]
+
+
+def check_model(model: nn.Module, method: Method) -> Parts:
+    """Find a model's parts, or say why a method cannot run on it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A loaded model.
+    method : Method
+        What is to be installed.
+
+    Returns
+    -------
+    Parts
+        The model's parts.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model cannot be shortened; the message names the part and what to do.
+    """
+    if not isinstance(model, PreTrainedModel):
+        inner = " (here: model.get_base_model())" if hasattr(model, "get_base_model") else ""
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no transformers model: pass the PreTrainedModel that "
+            f"from_pretrained returned{inner}"
+        )
+    config = model.config.get_text_config(decoder=True)
+    _check_architecture(model, config)
+    _check_weights(model)
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise UnsupportedModelError(
+            f"{_kind(model)}: its decoder ({type(decoder).__name__}) has no list of layers "
+            "named 'layers'; pass the whole model with its language model head"
+        )
+    ids = [getattr(model.config, n, None) for n in ("image_token_id", "video_token_id")]
+    parts = Parts(
+        decoder=decoder,
+        layers=list(layers),
+        attentions=[_attention(model, i, layer) for i, layer in enumerate(layers)],
+        ffns=[_ffn(model, layer) for layer in layers],
+        down_projs=[],
+        config=config,
+        image_ids=tuple(i for i in ids if isinstance(i, int)),
+        vision=_named(model, VISION_NAMES),
+        projector=_named(model, PROJECTOR_NAMES),
+    )
+    parts.down_projs = [_down_proj(model, ffn) for ffn in parts.ffns]
+    if method.tokens is not None:
+        _check_tokens(model, config, parts, method)
+    return parts
+
+
+def linear_shape(module: Any) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer, quantised ones and GPT-2's Conv1D included."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)
+    rows, columns = module.weight.shape
+    return int(rows), int(columns)
+
+
+def _kind(model: Any) -> str:
+    return f"{type(model).__name__} (model_type '{model.config.model_type}')"
+
+
+def _check_architecture(model: PreTrainedModel, config: Any) -> None:
+    """Refuse encoder-decoders, recurrent and chunked layers, shared caches, cross-attention."""
+    kind = _kind(model)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{kind} is an encoder-decoder, whose image tokens are in no decoder layer: "
+            "use a decoder-only vision-language model"
+        )
+    if not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"{kind} has no generate(): load it with AutoModelForImageTextToText or "
+            "AutoModelForCausalLM"
+        )
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    if odd:
+        raise UnsupportedModelError(
+            f"{kind} has layers of type {', '.join(odd)}: recurrent, linear and chunked attention "
+            "carry dropped tokens in their state; use a model with full or sliding attention"
+        )
+    if getattr(config, "attention_chunk_size", None):
+        raise UnsupportedModelError(
+            f"{kind} attends in chunks of {config.attention_chunk_size} tokens, which dropped "
+            "tokens would shift: use a model with full or sliding attention"
+        )
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    if getattr(config, "num_kv_shared_layers", 0) or any(mode == "reuse" for mode in modes):
+        raise UnsupportedModelError(
+            f"{kind} shares keys and values between layers (KV sharing), so one layer's cache "
+            "cannot be shortened alone: use a model without num_kv_shared_layers"
+        )
+    if getattr(config, "cross_attention_layers", None):
+        raise UnsupportedModelError(
+            f"{kind} shows images through cross-attention layers, so there are no image tokens to "
+            "drop in the decoder: use a model that puts image tokens into the prompt"
+        )
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    """Refuse weights that are not where they run."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise UnsupportedModelError(
+                f"{_kind(model)}: '{name}' is on the 'meta' device (off-loaded or never loaded): "
+                "load the whole model on one device, e.g. device_map=None and model.to('cuda'), "
+                "in a smaller dtype if it does not fit"
+            )
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise UnsupportedModelError(
+            f"{_kind(model)} is partly off-loaded to {', '.join(sorted(places & {'cpu', 'disk'}))}:"
+            " load the whole model on one device, in a smaller dtype if it does not fit"
+        )
+
+
+def _attention(model: nn.Module, index: int, layer: nn.Module) -> nn.Module:
+    attention = find_attention(layer)
+    if attention is None:
+        names = ", ".join(name for name, _ in layer.named_children())
+        raise UnsupportedModelError(
+            f"{_kind(model)}: layer {index} ({type(layer).__name__}: {names}) has no "
+            "self-attention, it is recurrent or of an unknown form; use a model whose layers are "
+            "all attention and FFN"
+        )
+    return attention
+
+
+def _ffn(model: nn.Module, layer: nn.Module) -> nn.Module:
+    try:
+        return find_ffn(layer)
+    except UnsupportedModelError as error:
+        reason = str(error).split(":")[0]
+        raise UnsupportedModelError(
+            f"{_kind(model)}: {reason}; use a model whose layers have one dense FFN each"
+        ) from error
+
+
+def _down_proj(model: nn.Module, ffn: nn.Module) -> nn.Module:
+    for name in DOWN_NAMES:
+        module = getattr(ffn, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise UnsupportedModelError(
+        f"{_kind(model)}: its FFN ({type(ffn).__name__}) has none of {', '.join(DOWN_NAMES)}; "
+        "use a model with a standard dense FFN"
+    )
+
+
+def _named(model: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    for owner in (model, getattr(model, "base_model", None), getattr(model, "model", None)):
+        for name in names:
+            module = getattr(owner, name, None)
+            if isinstance(module, nn.Module):
+                return module
+    return None
+
+
+def _check_tokens(model: nn.Module, config: Any, parts: Parts, method: Method) -> None:
+    """What only a token policy asks for."""
+    assert method.tokens is not None
+    if not parts.image_ids:
+        raise UnsupportedModelError(
+            f"{_kind(model)} has no image token (config.image_token_id), so it has no image "
+            "tokens to drop: use a vision-language model, or choose neurons only "
+            "(CoreMatching: score=None)"
+        )
+    if config._attn_implementation == "flex_attention":
+        raise UnsupportedModelError(
+            f"{_kind(model)} runs on flex_attention, whose block masks cannot be shortened: "
+            "call model.set_attn_implementation('sdpa')"
+        )
+    depth = len(parts.layers)
+    after = method.tokens.drop_after(depth)
+    if list(after) != sorted(set(after)) or any(not -1 <= i <= depth - 2 for i in after):
+        raise UnsupportedModelError(
+            f"the method drops tokens after layers {list(after)}, but {_kind(model)} has "
+            f"{depth} layers: choose ascending layers from -1 to {depth - 2}"
+        )
+    shown = {ACTIVATIONS, ATTENTION, CONTRIBUTIONS} & set(method.tokens.needs)
+    if -1 in after and shown:
+        raise UnsupportedModelError(
+            f"the method drops tokens before layer 0 and reads {', '.join(sorted(shown))}, which "
+            "no layer has computed by then: drop after layer 0 or later"
+        )
+
+
+def choose_counts(parts: Parts, neurons: NeuronPolicy | None) -> list[int]:
+    """Neurons that each layer keeps; all of them without a policy."""
+    widths = parts.widths
+    if neurons is None:
+        return list(widths)
+    counts = {width: neurons.counts(len(widths), width) for width in set(widths)}
+    return [counts[width][index] for index, width in enumerate(widths)]

@@ -1,0 +1,84 @@
+"""Refuses what would save, load or convert a model some of whose weights are not there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.errors import CoreMatchingError
+from corematching.model.patching import Patches
+
+SAVING = ("save_pretrained", "push_to_hub")
+"""Methods of whole models that read all weights, refused before they write anything."""
+READING = ("state_dict", "load_state_dict")
+"""Methods of every module that read or write all of its weights."""
+
+
+class WeightGuard:
+    """Patches on a model and on its modules that hold absent weights.
+
+    Each raises before anything has changed. Conversions that change nothing, such as ``.to()`` the
+    device and the dtype that the model has, pass.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    weights : iterable of Tensor
+        Those that are not there.
+    refuse : callable
+        ``refuse(what)`` makes the error; ``what`` names what was asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Iterable[Tensor],
+        refuse: Callable[[str], CoreMatchingError],
+    ) -> None:
+        self._refuse = refuse
+        self._patches = Patches()
+        self._model, self._holders = model, _holders(model, {id(weight) for weight in weights})
+
+    def install(self) -> None:
+        """Put the patches on, from the model down: the outermost one is asked first."""
+        for name in SAVING if self._holders else ():
+            if hasattr(self._model, name):
+                self._patches.wrap(self._model, name, functools.partial(self._raise, name))
+        for module in self._holders:
+            for name in READING:
+                self._patches.wrap(module, name, functools.partial(self._raise, name))
+            self._patches.wrap(module, "_apply", functools.partial(self._convert, module))
+
+    def remove(self) -> None:
+        """Take them off again."""
+        self._patches.undo()
+
+    def _raise(self, name: str, *_: Any, **__: Any) -> Any:
+        raise self._refuse(f"{name}()")
+
+    def _convert(self, module: nn.Module, _: Any, fn: Any, *__: Any, **___: Any) -> nn.Module:
+        """Stand in for ``_apply``, which runs ``fn`` on every parameter and buffer."""
+        home = next(p.device for p in self._model.parameters() if not p.is_meta)
+        tensors = [*module.parameters(), *module.buffers()]
+        kinds = {(x.dtype, home if x.is_meta else x.device) for x in tensors}
+        for kind, device in kinds:
+            probe = torch.empty(1, dtype=kind, device=device)
+            shared = probe.is_shared()
+            if fn(probe) is not probe or probe.is_shared() != shared:
+                raise self._refuse("a conversion (to(), half(), cuda(), ...)")
+        return module
+
+
+def _holders(model: nn.Module, weights: set[int]) -> list[nn.Module]:
+    """The modules with any of these parameters in them, at any depth, the outermost first."""
+    paths: set[str] = set()
+    for path, module in model.named_modules():
+        if any(id(parameter) in weights for parameter in module._parameters.values()):
+            parts = path.split(".") if path else []
+            paths |= {".".join(parts[:count]) for count in range(len(parts) + 1)}
+    return [module for path, module in model.named_modules() if path in paths]

@@ -1,0 +1,73 @@
+"""The two kinds of score. A new one is one file: subclass, name it, override `score`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from corematching.errors import ConfigError
+from corematching.policies.component import Component
+from corematching.protocol import ACTIVATIONS, PrefillView
+
+
+class TokenScore(Component, kind="token score"):
+    """How much each image token matters. Override `score`.
+
+    Attributes
+    ----------
+    needs : frozenset of str
+        The parts of the view that `score` reads, out of `corematching.protocol.NEEDS`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({ACTIVATIONS})
+
+    def score(self, view: PrefillView) -> Tensor:
+        """(B, T), any float dtype; what it holds outside the image tokens does not matter."""
+        raise NotImplementedError
+
+    def __call__(self, view: PrefillView) -> Tensor:
+        """Score the image tokens.
+
+        Returns
+        -------
+        Tensor
+            (B, T) float32, NaN where the token is no image token.
+        """
+        return torch.where(view.image, self.score(view).float(), torch.nan)
+
+
+class NeuronScore(Component, kind="neuron score"):
+    """How much each intermediate neuron matters to a sample. Override `score`.
+
+    Attributes
+    ----------
+    needs : frozenset of str
+        The parts of the view that `score` reads, out of `corematching.protocol.NEEDS`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({ACTIVATIONS})
+
+    def score(self, view: PrefillView) -> Tensor:
+        """(B, F), any dtype; the highest are kept, of equal ones the first."""
+        raise NotImplementedError
+
+    def __call__(self, view: PrefillView) -> Tensor:
+        """Score the neurons of the view's layer, (B, F)."""
+        return self.score(view)
+
+
+def read_activations(view: PrefillView) -> Tensor:
+    """The view's (B, T, F) activations.
+
+    Raises
+    ------
+    ConfigError
+        When the view has none, as at the input of the first layer.
+    """
+    if view.activations is None:
+        raise ConfigError(
+            f"layer {view.layer} shows no activations: score tokens after layer 0 or a later one"
+        )
+    return view.activations

@@ -1,0 +1,283 @@
+"""How many image tokens are kept: scores and image mask in, keep mask out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corematching.errors import ConfigError
+from corematching.policies.amounts import counts_of
+from corematching.policies.check import (
+    check_bool,
+    check_number,
+    check_tokens_count,
+    check_tokens_ratio,
+    settle_amount,
+)
+from corematching.policies.component import Component
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Component, kind="budget"):
+    """Base class: override `count`. The highest scores are kept; of equal ones the first.
+
+    A sample with image tokens keeps at least one. With ``cover``, that ratio of
+    the kept tokens lies evenly over the image tokens, whatever their scores, and the highest scores
+    fill the rest: a view of the whole picture, such as "where is it?" needs.
+    """
+
+    min_ratio: float | None = field(
+        default=None, metadata={"help": "keep at least this ratio of the image tokens"}
+    )
+    min_tokens: int | None = field(
+        default=None, metadata={"help": "keep at least this number of image tokens"}
+    )
+    max_ratio: float | None = field(
+        default=None, metadata={"help": "keep at most this ratio of the image tokens"}
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "keep at most this number of image tokens"}
+    )
+    cover: float = field(
+        default=0.0, metadata={"help": "ratio of the kept tokens spread evenly, in [0, 1)"}
+    )
+
+    def __post_init__(self) -> None:
+        check_number("cover", self.cover, least=0)
+        if self.cover >= 1:
+            raise ConfigError(f"cover={self.cover}: give a ratio in [0, 1)")
+        settle_amount(self, prefix="min")
+        settle_amount(self, prefix="max")
+        for unit in ("ratio", "tokens"):
+            least, most = (getattr(self, f"{end}_{unit}") for end in ("min", "max"))
+            if least is not None and most is not None and least > most:
+                raise ConfigError(f"min_{unit}={least} is above max_{unit}={most}: swap them")
+
+    def count(self, curve: Tensor, totals: Tensor) -> Tensor:
+        """How many image tokens each sample keeps, before the least and the most.
+
+        Parameters
+        ----------
+        curve : Tensor
+            (B, T) float32, each sample's image token scores in falling order; what follows its
+            first ``totals[b]`` entries is -inf.
+        totals : Tensor
+            (B,) long, image tokens of each sample; 0 is possible.
+        """
+        raise NotImplementedError
+
+    def __call__(self, scores: Tensor, image: Tensor) -> Tensor:
+        """Choose the image tokens to keep.
+
+        Parameters
+        ----------
+        scores : Tensor
+            (B, T) float; read where ``image`` is True.
+        image : Tensor
+            (B, T) bool.
+
+        Returns
+        -------
+        Tensor
+            (B, T) bool, a subset of ``image``.
+
+        Raises
+        ------
+        ConfigError
+            When a score of an image token is NaN or infinite.
+        """
+        _refuse_broken(scores, image)
+        filled = torch.where(image, scores.float(), -torch.inf)
+        order = filled.argsort(dim=1, descending=True, stable=True)
+        totals = image.sum(1)
+        counts = self.bound(self.count(filled.gather(1, order), totals), totals)
+        if self.cover:
+            even = self.spread(image, (counts * self.cover).round().long())
+            order = filled.masked_fill(even, torch.inf).argsort(dim=1, descending=True, stable=True)
+        return image & (_invert(order) < counts.unsqueeze(1))
+
+    def spread(self, image: Tensor, counts: Tensor) -> Tensor:
+        """(B, T) bool, (B,) image tokens of each sample that lie evenly over the picture."""
+        return spread_evenly(image, counts)
+
+    def bound(self, counts: Tensor, totals: Tensor) -> Tensor:
+        """Counts (B,) within the least and the most of ``totals`` (B,), one or more, if any."""
+        if self.min_ratio is not None:
+            counts = counts.maximum(counts_of(self.min_ratio, totals))
+        if self.min_tokens is not None:
+            counts = counts.clamp(min=self.min_tokens)
+        if self.max_ratio is not None:
+            counts = counts.minimum(counts_of(self.max_ratio, totals))
+        if self.max_tokens is not None:
+            counts = counts.clamp(max=self.max_tokens)
+        return counts.clamp(min=1).minimum(totals)
+
+
+@dataclass(frozen=True)
+class Knee(Budget, name="knee"):
+    """Cut at the maximum geometric distance (CoreMatching, arXiv:2505.19235).
+
+    The chord joins the first and the last point of the sorted scores; the cut is at the point
+    ``argmax_i | y_i - (y_0 + i / (N - 1) * (y_{N-1} - y_0)) |``, the first one if several tie. (The
+    vertical distance is the geometric one times a constant.) ``strict``, as in the authors' code,
+    keeps the tokens above that point's score; otherwise those at it stay too, and they also
+    stay where nothing lies above it. A straight or flat curve has no knee: all are kept.
+    """
+
+    strict: bool = field(
+        default=True, metadata={"help": "drop the token at the knee itself, keep those above it"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bool("strict", self.strict)
+
+    def count(self, curve: Tensor, totals: Tensor) -> Tensor:
+        distance = measure_chord_distance(curve, totals)
+        farthest, knee = distance.max(1)
+        score = curve.gather(1, knee.unsqueeze(1))
+        above = (curve > score).sum(1)
+        with_ties = (curve >= score).sum(1)
+        counts = torch.where(above > 0, above, with_ties) if self.strict else with_ties
+        return torch.where(farthest > 0, counts, totals)
+
+
+@dataclass(frozen=True)
+class Ratio(Budget, name="ratio"):
+    """Keep a ratio of the image tokens still present, rounded half up."""
+
+    keep_ratio: float = field(
+        default=0.2, metadata={"help": "ratio of image tokens kept, in (0, 1]"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ratio = check_tokens_ratio("keep_ratio", "Count: keep_tokens", self.keep_ratio)
+        object.__setattr__(self, "keep_ratio", ratio)
+
+    def count(self, curve: Tensor, totals: Tensor) -> Tensor:
+        return counts_of(self.keep_ratio, totals)
+
+
+@dataclass(frozen=True)
+class Count(Budget, name="count"):
+    """Keep the same number of image tokens in every sample, or all where there are fewer."""
+
+    keep_tokens: int = field(default=64, metadata={"help": "number of image tokens kept"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tokens_count("Ratio: keep_ratio", "keep_tokens", self.keep_tokens)
+
+    def count(self, curve: Tensor, totals: Tensor) -> Tensor:
+        return torch.full_like(totals, self.keep_tokens)
+
+
+def budget_of(keep_ratio: float | None, keep_tokens: int | None, **bounds: Any) -> Ratio | Count:
+    """`Ratio` or `Count` from a method's pair of parameters, of which one is given."""
+    if keep_tokens is not None:
+        return Count(keep_tokens, **bounds)
+    assert keep_ratio is not None
+    return Ratio(keep_ratio, **bounds)
+
+
+def spread_evenly(image: Tensor, counts: Tensor) -> Tensor:
+    """The middles of ``counts[b]`` equal runs of each sample's image tokens.
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, T) bool.
+    counts : Tensor
+        (B,) long, at most the number of image tokens.
+
+    Returns
+    -------
+    Tensor
+        (B, T) bool, ``counts[b]`` of them True in sample b.
+    """
+    totals = image.sum(1, keepdim=True).clamp(min=1)
+    places, counts = image.cumsum(1) - 1, counts.unsqueeze(1)
+    ahead = (2 * (places + 1) * counts + totals) // (2 * totals)
+    behind = (2 * places * counts + totals) // (2 * totals)
+    return image & (ahead > behind)
+
+
+def spread_among(image: Tensor, counts: Tensor, places: Tensor, totals: Tensor) -> Tensor:
+    """`spread_evenly` over a picture of which only some image tokens are left.
+
+    The picture is cut into ``counts[b]`` equal runs; of each, the token nearest to the middle is
+    taken, of two equally near ones the first. A run of which nothing is left gives none.
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, T) bool, the image tokens left.
+    counts : Tensor
+        (B,) long.
+    places : Tensor
+        (B, T) long, read where ``image`` is True: which of the whole picture's tokens each one is,
+        from 0.
+    totals : Tensor
+        (B,) long, image tokens of the whole picture.
+
+    Returns
+    -------
+    Tensor
+        (B, T) bool, at most ``counts[b]`` of them True in sample b.
+    """
+    totals, counts = totals.clamp(min=1).unsqueeze(1), counts.unsqueeze(1)
+    length = image.shape[1]
+    middle = (2 * places + 1) * counts  # of a token; a run is 2 * totals long
+    run = middle.div(2 * totals, rounding_mode="floor")
+    run = torch.where(image, run, length)
+    columns = torch.arange(length, device=image.device)
+    distance = (middle - (2 * run + 1) * totals).abs() * length + columns
+    most = torch.full_like(distance, torch.iinfo(torch.long).max)
+    nearest = torch.cat([most, most[:, :1]], 1).scatter_reduce(1, run, distance, "amin")
+    return image & (counts > 0) & (distance == nearest.gather(1, run))
+
+
+def measure_chord_distance(curve: Tensor, totals: Tensor) -> Tensor:
+    """Each point's vertical distance from the chord of its sample's sorted scores.
+
+    Distances within float32's rounding of the scores count as 0, so do points past the curve's end.
+
+    Parameters
+    ----------
+    curve : Tensor
+        (B, T) float32, falling; -inf past the first ``totals[b]`` entries.
+    totals : Tensor
+        (B,) long.
+
+    Returns
+    -------
+    Tensor
+        (B, T) float32.
+    """
+    steps = torch.arange(curve.shape[1], device=curve.device)
+    inside = steps < totals.unsqueeze(1)
+    curve = torch.where(inside, curve, 0.0)
+    first = curve[:, :1]
+    last = curve.gather(1, (totals - 1).clamp(min=0).unsqueeze(1))
+    slope = (last - first) / (totals - 1).clamp(min=1).unsqueeze(1)
+    distance = (curve - (first + steps * slope)).abs()
+    rounding = 1e-6 * curve.abs().amax(1, keepdim=True)
+    return torch.where(inside & (distance > rounding), distance, 0.0)
+
+
+def _invert(order: Tensor) -> Tensor:
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def _refuse_broken(scores: Tensor, image: Tensor) -> None:
+    broken = (~scores.isfinite() & image).sum(1)
+    if broken.any():
+        raise ConfigError(
+            f"the token score is NaN or infinite on {int(broken.sum())} image tokens of sample "
+            f"{int(broken.argmax())}: check the score's formula, and the model's dtype for overflow"
+        )

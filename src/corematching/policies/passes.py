@@ -1,0 +1,144 @@
+"""Passes over the activations of a whole prompt, (B, T, F), that touch the memory once.
+
+The activations are far larger than a processor's caches, and a policy runs while the prompt waits.
+On the CPU each pass goes block by block, or token by token, so that whatever it makes of a block
+stays in the cache. Other devices take the prompt in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from corematching.backends.kernels.statistics import mark_highest, sum_rows, weigh_marks
+
+BLOCK_BYTES = 1 << 20
+"""A block's size in float32."""
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def read_blocks(values: Tensor, tokens: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """Some tokens of one sample at a time, as float32 that may be written on until the next block.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, T, F), of any dtype.
+    tokens : Tensor
+        (B, T) bool; the values of the others read as 0.
+
+    Yields
+    ------
+    (int, slice, Tensor)
+        The sample, its tokens, and (t, F) float32.
+    """
+    batch, length, width = values.shape
+    on_cpu = values.device.type == "cpu"
+    step = max(1, min(length, BLOCK_BYTES // (4 * max(width, 1)))) if on_cpu else max(length, 1)
+    buffer = torch.empty(step, width, dtype=torch.float32, device=values.device)
+    whole = on_cpu and bool(tokens.all())
+    for sample in range(batch):
+        for first in range(0, length, step):
+            part = slice(first, min(first + step, length))
+            block = buffer[: part.stop - first].copy_(values[sample, part])
+            if not whole:
+                block.masked_fill_(~tokens[sample, part].unsqueeze(-1), 0)
+            yield sample, part, block
+
+
+def sum_tokens(values: Tensor, tokens: Tensor, absolute: bool = False) -> Tensor:
+    """The sum of values (B, T, F), or of their magnitudes, over the tokens (B, T) that count.
+
+    Returns
+    -------
+    Tensor
+        (B, F) float32; counts of a mask are exact up to 2**24.
+    """
+    found = sum_rows(values, tokens, "sizes" if absolute else "values")
+    if found is not None:
+        return found
+    shape = len(values), values.shape[-1]
+    total = torch.zeros(shape, dtype=torch.float32, device=values.device)
+    for sample, _, block in read_blocks(values, tokens):
+        if absolute:
+            block.abs_()
+        total[sample] += block.new_ones(len(block)) @ block
+    return total
+
+
+def dot_tokens(values: Tensor, weights: Tensor) -> Tensor:
+    """The product of each token's values (B, T, F) with its sample's weights (B, F): (B, T)."""
+    found = weigh_marks(values, weights)
+    if found is not None:
+        return found
+    every = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+    products = torch.empty(values.shape[:2], dtype=torch.float32, device=values.device)
+    for sample, part, block in read_blocks(values, every):
+        products[sample, part] = block @ weights[sample]
+    return products
+
+
+def count_positive(values: Tensor) -> Tensor:
+    """(B, T, 1) long, the positive entries of each token."""
+    if values.device.type != "cpu":
+        return (values > 0).sum(-1, keepdim=True)
+    counts = [np.count_nonzero(row > 0) for row in _read_rows(values)]
+    return torch.tensor(counts, dtype=torch.long).view(*values.shape[:-1], 1)
+
+
+def mark_largest(values: Tensor, counts: Tensor, most: int, absolute: bool) -> Tensor:
+    """Mark the entries that are above 0 and not below the token's ``counts``-th largest one.
+
+    On the CPU through the bits of the numbers: read as integers they keep the order of positive
+    floats, and NumPy selects among integers several times as fast.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, T, F), in any float dtype.
+    counts : Tensor
+        (B, T, 1) long; less than 1 counts as 1, more than ``most`` as ``most``.
+    most : int
+        A bound that is known without waiting for the device.
+    absolute : bool
+        Go by the magnitudes.
+
+    Returns
+    -------
+    Tensor
+        (B, T, F) bool.
+    """
+    width = values.shape[-1]
+    most = min(max(most, 1), width)
+    counts = counts.clamp(1, most)
+    found = mark_highest(values.detach(), counts, absolute)
+    if found is not None:
+        return found
+    if values.device.type != "cpu":
+        ranked = values.abs() if absolute else values
+        largest = ranked.topk(most, dim=-1).values
+        cuts = largest.gather(-1, counts.expand(*values.shape[:-1], 1) - 1)
+        return (ranked >= cuts) & (ranked > 0)
+    rows = _read_rows(values)
+    marked = np.empty(rows.shape, dtype=bool)
+    places: list[int] = (width - counts).expand(*values.shape[:-1], 1).flatten().tolist()
+    magnitudes, work = np.empty((2, width), rows.dtype)
+    magnitude = rows.dtype.type(np.iinfo(rows.dtype).max)
+    for row, place, out in zip(rows, places, marked, strict=True):
+        size = np.bitwise_and(row, magnitude, out=magnitudes) if absolute else row
+        work[:] = size
+        work.partition(place)
+        np.greater_equal(size, max(work[place], 1), out=out)
+    return torch.from_numpy(marked).view(values.shape)
+
+
+def _read_rows(values: Tensor) -> NDArray[Any]:
+    """(B * T, F), the bits as integers."""
+    bits = values.detach().view(INTEGERS[values.element_size()])
+    return bits.reshape(-1, values.shape[-1]).numpy()

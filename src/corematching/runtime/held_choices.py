@@ -1,0 +1,107 @@
+"""Sees to it that FFNs have the neurons that the cache at hand remembers, for its present rows."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from corematching.backends.sparse_ffn import SparseFFN
+from corematching.cache.memory import Memory
+from corematching.cache.remembering import follow, memory_of
+from corematching.errors import InputError
+
+
+class HeldChoices:
+    """Whose choices of neurons the sparse FFNs of one model have.
+
+    Parameters
+    ----------
+    sparse : mapping
+        The layers' sparse FFNs, by layer.
+    """
+
+    def __init__(self, sparse: Mapping[int, SparseFFN]) -> None:
+        self.sparse = sparse
+        self._token = object()
+        self._held: weakref.ref[Memory] | None = None
+
+    def hold(self, memory: Memory | None) -> None:
+        """The FFNs have the choices of this memory, for its present rows, and of no other one."""
+        held = None if self._held is None else self._held()
+        if held is not None and held.holder is self._token:
+            held.holder = None
+        self._held = None if memory is None else weakref.ref(memory)
+        if memory is not None:
+            memory.give(self._token)
+
+    def follow(self, cache: Any, batch: int) -> bool:
+        """Let the FFNs have what a cache remembers; dense FFNs where it is nothing.
+
+        Parameters
+        ----------
+        cache : Any
+            The cache that tokens go on from.
+        batch : int
+            Rows of these tokens.
+
+        Returns
+        -------
+        bool
+            Whether the FFNs had something else before.
+
+        Raises
+        ------
+        InputError
+            The cache is of other prompts, of another number of them, or of another method's.
+        """
+        memory = follow(cache, batch)
+        if memory is None:
+            for ffn in self.sparse.values():
+                ffn.clear()
+            self.hold(None)
+            return False
+        if memory.holder is self._token:
+            if not memory.moved:
+                return False
+            if memory.chose_as_taken():
+                memory.give(self._token)
+                return False
+        self.hold(None)
+        for index, ffn in self.sparse.items():
+            if index in memory.neurons:
+                self._take(memory, index)
+            else:
+                ffn.clear()
+        self.hold(memory)
+        return True
+
+    def check_compiled(self, cache: Any) -> None:
+        """Refuse a compiled step whose cache is not the one that the FFNs have the choices of.
+
+        Raises
+        ------
+        InputError
+            It is another one, or its rows have changed.
+        """
+        memory = memory_of(cache)
+        if memory is None or memory.is_blank:
+            stale = any(ffn.active for ffn in self.sparse.values())
+        else:
+            stale = memory.holder is not self._token or memory.moved
+        if stale and self.sparse:
+            raise InputError(
+                "a compiled step cannot take neurons for another cache or for other rows: take one "
+                "step without torch.compile first"
+            )
+
+    def _take(self, memory: Memory, index: int) -> None:
+        choice, ffn = memory.choice(index).settle(), self.sparse[index]
+        found = ffn.count if choice.indices is None else choice.indices.shape[-1]
+        if found != ffn.count:
+            raise InputError(
+                f"the cache's prompt chose {found} neurons in layer {index} and the method that is "
+                f"installed chooses {ffn.count}: go on with the method that read the prompt, or "
+                "read it again"
+            )
+        ffn.take(choice)

@@ -1,0 +1,1 @@
+"""One prefill: what policies are shown, and the tokens that go on."""

@@ -1,0 +1,335 @@
+"""One prefill: shows the policies each layer, and lets only the chosen tokens travel on.
+
+Hooks stand on the decoder layers for as long as one prefill runs, so that decode steps run (and
+compile) without any. Tokens are dropped in front of layer ``l + 1``, when layer ``l`` and whatever
+the model adds to its output are done.
+Shapes: B samples, T tokens of the prompt, K tokens still present, d hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.backends.choice_checks import check_tokens
+from corematching.backends.sparse_ffn import SparseFFN
+from corematching.cache.layers import compact, is_fresh, widen_sliding_layers
+from corematching.cache.masks import shorten_mask, survivors, take, weigh_mask
+from corematching.cache.memory import Memory
+from corematching.model.gates import Wish, make_wish
+from corematching.model.hooks import Reader, stay_eager
+from corematching.model.patching import Patches
+from corematching.model.spec import Parts
+from corematching.protocol import (
+    ACTIVATIONS,
+    ATTENTION,
+    CONTRIBUTIONS,
+    EMBEDDINGS,
+    GATE,
+    INPUTS,
+    KEPT,
+    VISION,
+    Method,
+    PrefillView,
+)
+from corematching.runtime.prefill.selection import Selection, Stage
+from corematching.runtime.prefill.tower import TowerProbe
+from corematching.runtime.prefill.view import AttentionProbe, FFNProbe
+from corematching.runtime.token_count_bias import can_weigh
+
+
+class Prefill:
+    """The hooks and the state of one prefill.
+
+    Parameters
+    ----------
+    parts : Parts
+        The model's parts.
+    method : Method
+        What chooses.
+    sparse : dict
+        The layers' sparse FFNs, by layer; layers that stay dense are not in it.
+    valid, image : Tensor
+        (B, T) bool, the prompt's tokens that are no padding, and those that are image tokens.
+    tower : TowerProbe or None
+        Shows the vision tower, to a token policy that reads it.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        method: Method,
+        sparse: Mapping[int, SparseFFN],
+        valid: Tensor,
+        image: Tensor,
+        tower: TowerProbe | None = None,
+    ) -> None:
+        self.parts, self.method, self.sparse = parts, method, sparse
+        self.tower = tower
+        self.valid, self.image = valid, image
+        self.prompt_valid, self.prompt_image = valid, image
+        batch, self.length = valid.shape
+        self.origin = torch.arange(self.length, device=valid.device).expand(batch, -1)
+        self.selection = Selection(self.length)
+        self.weights: Tensor | None = None
+        self.shortened = False
+        self.cache: Any = None
+        depth = len(parts.layers)
+        tokens = method.tokens
+        drops = tokens is not None and bool(image.any())
+        self.cuts: tuple[int, ...] = tokens.drop_after(depth) if tokens and drops else ()
+        self.token_needs = tokens.needs if tokens and drops else frozenset()
+        self.neuron_needs = getattr(method.neurons, "needs", frozenset({ACTIVATIONS}))
+        self.memory: dict[str, Any] = {}
+        self._activations: Tensor | None = None
+        self._ffn: FFNProbe | None = None
+        self._wished: Wish | None = None
+        self._waiting: list[tuple[Tensor, PrefillView]] = []
+        self._embeddings: Tensor | None = None
+        self._probe: AttentionProbe | None = None
+        self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._patches = Patches()
+
+    def install(self) -> None:
+        """Put the hooks on the layers."""
+        if not self.cuts and not self.sparse:
+            return
+        for index, layer in enumerate(self.parts.layers):
+            hook = functools.partial(self._before_layer, index)
+            self._patches.add_pre_hook(layer, hook, with_kwargs=True)
+            needs = self._needs(index)
+            if ACTIVATIONS in needs:
+                reader = Reader(functools.partial(self._see_activations, index))
+                down = self.parts.down_projs[index]
+                self._patches.add_pre_hook(down, reader)
+            if {ATTENTION, CONTRIBUTIONS} & needs:
+                self._install_probe(index)
+            if {INPUTS, GATE} & needs:
+                self._install_ffn_probe(index)
+        if self.cuts and hasattr(self.parts.decoder, "_deepstack_process"):
+            self._wrap_deepstack()
+
+    def remove(self) -> None:
+        """Take everything off the model again."""
+        self._patches.undo()
+        if self._probe is not None:
+            self._probe.disarm()
+        self._probe = self._activations = self._embeddings = None
+        self._ffn = self._wished = None
+        self.parts.gates.forget()
+        self._waiting.clear()
+        self._memo.clear()
+
+    def make_memory(self, record: int) -> Memory:
+        """What the cache is to keep of this prefill, which has the record of this number."""
+        weights, chosen = self.weights, self.selection
+        return Memory(
+            self.valid,
+            self.length,
+            dropped=self.length - self.valid.shape[1],
+            neurons=chosen.neurons,
+            shortened=bool(chosen.stages),
+            record=record,
+            logarithms=None if weights is None else weights.float().log(),
+            origin=self.origin,
+        )
+
+    def _needs(self, index: int) -> frozenset[str]:
+        """What the policies read of this layer."""
+        needs: frozenset[str] = frozenset()
+        if index in self.cuts:
+            needs |= self.token_needs
+        if index in self.sparse:
+            needs |= self.neuron_needs | {ACTIVATIONS}
+        return needs
+
+    def _install_probe(self, index: int) -> None:
+        attention = self.parts.attentions[index]
+
+        def arm(*_: Any) -> None:
+            self._probe = AttentionProbe(attention)
+            self._probe.arm()
+
+        self._patches.add_pre_hook(attention, arm)
+
+    def _install_ffn_probe(self, index: int) -> None:
+        ffn, wanted = self.parts.ffns[index], GATE in self._needs(index)
+
+        def begin(probe: FFNProbe) -> None:
+            self._ffn = probe
+            self.parts.gates.ask(ffn, self._wish() if wanted else None)
+
+        probe = FFNProbe(ffn, self.parts.gates, begin)
+        self._patches.add_pre_hook(ffn, probe)
+
+    def _wish(self) -> Wish | None:
+        """The text tokens that are present, whose gates policies read; on a CPU only."""
+        if self.valid.device.type != "cpu":
+            return None
+        if self._wished is None:
+            self._wished = make_wish(self.valid & ~self.image)
+        return self._wished
+
+    @stay_eager
+    def _before_layer(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Drop tokens if the layer before was one to drop after; shorten what the layer gets."""
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if index == 0:
+            self._begin(hidden, kwargs)
+        if hidden.device != self.valid.device:  # a model spread over several devices
+            self.valid, self.image = self.valid.to(hidden.device), self.image.to(hidden.device)
+            self.origin = self.origin.to(hidden.device)
+            self.weights = None if self.weights is None else self.weights.to(hidden.device)
+        if index - 1 in self.cuts:
+            hidden = self._cut(index - 1, hidden)
+        if self._ffn is not None:
+            self._ffn.forget()
+        self._activations = self._probe = self._ffn = None
+        if not self.shortened:
+            return None
+        kwargs = dict(kwargs, position_ids=None)
+        if "attention_mask" in kwargs:
+            kwargs["attention_mask"] = self._mask(index, kwargs["attention_mask"], hidden)
+        if kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = self._rotations(kwargs["position_embeddings"])
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, dict(kwargs, hidden_states=hidden)
+
+    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and is_fresh(cache, self.length):
+            self.cache = cache
+            if self.cuts:
+                widen_sliding_layers(cache, self.length)
+        if EMBEDDINGS in self.token_needs | (self.neuron_needs if self.sparse else frozenset()):
+            self._embeddings = hidden
+
+    @stay_eager
+    def _see_activations(self, index: int, activations: Tensor) -> None:
+        """What enters the down projection: choose this layer's neurons."""
+        self._activations = activations
+        if index in self.sparse:
+            with torch.no_grad():
+                view = self._view(index, None, self.neuron_needs | {ACTIVATIONS})
+                if KEPT in self.neuron_needs and self.cuts and index <= self.cuts[-1]:
+                    self._waiting.append((self.origin, view))
+                else:
+                    view.kept = self.valid if KEPT in self.neuron_needs else None
+                    self._choose_neurons(view)
+
+    def _choose_neurons(self, view: PrefillView) -> None:
+        assert self.method.neurons is not None
+        ffn = self.sparse[view.layer]
+        with ffn.at_hand():
+            choice = self.method.neurons.choose(view, ffn.count)
+            ffn.take(choice)
+        self.selection.neurons[view.layer] = choice
+
+    def _choose_waiting(self) -> None:
+        """Choose the neurons of the layers so far, now that it is known which tokens go on."""
+        alive = torch.zeros_like(self.prompt_valid)
+        alive = alive.scatter(1, self.origin.to(alive.device), self.valid.to(alive.device))
+        for origin, view in self._waiting:
+            view.kept = alive.to(origin.device).gather(1, origin) & view.valid
+            self._choose_neurons(view)
+        self._waiting.clear()
+
+    def _view(self, layer: int, hidden: Tensor | None, needs: frozenset[str]) -> PrefillView:
+        probe, valid = self._probe, self.valid
+        view = PrefillView(layer, len(self.parts.layers), valid, self.image, hidden=hidden)
+        view.memory, view.origin, view.weights = self.memory, self.origin, self.weights
+        if ACTIVATIONS in needs and layer >= 0:
+            view.activations = self._activations
+            view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)
+        if self._ffn is not None and self._activations is not None:
+            view.inputs = self._ffn.inputs if INPUTS in needs else None
+            view.gate = self._ffn.gate(self._activations) if GATE in needs else None
+        if VISION in needs and self.tower is not None:
+            view.vision = self.tower.show(self.image)
+        if EMBEDDINGS in needs and self._embeddings is not None:
+            whole = not self.shortened
+            shown = self._embeddings if whole else take(self._embeddings, self.origin)
+            view.embeddings = shown.to(valid.device)
+        if ATTENTION in needs and probe is not None:
+            view.attention = functools.partial(probe.rows, valid=valid)
+        if CONTRIBUTIONS in needs and probe is not None:
+            view.contributions = lambda: probe.contributions(view.last, valid)
+        return view
+
+    @torch.no_grad()
+    def _cut(self, layer: int, hidden: Tensor) -> Tensor:
+        """Let the policy choose after ``layer``; (B, K, d) hidden states to the survivors'."""
+        assert self.method.tokens is not None
+        choice = self.method.tokens.choose(self._view(layer, hidden, self.token_needs))
+        check_tokens(choice, self.valid, hidden, layer)
+        keep = (choice.keep & self.valid) | (self.valid & ~self.image)
+        weights = choice.weights
+        if weights is not None and not can_weigh(self.parts.config):
+            weights = None
+        merged = hidden if choice.hidden is None else choice.hidden.to(hidden)
+        choice = replace(choice, keep=keep, weights=weights, hidden=None)
+        self.selection.stages.append(Stage(layer, self.origin, self.valid, choice))
+        order, valid = survivors(keep)
+        self.origin = self.origin.gather(1, order)
+        self.image, self.valid = self.image.gather(1, order) & valid, valid
+        weights = self.weights if weights is None else weights
+        self.weights = None if weights is None else weights.gather(1, order)
+        compact(self.cache, layer + 1, order)
+        self.shortened = True
+        if self._waiting and layer == self.cuts[-1]:
+            self._choose_waiting()
+        self._memo.clear()
+        self._wished = None
+        return take(merged, order)
+
+    def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:
+        count = stored = self.valid.shape[1]
+        if self.cache is not None:
+            stored = self.cache.layers[index].get_mask_sizes(count)[0]
+        key = (id(mask), stored)
+        if key not in self._memo:
+            config = self.parts.config
+            causal = getattr(self.parts.attentions[index], "is_causal", True)
+            origin, valid = self.origin, self.valid
+            # without a mask, attention reads the first `count` keys only
+            kv_length = count if mask is None and bool(valid.all()) else stored
+            how = (causal, config._attn_implementation, hidden.dtype)
+            short = shorten_mask(mask, origin, valid, kv_length, *how)
+            if self.weights is not None:
+                logarithms = self.weights.float().log()[:, None, None]
+                short = weigh_mask(short, logarithms, valid, stored, causal, hidden.dtype)
+            self._memo[key] = (mask, short)
+        return self._memo[key][1]
+
+    def _rotations(self, rotations: Any) -> Any:
+        """Gather cosines and sines, (..., B or 1, T, D) each."""
+        pair = rotations if isinstance(rotations, tuple) else (rotations,)
+        key = (id(pair[0]), -1)
+        if key not in self._memo:
+            short = tuple(take(x, self.origin, -3, -2) for x in pair)
+            self._memo[key] = (pair, short)
+        short = self._memo[key][1]
+        return short if isinstance(rotations, tuple) else short[0]
+
+    def _wrap_deepstack(self) -> None:
+        """Let Qwen3-VL add its visual features to the tokens that are still there."""
+
+        def process(original: Any, hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
+            if not self.shortened:
+                return original(hidden, masks, features)
+            rows = torch.zeros(masks.shape, dtype=torch.long, device=masks.device)
+            rows[masks] = torch.arange(int(masks.sum()), device=masks.device)
+            origin = self.origin.to(masks.device)
+            present = masks.gather(1, origin) & self.valid.to(masks.device)
+            picked = rows.gather(1, origin)[present]
+            return original(hidden, present, features[picked.to(features.device)])
+
+        self._patches.wrap(self.parts.decoder, "_deepstack_process", process)

@@ -1,0 +1,66 @@
+"""Times and counts a vision tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.model.patching import Patches
+from corematching.runtime.record import Mark, mark
+
+
+class VisionMeter:
+    """Seconds and FLOPs of a vision tower, since the last `take`.
+
+    FLOPs are those of the tower's linear and convolution layers, from the shapes that ran; its
+    attention over pairs of patches is not in them.
+
+    Parameters
+    ----------
+    tower : nn.Module or None
+        The vision tower.
+    device : torch.device
+        Where it runs.
+    """
+
+    def __init__(self, tower: nn.Module | None, device: torch.device) -> None:
+        self.tower, self.device = tower, device
+        self.spans: list[tuple[Mark, Mark]] = []
+        self.macs = 0
+        self._start: Mark | None = None
+
+    def install(self, patches: Patches) -> None:
+        """Put hooks on the tower."""
+        if self.tower is None:
+            return
+        patches.add_pre_hook(self.tower, self._before)
+        patches.add_hook(self.tower, self._after)
+        for module in self.tower.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+                patches.add_hook(module, self._count)
+
+    def take(self) -> tuple[list[tuple[Mark, Mark]], int]:
+        """The spans and the FLOPs so far; then start anew."""
+        spans, macs = self.spans, self.macs
+        self.spans, self.macs = [], 0
+        return spans, 2 * macs
+
+    def _before(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._start = mark(self.device)
+
+    def _after(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and self._start is not None:
+            self.spans.append((self._start, mark(self.device)))
+
+    def _count(self, module: nn.Module, _: Any, output: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if isinstance(module, nn.Linear):
+            inputs = module.in_features
+        else:
+            weight: Any = module.weight
+            inputs = weight[0].numel()
+        self.macs += output.numel() * inputs

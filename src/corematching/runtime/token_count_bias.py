@@ -1,0 +1,104 @@
+"""Keys that count for several: what decode steps and further turns add to attention scores.
+
+A token that was kept for others is attended to as if it stood there as often as its weight says:
+the logarithm of the weight is added to its score (proportional attention: Token Merging,
+arXiv:2210.09461, section 3). The cache remembers the logarithms; every decoder layer's mask gets
+them here, whichever forward runs it, compiled ones too.
+Shapes: B samples, Q queries, K tokens that were stored when the prompt was done, S columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from corematching.cache.masks import add_weights
+from corematching.cache.memory import Memory
+from corematching.cache.remembering import memory_of
+from corematching.model.patching import Patches
+from corematching.model.spec import Parts
+
+log = logging.getLogger(__name__)
+
+ADDITIVE = ("sdpa", "eager")
+"""Attention implementations that take additive masks."""
+
+
+def can_weigh(config: Any) -> bool:
+    """Whether the attention that a text model is set to can add to scores; says so if not."""
+    name = config._attn_implementation
+    if name is None or name in ADDITIVE:
+        return True
+    warn_once(name)
+    return False
+
+
+@functools.cache
+def warn_once(name: str) -> None:
+    """Say of an attention implementation that weights are left out."""
+    log.warning(
+        "%s cannot add to attention scores, so kept tokens count for themselves only, not for the "
+        "dropped ones around them: model.set_attn_implementation('sdpa') gives better answers",
+        name,
+    )
+
+
+class LayerWeights:
+    """Adds the weights that a cache remembers to the masks that decoder layers get.
+
+    Parameters
+    ----------
+    parts : Parts
+        The model's parts.
+    tokens : TokenPolicy or None
+        What chooses tokens; has ``weighs = True`` where its choices carry weights.
+    """
+
+    def __init__(self, parts: Parts, tokens: Any) -> None:
+        self.parts = parts
+        self.weighs = getattr(tokens, "weighs", False)
+
+    def install(self, patches: Patches) -> None:
+        """Replace the layers' forwards on their instances, if there may be weights."""
+        for index, layer in enumerate(self.parts.layers if self.weighs else ()):
+            patches.wrap(layer, "forward", functools.partial(_run_layer, index))
+
+
+def _run_layer(index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
+    cache: Any = kwargs.get("past_key_values")
+    memory = memory_of(cache)
+    if memory is None or memory.logarithms is None:
+        return original(*args, **kwargs)
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim != 4:
+        return original(*args, **kwargs)  # flash attention
+    stored, first = cache.layers[index].get_mask_sizes(hidden.shape[1])
+    if torch.compiler.is_compiling():
+        mask = _weigh(memory, mask, stored, first, hidden)
+    else:
+        key = (stored, first, hidden.device)
+        known = memory.masks
+        if known is None or known[0] != key or known[1] is not mask:
+            memory.masks = key, mask, _weigh(memory, mask, stored, first, hidden)
+        assert memory.masks is not None
+        mask = memory.masks[2]
+    return original(*args, **dict(kwargs, attention_mask=mask))
+
+
+def _weigh(memory: Memory, mask: Tensor | None, stored: int, first: int, hidden: Tensor) -> Tensor:
+    """The mask (B, 1, Q, S) of a layer whose columns are ``first`` and the ``stored`` behind it."""
+    assert memory.logarithms is not None
+    memory.check_batch(hidden.shape[0])
+    columns = memory.logarithms.to(hidden.device)
+    missing = first + stored - columns.shape[1]
+    columns = F.pad(columns, (0, missing)) if missing > 0 else columns
+    columns = columns[:, None, None, first : first + stored].to(hidden.dtype)
+    if mask is None:
+        return columns
+    return add_weights(mask, columns[..., : mask.shape[-1]], hidden.dtype)

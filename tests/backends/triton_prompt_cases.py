@@ -1,0 +1,122 @@
+"""What Triton chooses from a prompt, against PyTorch; `test_triton.py` runs this file."""
+
+import pytest
+import torch
+
+from corematching.backends.cuda.triton_statistics import (
+    find_size,
+    mark_highest,
+    pick_highest,
+    sum_rows,
+    weigh_marks,
+)
+from corematching.backends.kernels import triton_prompt
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def some_tokens(batch, length):
+    return (torch.arange(batch * length, device=DEVICE).view(batch, length) % 4) != 1
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])
+@pytest.mark.parametrize("what", ["values", "sizes", "unit squares"])
+@pytest.mark.parametrize(("batch", "length", "width"), [(1, 5, 37), (3, 70, 100)])
+def test_sums(dtype, what, batch, length, width):
+    values = draw(batch, length, width)
+    values = values > 0.3 if dtype == torch.bool else values.to(dtype)
+    values[:, 2] = 0
+    tokens = some_tokens(batch, length)
+    wide = values.double() * tokens.unsqueeze(-1)
+    squares = wide.square() / wide.square().sum(-1, keepdim=True).clamp(min=1e-24)
+    expected = {"values": wide, "sizes": wide.abs(), "unit squares": squares}[what].sum(1)
+    found = sum_rows(values, tokens, what)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, sum_rows(values, tokens, what))
+
+
+@pytest.mark.parametrize("what", ["values", "sizes", "unit squares"])
+def test_values_that_do_not_count_are_not_read(what):
+    values = draw(2, 6, 40)
+    tokens = some_tokens(2, 6)
+    values[~tokens] = torch.nan
+    assert bool(sum_rows(values, tokens, what).isfinite().all())
+
+
+def test_weights_of_marks():
+    marks, weights = draw(2, 5, 1500) > 0, draw(2, 1500, seed=1)
+    expected = torch.einsum("btf,bf->bt", marks.double(), weights.double())
+    torch.testing.assert_close(weigh_marks(marks, weights).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("width", [1, 37, 64])
+def test_marks(dtype, absolute, width):
+    values = draw(2, 9, width).mul(4).round().div(4).to(dtype)  # with ties and zeros
+    counts = torch.arange(18, device=DEVICE).view(2, 9, 1).clamp(1, width)
+    sizes = values.abs() if absolute else values
+    cuts = sizes.sort(dim=-1, descending=True).values.gather(-1, counts - 1)
+    found = mark_highest(values, counts, absolute)
+    assert torch.equal(found, (sizes >= cuts) & (sizes > 0))
+
+
+@pytest.mark.parametrize("width", [1, 37, 64, 1500])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_picks_as_a_stable_sort_does(width, batch):
+    scores = draw(batch, width).mul(2).round().div(2)
+    scores[scores == 0.5] = -0.0
+    scores[:, -1] = -torch.inf
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    for count in {1, width // 3 + 1, width}:
+        found = pick_highest(scores, count)
+        assert torch.equal(found, order[:, :count].sort(dim=-1).values)
+
+
+def test_nan_is_the_highest_score():
+    scores = torch.tensor([[1.0, torch.nan, torch.inf, 2.0]], device=DEVICE)
+    scores[0, 1] = -scores[0, 1]
+    assert pick_highest(scores, 2).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chosen", [True, False])
+def test_sizes_at_a_rank(dtype, chosen):
+    values, tokens = draw(2, 6, 50, dtype=dtype), some_tokens(2, 6)
+    values[0, 0, :30] = values[0, 0, 30]
+    values[~tokens] = torch.nan
+    neurons = torch.stack([torch.randperm(50)[:20].sort().values for _ in range(2)]).to(DEVICE)
+    for share in (0.01, 0.5, 1.0):
+        found = torch.tensor([0, 0])
+        expected = []
+        for sample in range(2):
+            rows = values[sample, tokens[sample]]
+            rows = rows[:, neurons[sample]] if chosen else rows
+            entries = rows.float().abs().flatten().sort().values
+            rank = max(1, round(share * len(entries)))
+            found[sample] = rank
+            expected.append(float(entries[rank - 1]))
+        sizes = find_size(values, tokens, neurons if chosen else None, found.to(DEVICE))
+        assert sizes.tolist() == expected
+
+
+def test_a_sample_without_tokens_has_size_0():
+    values, tokens = draw(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool, device=DEVICE)
+    assert find_size(values, tokens, None, tokens.sum(1)).tolist() == [0, 0]
+
+
+def test_what_cannot_be_read_is_left_to_pytorch(monkeypatch):
+    tokens = torch.ones(1, 3, dtype=torch.bool, device=DEVICE)
+    assert sum_rows(draw(1, 4, 3).transpose(1, 2), tokens, "values") is None
+    assert sum_rows(draw(1, 3, 4).double(), tokens, "values") is None
+    assert find_size(draw(1, 4, 3).transpose(1, 2), tokens, None, tokens.sum(1)) is None
+    monkeypatch.setattr(triton_prompt, "WIDEST", 8)
+    assert pick_highest(draw(1, 9), 2) is None
+    assert mark_highest(draw(1, 1, 9), torch.ones(1, 1, 1, dtype=torch.long), True) is None
