@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from corematching.cache.layers import memory_of
 from corematching.methods import CoreMatching, Sparsifier
 from corematching.methods.staged import StagedRule
-from corematching.policy.token_scores import TextOverlap
-from corematching.runtime.cache import memory_of
+from corematching.policies.token_scores import TextOverlap
 from tests.models import LAYERS, WIDTH, build, image_mask, make_inputs
 from tests.runtime.test_families import single
 
