@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from corematching.cache.layers import memory_of
-from corematching.methods import CoreMatching, Sparsifier
+from corematching import (
+    CoreMatching,
+    GateThreshold,
+    GriffinScore,
+    Knee,
+    Ratio,
+    Sparsifier,
+    TopNeurons,
+)
+from corematching.cache.remembering import memory_of
 from corematching.methods.staged import StagedRule
 from corematching.policies.token_scores import TextOverlap
 from tests.models import LAYERS, WIDTH, build, image_mask, make_inputs
@@ -15,18 +23,19 @@ from tests.runtime.test_families import single
 
 STEPS = 4
 IMAGES, WORDS = [1, 2, 1], [9, 17, 12]
+HALF = TopNeurons(0.5, dense_first=1, dense_last=0)
+KEPT = TopNeurons(0.5, dense_first=1, dense_last=0, score=GriffinScore(token_set="kept"))
 METHODS = {
     "default": CoreMatching(),
-    "staged": CoreMatching(keep=0.15),
+    "staged": CoreMatching(0.15),
     "paper": CoreMatching.paper(),
-    "compensating": CoreMatching(beta=0.5, firing=None, dense_first=1, dense_last=0),
-    "compensating and gated": CoreMatching(beta=0.5, firing=0.5, dense_first=1, dense_last=0),
-    "staged and compensating": CoreMatching(
-        keep=0.15, beta=0.5, firing=None, dense_first=1, dense_last=0, over="kept"
-    ),
+    "compensating": CoreMatching(neurons=HALF),
+    "compensating and gated": CoreMatching(neurons=GateThreshold(0.5, among=HALF)),
+    "staged and compensating": CoreMatching(0.15, neurons=KEPT),
     "compensating paper": CoreMatching.paper(compensate=True),
-    "proportional knee": CoreMatching(keep=None, layer=1, neuron_score=None),
+    "proportional knee": CoreMatching(budget=Knee(cover=0.9), layer=1, neurons=None),
 }
+COMPENSATING = [name for name in METHODS if "compensating" in name]
 
 
 def run(model, inputs, method, engine, **options):
@@ -60,14 +69,14 @@ def close(left, right, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("engine", ["auto", "torch"])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_batch_is_its_singles(method, engine, batch):
-    model, inputs = batch
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_is_its_singles(name, engine, batch):
+    (model, inputs), method = batch, METHODS[name]
     out, logits, memory, masks = run(model, inputs, method, engine)
     for sample in range(3):
         own, expected, theirs, (mask,) = run(model, alone(inputs, sample), method, engine)
         assert masks[sample] == mask
-        if method.compensate and method.beta < 1:
+        if name in COMPENSATING:
             assert any(choice.settle().mean is not None for choice in theirs.neurons.values())
         close(logits[sample], expected[0])
         assert torch.equal(out.sequences[sample, -STEPS:], own.sequences[0, -STEPS:])
@@ -81,18 +90,9 @@ def test_a_batch_is_its_singles(method, engine, batch):
                 close(ours.mean[sample], choice.mean[0], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["default", "staged", "staged and compensating"])
-def test_a_padded_batch_without_a_cache_is_the_same(name, batch):
-    model, inputs = batch
-    cached, logits, _, _ = run(model, inputs, METHODS[name], "torch")
-    again, others, _, _ = run(model, inputs, METHODS[name], "torch", use_cache=False)
-    assert torch.equal(cached.sequences, again.sequences)
-    close(logits, others)
-
-
 @pytest.mark.parametrize("engine", ["auto", "torch"])
-@pytest.mark.parametrize("firing", [None, 0.5])
-def test_means_are_over_each_sample_s_own_tokens(firing, engine, batch):
+@pytest.mark.parametrize("active_ratio", [None, 0.5])
+def test_means_are_over_each_sample_s_own_tokens(active_ratio, engine, batch):
     model, inputs = batch
     seen, handles = [], []
     for layer in model.get_decoder().layers:
@@ -102,9 +102,9 @@ def test_means_are_over_each_sample_s_own_tokens(firing, engine, batch):
         model(**inputs)
     for handle in handles:
         handle.remove()
-    method = CoreMatching(
-        token_score=None, beta=0.5, firing=firing, dense_first=0, dense_last=0, multiple=1
-    )
+    half = TopNeurons(0.5, dense_first=0, dense_last=0, multiple=1)
+    gated = half if active_ratio is None else GateThreshold(active_ratio, among=half)
+    method = CoreMatching(score=None, neurons=gated)
     _, _, memory, _ = run(model, inputs, method, engine)
     assert len(memory.neurons) == len(seen) == LAYERS
     valid = inputs["attention_mask"].bool()
@@ -151,8 +151,8 @@ def standing_for(seen, sample, length):
 @pytest.mark.parametrize("after", [(1,), (0, 2), (0, 1, 2)])
 def test_after_several_cuts_each_token_counts_for_all_that_went_to_it(after, engine, batch):
     model, inputs = batch
-    keep = (0.6, 0.3, 0.15)[-len(after) :]
-    rule = Recorder(StagedRule(TextOverlap(), keep, after, cover=0.5, proportional=True))
+    budgets = tuple(Ratio(ratio, cover=0.5) for ratio in (0.6, 0.3, 0.15)[-len(after) :])
+    rule = Recorder(StagedRule(TextOverlap(), budgets, after, proportional=True))
     _, _, memory, _ = run(model, inputs, Sparsifier(tokens=rule, neurons=None), engine)
     assert [view.layer for view, _ in rule.seen] == list(after)
     image, length = image_mask("llava", inputs), inputs["input_ids"].shape[1]

@@ -45,15 +45,9 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path, how):
 
 
 CREW = """
-<<<<<<< HEAD:tests/lab/evaluate/test_jobs.py
-import sys, threading, time
-from corematching.lab.evaluate import Plan
-from corematching.lab.evaluate.jobs import Crew
-=======
 import os, threading
 from corematching.lab.evaluate import Plan
 from corematching.lab.evaluate.jobs import Crew
->>>>>>> fix-io:tests/evaluate/test_jobs.py
 
 def load():
     os.write(1, b"loading\\n")  # in one piece, beside the other worker's
