@@ -45,7 +45,7 @@ def test_layers_before_the_cut_are_ranked_over_core_tokens(after):
     for method in methods:
         with torch.no_grad(), method(model) as work:
             model(**inputs)
-            found.append(work._engine.records[-1].selection.neurons)
+            found.append(work._session.records[-1].selection.neurons)
             masks = [torch.tensor(sample.keep_mask) for sample in work.report.samples]
     handle.remove()
     alive = inputs["attention_mask"].bool()
@@ -71,4 +71,4 @@ def test_a_prompt_without_an_image_keeps_all():
     neurons = TopNeurons(score=GriffinScore(token_set="kept"))
     with torch.no_grad(), CoreMatching(layer=1, neurons=neurons)(model) as work:
         model(**inputs)
-        assert work._engine.records[-1].selection.neurons
+        assert work._session.records[-1].selection.neurons

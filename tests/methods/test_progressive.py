@@ -138,7 +138,7 @@ def test_rising_amounts_of_two_kinds_keep_what_is_left():
 def run(model, inputs, method):
     with torch.no_grad(), method(model) as work:
         tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-        stages = work._engine.records[-1].selection.stages
+        stages = work._session.records[-1].selection.stages
     return tokens[:, -3:], work.report, stages
 
 

@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 
-from corematching.backends.backend import find_graph
 from corematching.backends.cuda import graph as graph_module
+from corematching.backends.cuda.backend import CudaBackend
 from corematching.backends.cuda.frame import show_columns
-from corematching.backends.cuda.graph import CudaGraph, GraphSteps
+from corematching.backends.cuda.graph import CudaGraph
 from corematching.methods import method_from_text
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
@@ -21,6 +21,7 @@ from tests.runtime.families import (
     assert_same,
     generate,
 )
+from tests.runtime.replaying import replaying
 
 WHOLE = ["llama", "qwen2", "qwen3", "mistral", "llava", "llava_onevision", "qwen2_vl", "qwen3_vl"]
 SLIDING = ["gemma2", "gemma3", "mistral_window", "llava_mistral_window"]
@@ -50,15 +51,12 @@ class Replaying:
 
     def __enter__(self):
         self.run = attach(self.model, self.method, "torch")
-        engine = self.run._engine
-        self.steps = GraphSteps(engine.parts, engine.sparse, self.make_recorder)
-        engine.backend.graph = self.steps
-        self.steps.install()
+        self._block = replaying(self.run, self.make_recorder)
+        self.steps = self._block.__enter__()
         return self
 
-    def __exit__(self, *_):
-        self.steps.remove()
-        self.run._engine.backend.graph = None
+    def __exit__(self, *error):
+        self._block.__exit__(*error)
         detach(self.model)
 
 
@@ -231,7 +229,7 @@ def test_a_cpu_has_no_graphs():
     model = build("llava")
     run = attach(model, make_method())
     try:
-        assert find_graph(run._engine.parts, run._engine.sparse) is None
+        assert "CUDA" in CudaBackend.supports(run._session.parts)
     finally:
         detach(model)
 
@@ -247,7 +245,7 @@ def test_on_a_gpu(name):
     try:
         for _ in range(3):
             assert_same(generate(model, inputs, STEPS), expected, tolerance=1e-3)
-        steps = run._engine.backend.graph
+        steps = run._session.backend.graph
         assert steps is not None and steps.make_recorder is CudaGraph
         assert steps.captures == 1 and steps.count == 3 * (STEPS - 1) - 1
     finally:

@@ -7,6 +7,7 @@ import mmap
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from corematching.errors import (
     ConfigError,
@@ -202,3 +203,15 @@ def test_memory_is_no_parameter_of_the_method():
         answer(model, make_inputs("llava", model))
         assert run.report.memory.cap_bytes == 16 << 20
     assert "memory" not in run.report.method
+
+
+def test_compiled_steps_answer_as_in_memory():
+    torch._dynamo.reset()
+    config = CompileConfig(fullgraph=True, mode="default", backend="aot_eager")
+    config._compile_all_devices = True
+    model, chosen = build("llava"), method()
+    inputs = make_inputs("llava", model)
+    options = {"cache_implementation": "static", "max_cache_len": 48, "compile_config": config}
+    expected = in_memory(model, inputs, chosen, **options)
+    with chosen(model, memory="1GiB"):
+        assert same(answer(model, inputs, **options), expected)

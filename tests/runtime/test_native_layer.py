@@ -93,7 +93,7 @@ def test_neurons_are_chosen_behind_a_layer(whole, monkeypatch):
         for expected in (3, 0):
             whole.clear()
             answers.append(model.generate(ids, max_new_tokens=4, do_sample=False))
-            chosen.append(run._engine.records[-1].selection.neurons)
+            chosen.append(run._session.records[-1].selection.neurons)
             assert len(whole) == expected
             in_parts(monkeypatch)
     assert torch.equal(*answers)

@@ -60,6 +60,9 @@ class Memory:
         Its keys, as they were last seen.
     sign : Tensor or None
         (B, G, D), its keys of the last prompt token, by which a row is known again.
+    alike : list of int
+        Per row of the prefill: the first of the rows around it that chose the same neurons; empty
+        until somebody asks.
     """
 
     valid: Tensor
@@ -80,6 +83,7 @@ class Memory:
     layer: int = -1
     shown: Tensor | None = None
     sign: Tensor | None = None
+    alike: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.filler = not bool(self.valid.all())
@@ -109,7 +113,7 @@ class Memory:
             self.dropped = 0
         self.valid, self.prompt, self.record = self.valid[:0, :0], 0, -1
         self.shortened = self.filler = self.moved = False
-        self.neurons, self.samples, self.rows, self.taken = {}, 0, [], []
+        self.neurons, self.samples, self.rows, self.taken, self.alike = {}, 0, [], [], []
         self.logarithms = self.masks = self.origin = self.holder = None
         self.layer, self.shown, self.sign = -1, None, None
 
@@ -134,11 +138,11 @@ class Memory:
         """Whether the rows, though moved, chose the neurons that the FFNs have for them."""
         if len(self.rows) != len(self.taken):
             return False
-        alike = self._find_alike()
-        return [alike[row] for row in self.rows] == [alike[row] for row in self.taken]
+        self.alike = self.alike or self._find_alike()
+        now, before = ([self.alike[row] for row in rows] for rows in (self.rows, self.taken))
+        return now == before
 
     def _find_alike(self) -> list[int]:
-        """Per row of the prefill: the first of the rows around it that chose the same neurons."""
         same = torch.ones(self.samples - 1, dtype=torch.bool)
         for choice in self.neurons.values():
             for part in vars(choice.materialize()).values():

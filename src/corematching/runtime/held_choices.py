@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from corematching.backends.choice_checks import check_settled
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.memory import Memory
 from corematching.cache.remembering import follow, memory_of
@@ -35,6 +36,12 @@ class HeldChoices:
         if memory is not None:
             memory.give(self._token)
 
+    def clear(self) -> None:
+        """Let all tokens run on all neurons."""
+        self.hold(None)
+        for ffn in self.sparse.values():
+            ffn.clear()
+
     def follow(self, cache: Any, batch: int) -> bool:
         """Let the FFNs have what a cache remembers; dense FFNs where it is nothing.
 
@@ -57,9 +64,7 @@ class HeldChoices:
         """
         memory = follow(cache, batch)
         if memory is None:
-            for ffn in self.sparse.values():
-                ffn.clear()
-            self.hold(None)
+            self.clear()
             return False
         if memory.holder is self._token:
             if not memory.moved:
@@ -67,14 +72,19 @@ class HeldChoices:
             if memory.chose_as_taken():
                 memory.give(self._token)
                 return False
-        self.hold(None)
-        for index, ffn in self.sparse.items():
+        self.clear()
+        for index in self.sparse:
             if index in memory.neurons:
                 self._take(memory, index)
-            else:
-                ffn.clear()
         self.hold(memory)
         return True
+
+    def gather(self, cache: Any) -> None:
+        """Fetch the weights of the neurons that were chosen; compact copies for compiled code."""
+        compiled = cache is not None and cache.is_compileable
+        check_settled(self.sparse.values())
+        for ffn in self.sparse.values():
+            ffn.gather(copies=compiled)
 
     def check_compiled(self, cache: Any) -> None:
         """Refuse a compiled step whose cache is not the one that the FFNs have the choices of.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corematching.backends.backend import Tally
+from corematching.backends.traffic import Tally
 from corematching.model.spec import Parts, linear_shape
 from corematching.offload.memory import MemoryUse
 from corematching.report import Report, SampleReport

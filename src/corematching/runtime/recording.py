@@ -80,7 +80,7 @@ def record_prompt(run: Run, activations: bool = False, inputs: bool = False) -> 
     inputs : bool
         Keep what enters the FFNs too, for methods that read it or the gate.
     """
-    parts, recording = run._engine.parts, Recording()
+    parts, recording = run._session.parts, Recording()
     handles = []
     for index, layer in enumerate(parts.layers):
         see = functools.partial(_see_layer, recording, index)
@@ -113,7 +113,7 @@ def replay_prompt(run: Run, recording: Recording) -> Iterator[None]:
     recording : Recording
         Of the same prompt; another one is refused when the model reads it.
     """
-    parts, policy = run._engine.parts, run.method.tokens
+    parts, policy = run._session.parts, run.method.tokens
     depth = len(parts.layers)
     cuts = () if policy is None else policy.drop_after(depth)
     last = min(cuts, default=depth - 1)

@@ -49,7 +49,7 @@ def warn_once(name: str) -> None:
     )
 
 
-class LayerWeights:
+class TokenCountBias:
     """Adds the weights that a cache remembers to the masks that decoder layers get.
 
     Parameters

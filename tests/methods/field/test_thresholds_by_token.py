@@ -135,7 +135,7 @@ def test_decoding_is_what_masks_give(name):
     }
     with torch.no_grad(), method_from_text(f"{name}:active_ratio=0.4")(model) as work:
         ours = model.generate(**inputs, **settings)
-        choices = work._engine.records[-1].selection.neurons
+        choices = work._session.records[-1].selection.neurons
         report = work.report
     assert sorted(choices) == [0, 1, 2, 3]
     share = 0.4 if name == "teal" else (1 + 2 * 0.4) / 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class NativeSteps:
     ----------
     parts : Parts
         The model's parts.
-    sparse : dict
+    sparse : mapping
         The layers' sparse FFNs, by layer.
 
     Attributes
@@ -49,7 +50,7 @@ class NativeSteps:
         Why no step can run here; empty where they can.
     """
 
-    def __init__(self, parts: Parts, sparse: dict[int, SparseFFN]) -> None:
+    def __init__(self, parts: Parts, sparse: Mapping[int, SparseFFN]) -> None:
         self.parts, self.sparse = parts, sparse
         self.count = 0
         self.reason = ""

@@ -10,7 +10,7 @@ Shapes: B samples, S columns of the buffer, d hidden size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -71,7 +71,7 @@ class GraphSteps:
     ----------
     parts : Parts
         The model's parts.
-    sparse : dict
+    sparse : mapping
         The layers' sparse FFNs, by layer.
     make_recorder : callable
         Gives a `Recorder`.
@@ -91,7 +91,7 @@ class GraphSteps:
     def __init__(
         self,
         parts: Parts,
-        sparse: dict[int, SparseFFN],
+        sparse: Mapping[int, SparseFFN],
         make_recorder: Callable[[], Recorder] = CudaGraph,
     ) -> None:
         self.parts, self.sparse, self.make_recorder = parts, sparse, make_recorder
