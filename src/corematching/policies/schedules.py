@@ -26,10 +26,6 @@ class Schedule(Component, kind="neuron schedule"):
         """The ratio of neurons that each layer keeps, in (0, 1]; 1 leaves the layer dense."""
         raise NotImplementedError
 
-    def average(self, num_layers: int) -> float:
-        """The mean ratio over the layers."""
-        return sum(self.ratios(num_layers)) / num_layers
-
     def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
         """The number of neurons that each layer keeps.
 
