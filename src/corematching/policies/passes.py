@@ -17,6 +17,7 @@ from corematching.backends.kernels.statistics import mark_highest, sum_rows, wei
 BLOCK_BYTES = 1 << 20
 """A block's size in float32."""
 
+
 def read_blocks(values: Tensor, tokens: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
     """Some tokens of one sample at a time, as float32 that may be written on until the next block.
 
