@@ -10,7 +10,7 @@ from corematching.errors import AlreadyInstalledError, InputError
 from corematching.offload.offload import find_offload
 from corematching.protocol import Method
 from corematching.report import Report
-from corematching.runtime.record import build_report
+from corematching.runtime.flops import build_report
 from corematching.runtime.session import Session
 
 MARK = "_corematching"

@@ -22,13 +22,14 @@ from corematching.model.patching import Patches
 from corematching.model.spec import Parts
 from corematching.offload.offload import Offload
 from corematching.protocol import Method
+from corematching.runtime.flops import layer_costs
 from corematching.runtime.generation import Generation, GenerationPatches, replay_error
 from corematching.runtime.installation import Installation
 from corematching.runtime.lock import UseLock
 from corematching.runtime.prefill.prefill import Prefill
 from corematching.runtime.prefill.prompt import batch_size, query_length, read_prompt
 from corematching.runtime.prefill.selection import Selection
-from corematching.runtime.record import Mark, Record, layer_costs, mark
+from corematching.runtime.record import Mark, Record, mark
 from corematching.runtime.run_log import RunLog
 
 
