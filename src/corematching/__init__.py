@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     )
     from corematching.protocol import NeuronChoice, PrefillView, TokenChoice
     from corematching.report import Report
-    from corematching.runtime import Run, load
+    from corematching.runtime import Choices, Run, load
 
 __version__ = "0.1.0"
 
@@ -135,7 +135,7 @@ _EXPORTS = {
     ),
     "protocol": ("NeuronChoice", "PrefillView", "TokenChoice"),
     "report": ("Report",),
-    "runtime": ("Run", "load"),
+    "runtime": ("Choices", "Run", "load"),
 }
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -154,6 +154,7 @@ __all__ = [
     "BaseMethod",
     "Budget",
     "CDPruner",
+    "Choices",
     "CoreInfer",
     "CoreInferScore",
     "CoreMatching",

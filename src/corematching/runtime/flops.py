@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from corematching.model.spec import Parts, linear_shape
 from corematching.report import Report, SampleReport
+from corematching.runtime.choices import TokenReader
 from corematching.runtime.record import Record, seconds_between
 
 
@@ -131,21 +132,9 @@ class _SampleCounter:
         self.costs = layer_costs(parts)
         self.depth = len(parts.layers)
         self.counts, self.widths = record.counts, parts.widths
-        chosen = record.chooser
-        rows = slice(None) if chosen is record or record.rows is None else record.rows
-        self.image, self.valid = chosen.image.cpu()[rows], chosen.valid.cpu()[rows]
+        self.tokens = TokenReader(record)
         self.own_valid = record.valid.cpu()
         self.context = record.context.cpu()
-        self.stages = [
-            (
-                s.layer,
-                s.origin.cpu()[rows],
-                s.present.cpu()[rows],
-                s.choice.keep.cpu()[rows],
-                _floats(s, rows),
-            )
-            for s in chosen.selection.stages
-        ]
         self.new = _count_new_tokens(record)
         head = model.get_output_embeddings()  # type: ignore[operator]
         size = getattr(head, "weight", None)
@@ -153,29 +142,21 @@ class _SampleCounter:
 
     def sample(self, row: int) -> SampleReport:
         """The report of one row of the batch."""
-        alive = self.valid[row].clone()  # (T,)
-        scores = torch.full(alive.shape, torch.nan)
-        image = self.image[row]
-        present = {-1: int(alive.sum())}
-        cuts: list[float | None] = []
-        kept_after = []
-        for layer, origin, seen, keep, (values, cut) in self.stages:
-            columns = origin[row][seen[row]]
-            scores[columns] = torch.where(image[columns], values[row][seen[row]], scores[columns])
-            alive[columns] = keep[row][seen[row]] | ~image[columns]
-            cuts.append(_finite(float(cut[row])))
-            kept_after.append(int((alive & image).sum()))
-            present[layer] = int(alive.sum())
-        found = image.nonzero()[:, 0]
-        layers = [stage[0] for stage in self.stages]
-        left = dict(zip((-2, *layers), (len(found), *kept_after), strict=True))
-        kept = [bool(x) for x in alive[found]]
+        tokens = self.tokens.read(row)
+        image = tokens.image
+        present = {-1: int(self.tokens.valid[row].sum())}
+        present |= {cut.layer: int(cut.prompt_mask.sum()) for cut in tokens.cuts}
+        kept_after = [int((cut.prompt_mask & image).sum()) for cut in tokens.cuts]
+        layers = [cut.layer for cut in tokens.cuts]
+        left = dict(zip((-2, *layers), (int(image.sum()), *kept_after), strict=True))
+        kept = tokens.prompt_mask[image].tolist()
+        cuts = [_finite(cut.lowest) for cut in tokens.cuts]
         costs = self._costs(row, present)
         return SampleReport(
             image_tokens=len(kept),
             kept_tokens=sum(kept),
             keep_mask=kept,
-            scores=[_finite(float(x)) for x in scores[found]],
+            scores=[_finite(x) for x in tokens.scores[image].tolist()],
             cut=cuts[-1] if cuts else None,
             cut_layers=layers,
             cuts=cuts,
@@ -223,10 +204,6 @@ class _SampleCounter:
         if not self.record.cached:
             return 0
         return sum(c.kv_bytes * min(tokens, c.window or tokens) for c in self.costs)
-
-
-def _floats(stage: Any, rows: Any) -> tuple[Tensor, Tensor]:
-    return stage.choice.scores.float().cpu()[rows], stage.choice.cut.float().cpu()[rows]
 
 
 def _finite(value: float) -> float | None:

@@ -10,6 +10,7 @@ from corematching.methods import method_from_dict, method_from_text
 from corematching.model.gates import Gates
 from corematching.protocol import NeuronPolicy
 from corematching.runtime.prefill.view import FFNProbe
+from tests.chosen import neurons_of
 from tests.models import build, make_inputs
 from tests.policies.views import make_view, show_rows
 
@@ -135,7 +136,7 @@ def test_decoding_is_what_masks_give(name):
     }
     with torch.no_grad(), method_from_text(f"{name}:active_ratio=0.4")(model) as work:
         ours = model.generate(**inputs, **settings)
-        choices = work._session.records[-1].selection.neurons
+        choices = neurons_of(work)
         report = work.report
     assert sorted(choices) == [0, 1, 2, 3]
     share = 0.4 if name == "teal" else (1 + 2 * 0.4) / 3
