@@ -216,7 +216,13 @@ class Report:
         return plain(out)
 
     def to_json(self, indent: int | None = None) -> str:
-        """The same as a JSON object."""
+        """The same as a JSON object.
+
+        Parameters
+        ----------
+        indent : int, optional
+            Spaces per level; by default all is on one line.
+        """
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def table(self, sparse: Timing | None = None, dense: Timing | None = None) -> str:

@@ -100,11 +100,37 @@ class Budget(Component, kind="budget"):
         return image & (_invert(order) < counts.unsqueeze(1))
 
     def spread(self, image: Tensor, counts: Tensor) -> Tensor:
-        """(B, T) bool, (B,) image tokens of each sample that lie evenly over the picture."""
+        """Choose image tokens that lie evenly over the picture.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, T) bool, the image tokens still present.
+        counts : Tensor
+            (B,) long, how many of each sample.
+
+        Returns
+        -------
+        Tensor
+            (B, T) bool, a subset of ``image``.
+        """
         return spread_evenly(image, counts)
 
     def bound(self, counts: Tensor, totals: Tensor) -> Tensor:
-        """Counts (B,) within the least and the most of ``totals`` (B,), one or more, if any."""
+        """Keep counts within the least and the most that the parameters allow.
+
+        Parameters
+        ----------
+        counts : Tensor
+            (B,) long, image tokens to keep.
+        totals : Tensor
+            (B,) long, image tokens of each sample.
+
+        Returns
+        -------
+        Tensor
+            (B,) long, at least 1 and at most ``totals``; 0 without image tokens.
+        """
         if self.min_ratio is not None:
             counts = counts.maximum(counts_of(self.min_ratio, totals))
         if self.min_tokens is not None:

@@ -25,6 +25,11 @@ could leave closed.
 class Run:
     """A method at work on a model, as `attach` gives it.
 
+    Parameters
+    ----------
+    engine : Engine
+        What `attach` has put on the model.
+
     Attributes
     ----------
     model : nn.Module
