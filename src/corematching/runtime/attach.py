@@ -27,7 +27,7 @@ class Run:
 
     Parameters
     ----------
-    engine : Engine
+    session : Session
         What `attach` has put on the model.
 
     Attributes
