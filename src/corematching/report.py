@@ -24,7 +24,7 @@ from corematching.report_table import (
     write_seconds,
 )
 
-__all__ = ["MemoryReport", "Report", "SampleReport", "Timing"]
+__all__ = ["MemoryReport", "PathReport", "Report", "SampleReport", "Timing"]
 
 
 class Timing(Protocol):
@@ -79,6 +79,25 @@ class MemoryReport:
     peak_bytes: int
 
 
+@dataclass
+class PathReport:
+    """How often the backends' own code ran, instead of the model's forwards.
+
+    Attributes
+    ----------
+    native_layers : int
+        Decoder layers of the prompt whose forward ran in compiled CPU code.
+    native_steps : int
+        Decode steps that did.
+    graph_replays : int
+        Decode steps that were replayed from a CUDA graph.
+    """
+
+    native_layers: int = 0
+    native_steps: int = 0
+    graph_replays: int = 0
+
+
 @dataclass(repr=False)
 class Report:
     """One generate() or one forward pass of a prompt.
@@ -123,6 +142,8 @@ class Report:
         samples' choices are then the earlier ones, and their prompt counts the new tokens only.
     memory : MemoryReport or None
         What was taken of the memory, where it had a cap.
+    path : PathReport
+        How often the backends' own code ran.
     samples : list of SampleReport
         Per sample.
     """
@@ -147,6 +168,7 @@ class Report:
     dense_decode_bytes: int = 0
     continued: bool = False
     memory: MemoryReport | None = None
+    path: PathReport = field(default_factory=PathReport)
     samples: list[SampleReport] = field(default_factory=list)
 
     @property

@@ -19,14 +19,25 @@ class BackendStats:
 
     Attributes
     ----------
-    steps : int
-        Decode steps that ran in the backend's own code.
+    native_layers : int
+        Decoder layers of prompts whose forward ran in compiled CPU code.
+    native_steps : int
+        Decode steps that did.
+    graph_replays : int
+        Decode steps that were replayed from a CUDA graph.
     dense_ffn_bytes : dict
-        Bytes of FFN weights that these steps read in layers with all neurons, by layer.
+        Bytes of FFN weights that native steps read in layers with all neurons, by layer.
     """
 
-    steps: int = 0
+    native_layers: int = 0
+    native_steps: int = 0
+    graph_replays: int = 0
     dense_ffn_bytes: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Decode steps that ran in the backend's own code."""
+        return self.native_steps + self.graph_replays
 
 
 class Backend(ABC):

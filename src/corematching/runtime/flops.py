@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,7 @@ def build_report(record: Record, parts: Parts, method: Any, model: nn.Module) ->
         dense_decode_bytes=record.dense_decode_bytes,
         continued=record.continued,
         memory=None if record.memory is None else record.memory.report(),
+        path=replace(record.path),
     )
     counter = _SampleCounter(record, parts, model)
     rows = range(0, record.valid.shape[0], record.expand)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corematching.backends.traffic import Tally
 from corematching.offload.memory import MemoryUse
+from corematching.report import PathReport
 from corematching.runtime.prefill.selection import Selection
 
 Mark = float | torch.cuda.Event
@@ -81,13 +82,15 @@ class Record:
     tally : Tally or None
         The counters at the end of the prompt.
     settled : int
-        Decode steps that are counted in the next three; -1: none was looked at.
+        Decode steps that `kernel`, bytes and `path` cover; -1: none was looked at.
     kernel : str
         What ran the decode steps.
     decode_bytes, dense_decode_bytes : int
         Bytes of weights that a decode step read, and would with all neurons.
     memory : MemoryUse or None
         What was taken of the memory, where it had a cap.
+    path : PathReport
+        How often the backend's own code ran.
     """
 
     valid: Tensor
@@ -118,6 +121,7 @@ class Record:
     decode_bytes: int = 0
     dense_decode_bytes: int = 0
     memory: MemoryUse | None = None
+    path: PathReport = field(default_factory=PathReport)
 
     @property
     def chooser(self) -> Record:

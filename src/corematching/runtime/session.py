@@ -55,12 +55,15 @@ class ForwardPass:
         Of a prompt.
     record : Record or None
         Of a turn.
+    native_layers : int
+        The backend's count of native layers when it began.
     """
 
     phase: Phase
     start: Mark | None = None
     prefill: Prefill | None = None
     record: Record | None = None
+    native_layers: int = 0
 
 
 class Session:
@@ -276,7 +279,8 @@ class Session:
                 "labels do not fit a prompt that gets shorter: remove the method before training "
                 "or computing a loss"
             )
-        self.forward = ForwardPass(Phase.PREFILL, mark(place.device), prefill)
+        layers = place.backend.stats().native_layers
+        self.forward = ForwardPass(Phase.PREFILL, mark(place.device), prefill, None, layers)
         earlier = memory_of(cache)
         if earlier is not None:
             earlier.forget()
@@ -303,7 +307,8 @@ class Session:
             rows=None if memory is None else memory.rows,
             cached=True,
         )
-        self.forward = ForwardPass(Phase.TURN, mark(place.device), record=record)
+        layers = place.backend.stats().native_layers
+        self.forward = ForwardPass(Phase.TURN, mark(place.device), None, record, layers)
         self._add(record, self.forward.start)
 
     def _start_streaming(self, valid: Tensor) -> None:
@@ -322,6 +327,7 @@ class Session:
         elif forward.phase is Phase.STEP:
             self.log.count_step()
         elif forward.record is not None:
+            self._count_layers(forward, forward.record)
             forward.record.filled = forward.record.last = mark(self.place.device)
 
     def _end_prefill(self, forward: ForwardPass, output: Any) -> None:
@@ -349,7 +355,12 @@ class Session:
             cached=cache is not None,
             logit_rows=1 if logits is None else logits.shape[1],
         )
+        self._count_layers(forward, record)
         self._add(record, forward.start)
+
+    def _count_layers(self, forward: ForwardPass, record: Record) -> None:
+        """Note how many layers of the prompt ran in compiled code."""
+        record.path.native_layers = self.place.backend.stats().native_layers - forward.native_layers
 
     def _add(self, record: Record, start: Mark | None) -> None:
         """Keep the record of a prompt that is done, or of a turn that begins."""

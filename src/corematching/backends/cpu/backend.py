@@ -55,9 +55,13 @@ class CpuBackend(Backend):
         self.steps.refresh()
 
     def stats(self) -> BackendStats:
-        """Native steps, and what they read of layers with all neurons."""
+        """Native layers and steps, and what the steps read of layers with all neurons."""
         layers = range(len(self.parts.layers))
-        return BackendStats(self.steps.count, {i: self.steps.bytes_read(i) for i in layers})
+        return BackendStats(
+            native_layers=self.prompts.layers,
+            native_steps=self.steps.count,
+            dense_ffn_bytes={i: self.steps.bytes_read(i) for i in layers},
+        )
 
     def describe(self, ran: bool, counted: bool) -> str:
         """Native steps, or native FFNs."""

@@ -51,6 +51,11 @@ class NativePrompts:
     unit : str or None
         What multiplies: ``tiles`` or ``vectors``; None replaces nothing. The default is what the
         machine is best at.
+
+    Attributes
+    ----------
+    layers : int
+        Decoder layers that ran in C, from their norms to their residuals.
     """
 
     def __init__(self, parts: Parts, unit: str | None = "") -> None:
@@ -61,6 +66,7 @@ class NativePrompts:
         self._attend = PromptAttention(self.unit)
         self._scratch = Scratch()
         self._dtypes = list_dtypes(self.unit)
+        self.layers = 0
 
     def install(self, ffns: list[FFNParts]) -> None:
         """Replace the forwards, where there is something to multiply with.
@@ -171,6 +177,7 @@ class NativePrompts:
         known = known and uses_sdpa(attention) and _are_angles(angles, x, attention.head_dim)
         out = whole.run(x, attention_mask, past_key_values, angles, **kwargs) if known else None
         if out is not None:
+            self.layers += 1
             return out
         return original(
             x, attention_mask=attention_mask, past_key_values=past_key_values,

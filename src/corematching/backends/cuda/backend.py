@@ -48,7 +48,7 @@ class CudaBackend(Backend):
 
     def stats(self) -> BackendStats:
         """Replayed steps."""
-        return BackendStats(self.graph.count)
+        return BackendStats(graph_replays=self.graph.count)
 
     def describe(self, ran: bool, counted: bool) -> str:
         """The FFNs' kernel, and whether steps were replayed."""
