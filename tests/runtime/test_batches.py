@@ -77,15 +77,15 @@ def test_a_batch_is_its_singles(name, engine, batch):
         own, expected, theirs, (mask,) = run(model, alone(inputs, sample), method, engine)
         assert masks[sample] == mask
         if name in COMPENSATING:
-            assert any(choice.settle().mean is not None for choice in theirs.neurons.values())
+            assert any(choice.materialize().mean is not None for choice in theirs.neurons.values())
         close(logits[sample], expected[0])
         assert torch.equal(out.sequences[sample, -STEPS:], own.sequences[0, -STEPS:])
         real = memory.valid[sample]
         if theirs.logarithms is not None:
             close(memory.logarithms[sample][real], theirs.logarithms[0])
         for layer, choice in theirs.neurons.items():
-            ours = memory.neurons[layer].settle()
-            assert torch.equal(ours.indices[sample], choice.settle().indices[0])
+            ours = memory.neurons[layer].materialize()
+            assert torch.equal(ours.indices[sample], choice.materialize().indices[0])
             if choice.mean is not None:
                 close(ours.mean[sample], choice.mean[0], 1e-5)
 
@@ -109,7 +109,7 @@ def test_means_are_over_each_sample_s_own_tokens(active_ratio, engine, batch):
     assert len(memory.neurons) == len(seen) == LAYERS
     valid = inputs["attention_mask"].bool()
     for layer, choice in memory.neurons.items():
-        choice = choice.settle()
+        choice = choice.materialize()
         dropped = torch.ones(len(valid), WIDTH, dtype=torch.bool)
         dropped.scatter_(1, choice.indices, False)
         assert dropped.sum(1).tolist() == [WIDTH // 2] * len(valid)

@@ -92,7 +92,7 @@ class Memory:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, and for files: without what holds for this very object only."""
-        neurons = {layer: choice.settle() for layer, choice in self.neurons.items()}
+        neurons = {layer: choice.materialize() for layer, choice in self.neurons.items()}
         return {**vars(self), "neurons": neurons, "masks": None, "holder": None}
 
     @property
@@ -122,7 +122,7 @@ class Memory:
         choice = self.neurons[layer]
         if self.rows == list(range(self.samples)):
             return choice
-        parts = vars(choice.settle()).items()
+        parts = vars(choice.materialize()).items()
         return NeuronChoice(**{name: self._pick(part) for name, part in parts})
 
     def _pick(self, part: Any) -> Any:
@@ -145,7 +145,7 @@ class Memory:
     def _find_alike(self) -> list[int]:
         same = torch.ones(self.samples - 1, dtype=torch.bool)
         for choice in self.neurons.values():
-            for part in vars(choice.settle()).values():
+            for part in vars(choice.materialize()).values():
                 if isinstance(part, Tensor) and part.shape[0] > 1:
                     equal = part[1:] == part[:-1]
                     same &= equal.reshape(self.samples - 1, -1).all(1).cpu()

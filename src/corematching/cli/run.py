@@ -14,13 +14,14 @@ from PIL import Image
 
 from corematching.cli import console
 from corematching.cli.answer import Answer, Writer, ask
-from corematching.cli.loading import LoadedModel, load_model
+from corematching.cli.loading import load_model
 from corematching.cli.method_options import build_method, build_text_method
 from corematching.cli.outputs import check_file
 from corematching.cli.overlay import Choice, draw_overlay, shown_area
 from corematching.cli.prompt import build_inputs
 from corematching.errors import ConfigError, InputError
 from corematching.media import read_picture
+from corematching.named_models import LoadedModel
 from corematching.report import MemoryReport
 from corematching.sizes import format_size, parse_size
 

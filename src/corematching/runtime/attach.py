@@ -7,10 +7,10 @@ from torch import nn
 from corematching.backends.choice_checks import check_settled
 from corematching.errors import AlreadyInstalledError, InputError
 from corematching.offload.offload import find_offload
-from corematching.protocol import Method
+from corematching.protocol import Method, check_policies
 from corematching.report import Report
-from corematching.runtime.choices import Choices, read_choices
 from corematching.runtime.flops import build_report
+from corematching.runtime.choices import Choices, read_choices
 from corematching.runtime.record import Record
 from corematching.runtime.session import Session
 
@@ -136,12 +136,13 @@ def attach(
     AlreadyInstalledError
         A method is already installed on this model.
     ConfigError
-        There is no such engine.
+        There is no such engine, or a policy is of another type.
     MemoryCapError
         The model does not fit under the cap.
     UnsupportedModelError
         The model cannot be shortened; the message says why and what to do.
     """
+    check_policies(method)
     claim = object()
     offload = at_work = None
     try:

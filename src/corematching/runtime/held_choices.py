@@ -106,7 +106,7 @@ class HeldChoices:
             )
 
     def _take(self, memory: Memory, index: int) -> None:
-        choice, ffn = memory.choice(index).settle(), self.sparse[index]
+        choice, ffn = memory.choice(index).materialize(), self.sparse[index]
         found = ffn.count if choice.indices is None else choice.indices.shape[-1]
         if found != ffn.count:
             raise InputError(

@@ -66,7 +66,7 @@ class Installation:
         self.offload = offload
         self.parts: Parts = check_model(model, method)
         counts = choose_counts(self.parts, method.neurons)
-        per_token = getattr(method.neurons, "per_token", False)
+        per_token = method.neurons is not None and method.neurons.per_token
         chosen = {i: n for i, n in enumerate(counts) if n < self.parts.widths[i] or per_token}
         in_place = engine != "torch"
         self.sparse: dict[int, SparseFFN] = (
@@ -75,8 +75,8 @@ class Installation:
             else offload.make_ffns(self.parts, chosen)
         )
         self.choices = HeldChoices(self.sparse)
-        share = getattr(method.neurons, "decode_share", 1.0)
-        self.counts = [max(1, round(share * count)) for count in counts]
+        ratio = method.neurons.decode_ratio if method.neurons else 1.0
+        self.counts = [max(1, round(ratio * count)) for count in counts]
         self.backend = choose_backend(model, self.parts, self.sparse, engine)
         self.traffic = WeightTraffic(self.backend)
         self.vision = VisionMeter(self.parts.vision, self.device)

@@ -120,7 +120,8 @@ def replay_prompt(run: Run, recording: Recording) -> Iterator[None]:
     replay, patches = _Replay(parts, recording), Patches()
     for index, layer in enumerate(parts.layers[: min(last + 1, len(recording.outputs))]):
         patches.wrap(layer, "forward", functools.partial(replay.run_layer, index))
-    if recording.features is not None and VISION not in getattr(policy, "needs", ()):
+    needs = frozenset() if policy is None else policy.needs
+    if recording.features is not None and VISION not in needs:
         features = recording.features
         patches.wrap(
             run.model.base_model, "get_image_features", lambda original, *args, **kwargs: features

@@ -22,6 +22,7 @@ from corematching.cache.memory import Memory
 from corematching.cache.remembering import memory_of
 from corematching.model.patching import Patches
 from corematching.model.spec import Parts
+from corematching.protocol import TokenPolicy
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,12 @@ class TokenCountBias:
     parts : Parts
         The model's parts.
     tokens : TokenPolicy or None
-        What chooses tokens; has ``weighs = True`` where its choices carry weights.
+        What chooses tokens; ``proportional`` where its choices carry weights.
     """
 
-    def __init__(self, parts: Parts, tokens: Any) -> None:
+    def __init__(self, parts: Parts, tokens: TokenPolicy | None) -> None:
         self.parts = parts
-        self.weighs = getattr(tokens, "weighs", False)
+        self.weighs = tokens is not None and tokens.proportional
 
     def install(self, patches: Patches) -> None:
         """Replace the layers' forwards on their instances, if there may be weights."""

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from corematching.lab.bench import read_adapters
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def load(path: Path):

@@ -87,7 +87,7 @@ class _Watcher:
 
     def __init__(self, parts: Any, valid: Tensor, image: Tensor, look: Look) -> None:
         self.parts, self.valid, self.image, self.look = parts, valid, image, look
-        self.memory: dict[str, Any] = {}
+        self.memory: dict[type, Any] = {}
         self._handles: list[Any] = []
         self._probe: AttentionProbe | None = None
         self._activations: Tensor | None = None

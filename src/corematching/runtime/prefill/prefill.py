@@ -84,8 +84,8 @@ class Prefill:
         drops = tokens is not None and bool(image.any())
         self.cuts: tuple[int, ...] = tokens.drop_after(depth) if tokens and drops else ()
         self.token_needs = tokens.needs if tokens and drops else frozenset()
-        self.neuron_needs = getattr(method.neurons, "needs", frozenset({ACTIVATIONS}))
-        self.memory: dict[str, Any] = {}
+        self.neuron_needs = method.neurons.needs if method.neurons else frozenset()
+        self.memory: dict[type, Any] = {}
         self._activations: Tensor | None = None
         self._ffn: FFNProbe | None = None
         self._wished: Wish | None = None

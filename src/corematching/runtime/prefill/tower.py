@@ -145,6 +145,6 @@ def find_tower(
     model: Any, tower: nn.Module | None, tokens: TokenPolicy | None
 ) -> TowerProbe | None:
     """A probe on the vision tower where the token policy reads it."""
-    if VISION not in getattr(tokens, "needs", ()):
+    if tokens is None or VISION not in tokens.needs:
         return None
-    return TowerProbe(model, tower, getattr(tokens, "vision_layer", -1))
+    return TowerProbe(model, tower, tokens.vision_layer)
