@@ -9,8 +9,8 @@ from corematching.errors import AlreadyInstalledError, InputError
 from corematching.offload.offload import find_offload
 from corematching.protocol import Method, check_policies
 from corematching.report import Report
-from corematching.runtime.flops import build_report
 from corematching.runtime.choices import Choices, read_choices
+from corematching.runtime.flops import build_report
 from corematching.runtime.record import Record
 from corematching.runtime.session import Session
 

@@ -174,7 +174,8 @@ def read_choices(record: Record, num_layers: int) -> list[Choices]:
     for row in range(0, record.valid.shape[0], record.expand):
         chosen = record.rows[row] if record.continued and record.rows else row
         layers = tuple(
-            _pick(neurons[i].materialize(), chosen) if i in neurons else None for i in range(num_layers)
+            _pick(neurons[i].materialize(), chosen) if i in neurons else None
+            for i in range(num_layers)
         )
         out.append(Choices(*tokens.read(row), layers))
     return out
