@@ -15,7 +15,7 @@ from corematching import (
     Sparsifier,
     TopNeurons,
 )
-from corematching.cache.remembering import memory_of
+from corematching.cache.pruned_cache import pruned_prompt_of
 from corematching.methods.staged import StagedRule
 from corematching.policies.token_scores import TextOverlap
 from tests.models import LAYERS, WIDTH, build, image_mask, make_inputs
@@ -50,7 +50,7 @@ def run(model, inputs, method, engine, **options):
             **options,
         )
         masks = [sample.keep_mask for sample in work.report.samples]
-    return out, torch.stack(out.logits, 1), memory_of(out.past_key_values), masks
+    return out, torch.stack(out.logits, 1), pruned_prompt_of(out.past_key_values), masks
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def test_a_batch_is_its_singles(name, engine, batch):
         close(logits[sample], expected[0])
         assert torch.equal(out.sequences[sample, -STEPS:], own.sequences[0, -STEPS:])
         real = memory.valid[sample]
-        if theirs.logarithms is not None:
-            close(memory.logarithms[sample][real], theirs.logarithms[0])
+        if theirs.log_counts is not None:
+            close(memory.log_counts[sample][real], theirs.log_counts[0])
         for layer, choice in theirs.neurons.items():
             ours = memory.neurons[layer].materialize()
             assert torch.equal(ours.indices[sample], choice.materialize().indices[0])
@@ -160,7 +160,7 @@ def test_after_several_cuts_each_token_counts_for_all_that_went_to_it(after, eng
         stands = standing_for(rule.seen, sample, length)
         left = sorted(column for column in stands if valid[column])
         expected = torch.tensor([float(len(stands[column])) for column in left])
-        found = memory.logarithms[sample][memory.valid[sample]].exp()
+        found = memory.log_counts[sample][memory.valid[sample]].exp()
         close(found, expected)
         assert round(float(found.sum())) == int(valid.sum())
         assert int((expected > 1).sum()) > 1 and not any(

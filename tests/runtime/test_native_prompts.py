@@ -29,7 +29,7 @@ from corematching.backends.cpu.native import (
 )
 from corematching.backends.cpu.prefill import NativePrompts
 from corematching.model.ffn import FFNParts
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 from tests import models
 from tests.chosen import neurons_of
 
@@ -186,7 +186,7 @@ def test_unknown_ffns_keep_their_forward(unit, calls):
 def find_parts(model):
     layers = list(model.model.layers)
     attentions, ffns = [x.self_attn for x in layers], [x.mlp for x in layers]
-    return Parts(model.model, layers, attentions, ffns, [], model.config, (), None)
+    return ModelSpec(model.model, layers, attentions, ffns, [], model.config, (), None)
 
 
 class DoublingMLP(LlamaMLP):

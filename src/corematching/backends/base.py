@@ -10,7 +10,7 @@ from torch import nn
 
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class Backend(ABC):
     ----------
     model : nn.Module
         The model.
-    parts : Parts
+    parts : ModelSpec
         Its parts.
     sparse : mapping
         The sparse FFNs, by layer.
     """
 
-    def __init__(self, model: nn.Module, parts: Parts, sparse: Mapping[int, SparseFFN]) -> None:
+    def __init__(self, model: nn.Module, parts: ModelSpec, sparse: Mapping[int, SparseFFN]) -> None:
         self.model, self.parts, self.sparse = model, parts, sparse
 
     @staticmethod
     @abstractmethod
-    def supports(parts: Parts) -> str | None:
+    def supports(parts: ModelSpec) -> str | None:
         """The reason why this backend cannot run such a model here, or None if it can."""
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from corematching.model.spec import Parts, linear_shape
+from corematching.model.spec import ModelSpec, linear_shape
 from corematching.report import Report, SampleReport
 from corematching.runtime.choices import TokenReader
 from corematching.runtime.record import Record, seconds_between
@@ -37,7 +37,7 @@ class LayerCost:
     window: int | None
 
 
-def layer_costs(parts: Parts) -> list[LayerCost]:
+def layer_costs(parts: ModelSpec) -> list[LayerCost]:
     """What each decoder layer costs, from the sizes of its weights."""
     config = parts.config
     heads = config.num_attention_heads
@@ -65,7 +65,7 @@ def _linear_macs(module: nn.Module) -> int:
     return sum(inputs * outputs for inputs, outputs in shapes)
 
 
-def _dtype_of(parts: Parts) -> torch.dtype:
+def _dtype_of(parts: ModelSpec) -> torch.dtype:
     weight = next(parts.layers[0].parameters())
     return weight.dtype if weight.is_floating_point() else torch.float16
 
@@ -90,7 +90,7 @@ def text_flops(
     return 2 * total
 
 
-def build_report(record: Record, parts: Parts, method: Any, model: nn.Module) -> Report:
+def build_report(record: Record, parts: ModelSpec, method: Any, model: nn.Module) -> Report:
     """Turn a record into a report; waits for the device."""
     config: Any = model.config
     vision = sum(seconds_between(a, b) for a, b in record.vision)
@@ -128,7 +128,7 @@ def build_report(record: Record, parts: Parts, method: Any, model: nn.Module) ->
 class _SampleCounter:
     """Builds the samples' reports out of a record's tensors, moved to the CPU once."""
 
-    def __init__(self, record: Record, parts: Parts, model: nn.Module) -> None:
+    def __init__(self, record: Record, parts: ModelSpec, model: nn.Module) -> None:
         self.record = record
         self.costs = layer_costs(parts)
         self.depth = len(parts.layers)

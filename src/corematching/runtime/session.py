@@ -16,10 +16,10 @@ from corematching.backends.base import Backend
 from corematching.backends.select import check_engine
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import check_cache, fit_mask, is_fresh, widen_sliding_layers
-from corematching.cache.remembering import memory_of, remember
+from corematching.cache.pruned_cache import pruned_prompt_of, remember
 from corematching.errors import AlreadyInstalledError, InputError, UnsupportedModelError
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 from corematching.offload.offload import Offload
 from corematching.protocol import Method
 from corematching.runtime.flops import layer_costs
@@ -118,7 +118,7 @@ class Session:
         return model
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ModelSpec:
         """The model's parts."""
         return self.place.parts
 
@@ -281,14 +281,14 @@ class Session:
             )
         layers = place.backend.stats().native_layers
         self.forward = ForwardPass(Phase.PREFILL, mark(place.device), prefill, None, layers)
-        earlier = memory_of(cache)
+        earlier = pruned_prompt_of(cache)
         if earlier is not None:
             earlier.forget()
         if length > 1:
             prefill.install()
 
     def _start_turn(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
-        place, memory = self.place, memory_of(cache)
+        place, memory = self.place, pruned_prompt_of(cache)
         earlier = None if memory is None else self.log.find(memory.record)
         if self.generation is None:
             place.vision.take()
