@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -118,17 +120,14 @@ def test_means_are_over_each_sample_s_own_tokens(active_ratio, engine, batch):
             close(choice.mean[sample], torch.where(dropped[sample], mean, 0.0), 1e-5)
 
 
-class Recorder:
-    """Shows the views that a token policy gets, and what it answers."""
+@dataclass(frozen=True)
+class Recorder(StagedRule, name="recorder"):
+    """Staged rule that keeps the views it gets, and its choices."""
 
-    def __init__(self, inner):
-        self.inner, self.seen = inner, []
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
+    seen: list = field(default_factory=list)
 
     def choose(self, view):
-        choice = self.inner.choose(view)
+        choice = super().choose(view)
         self.seen.append((view, choice))
         return choice
 
@@ -152,7 +151,7 @@ def standing_for(seen, sample, length):
 def test_after_several_cuts_each_token_counts_for_all_that_went_to_it(after, engine, batch):
     model, inputs = batch
     budgets = tuple(Ratio(ratio, cover=0.5) for ratio in (0.6, 0.3, 0.15)[-len(after) :])
-    rule = Recorder(StagedRule(TextOverlap(), budgets, after, proportional=True))
+    rule = Recorder(TextOverlap(), budgets, after, proportional=True)
     _, _, memory, _ = run(model, inputs, Sparsifier(tokens=rule, neurons=None), engine)
     assert [view.layer for view, _ in rule.seen] == list(after)
     image, length = image_mask("llava", inputs), inputs["input_ids"].shape[1]

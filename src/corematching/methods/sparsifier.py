@@ -197,4 +197,6 @@ def check_type(name: str, value: Any, expected: type) -> None:
     scores = REGISTRY.get(getattr(expected, "kind", ""), {})
     known = scores.get(value.name) if isinstance(value, BaseMethod) else None
     hint = f", such as {known.__name__}()" if known else ""
+    if expected in (TokenPolicy, NeuronPolicy):
+        hint = f", of a class that subclasses {expected.__module__}.{expected.__name__}"
     raise ConfigError(f"{name}={value!r}: give a {expected.__name__}{hint}")
