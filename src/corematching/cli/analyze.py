@@ -14,6 +14,7 @@ import typer
 from corematching.cli import console, options
 from corematching.cli.repeat import write_command
 from corematching.errors import ConfigError, InputError, unknown_name
+from corematching.extras import require_plots
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -67,6 +68,7 @@ def analyze(
     given = {"image": image, "question": question, "model": model, "layers": layers, "out": out}
     image, question = choose_example(image, question)
     check_folder(out, "--out")
+    require_plots("`corematching analyze`")
     from corematching.analyze import analyze_picture, build_picture_page, default_rules, save_page
     from corematching.cli.images import read_image
     from corematching.cli.loading import load_model
@@ -116,6 +118,7 @@ def analyze_task(
     check_folder(out, "--out")
     if table is not None:
         check_folder(table, "--table")
+    require_plots("`corematching analyze-task`")
     from corematching.analyze import (
         StudyPlan,
         build_study_page,

@@ -15,6 +15,7 @@ import typer
 from corematching.cli import console, options
 from corematching.cli.repeat import write_command
 from corematching.errors import ConfigError, InputError
+from corematching.extras import require_plots
 
 DEFAULT_OUT = Path("corematching-bench")
 DEFAULT_PEERS = Path("benchmarks/peers")
@@ -132,6 +133,7 @@ def bench(
     given = dict(locals())
     console.keep_bars_away(own_bars=model is None)
     logging.getLogger("corematching").addHandler(logging.NullHandler())
+    require_plots("the picture of `corematching bench`")
     if model and shape:
         raise ConfigError("--model and --shape exclude each other: leave one out")
     from corematching.bench import Plan, choose_adapters, require_quiet

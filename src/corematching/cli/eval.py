@@ -13,6 +13,7 @@ import typer
 
 from corematching.cli import console, options
 from corematching.cli.repeat import write_command
+from corematching.extras import require_plots
 
 if TYPE_CHECKING:
     from corematching.evaluate import Subject
@@ -106,6 +107,7 @@ def evaluate(
 ) -> None:
     """Measure what methods lose on SceneQA, beside the dense model."""
     console.keep_bars_away(own_bars=model is None)
+    require_plots("the board of `corematching eval`")
     from corematching.evaluate import Crew, Plan, SceneQA, make_methods
     from corematching.evaluate import evaluate as run_methods
 

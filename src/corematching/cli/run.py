@@ -21,6 +21,7 @@ from corematching.cli.overlay import Choice, draw_overlay, shown_area
 from corematching.cli.prompt import check_inputs
 from corematching.cli.table import tabulate
 from corematching.errors import ConfigError, InputError
+from corematching.extras import require_plots
 from corematching.report import MemoryReport
 from corematching.sizes import format_size, parse_size
 
@@ -94,6 +95,7 @@ def check_overlay(request: Request) -> None:
     """Refuse an overlay that cannot come out, before any work is done."""
     if request.overlay is None:
         return
+    require_plots("--overlay")
     if not request.images:
         raise InputError("--overlay needs a picture: give one with --image")
     if not request.overlay.parent.is_dir():

@@ -19,6 +19,7 @@ from corematching.evaluate.plan import DENSE, Plan
 from corematching.evaluate.respond import Assignment, Distribution, Reply, Respondent
 from corematching.evaluate.store import Answer, AnswerFile, RunDirectory
 from corematching.evaluate.task import Question, Task, pick_questions
+from corematching.extras import require_plots
 from corematching.methods import BaseMethod, method_from_text, text_at_budget
 
 logger = logging.getLogger(__name__)
@@ -92,9 +93,12 @@ def evaluate(
     ------
     InputError
         The directory holds a run with other settings.
+    MissingPackageError
+        matplotlib, which draws the board's pictures, is not installed.
     UnsupportedModelError
         The model cannot be shortened.
     """
+    require_plots("the board")
     plan = plan or Plan()
     questions = pick_questions(task, plan.limit, plan.seed)
     settings = list_settings(subject, task, plan, len(questions))

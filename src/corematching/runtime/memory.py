@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -136,6 +135,8 @@ class ProcessMemory:
     def read(cls) -> ProcessMemory:
         """As it is now."""
         if not STATUS.exists():
+            import psutil  # a dependency where there is no /proc
+
             now = int(psutil.Process(os.getpid()).memory_info().rss)
             return cls(now, now, 0)
         lines = (line.split() for line in STATUS.read_text().splitlines())
