@@ -1,55 +1,32 @@
-r"""Writes the tables of a finished `corematching eval` into a document, between its markers.
+r"""Writes the tables of a finished `corematching eval` into a document, between its markers,
+in the present names of parameters.
 
     python benchmarks/board_tables.py docs/results/board.md docs/board/board.json
-    python benchmarks/board_tables.py docs/results/studies.md docs/rivals/board.json --budgets tokens
+    python benchmarks/board_tables.py docs/results/studies.md docs/rivals/board.json \
+        --budgets tokens
     python benchmarks/board_tables.py docs/results/studies.md docs/neurons/board.json \
         --budgets neurons
 
 The places are ``<!-- board:methods -->`` and ``<!-- board:families -->``, each up to the same name
 with a slash in front. ``--budgets`` fills ``<!-- board:tokens -->`` or ``<!-- board:neurons -->``
-from a run with several ``--budget``. Methods stand under their present names, whatever the run
-called them.
+from a run with several ``--budget``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from speed_table import fill_place
 
-import corematching.evaluate.oracle  # noqa: F401  (registers the oracle)
-from corematching.methods.text import read_present, write_method
-from corematching.policy.component import find, parameters_of
+from corematching.evaluate.plot import name_curve
+from corematching.methods.text import write_present
 
-
-def name_now(text: str, as_json: bool = False) -> str:
-    """A method's text, or its JSON, with the present names of its parameters."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        name, params = read_present(text)
-    order = [*parameters_of(find("method", name))]
-    params = dict(sorted(params.items(), key=lambda item: order.index(item[0])))
-    return write_method(name, params, "{" if as_json else "")
-
-
-def name_curve(text: str, budget: float) -> str:
-    """The present name of a method, without the amount that the budget sets."""
-    method = json.loads(name_now(text, as_json=True))
-
-    def drop(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-        return {
-            key: drop(value, ("ratio",)) if isinstance(value, dict) else value
-            for key, value in values.items()
-            if not (key in names and value == budget)
-        }
-
-    params = drop(method, ("keep_ratio", "neuron_ratio", "active_ratio"))
-    return write_method(params.pop("name"), params)
+RATIO = re.compile(r"ratio=([0-9.]+)")
 
 
 def tabulate_methods(board: dict[str, Any]) -> str:
@@ -61,7 +38,7 @@ def tabulate_methods(board: dict[str, Any]) -> str:
     ]
     for entry in board["methods"]:
         accuracy, cells = entry["accuracy"], []
-        cells.append(f"`{name_now(entry['method'])}`")
+        cells.append(f"`{write_present(entry['method'])}`")
         cells.append(
             f"{percent(accuracy['value'])} "
             f"({100 * accuracy['low']:.1f}-{100 * accuracy['high']:.1f})"
@@ -82,7 +59,7 @@ def tabulate_families(board: dict[str, Any]) -> str:
     rows = ["| method | " + " | ".join(families) + " |", "|---|" + "---:|" * len(families)]
     for entry in board["methods"]:
         values = [f"{100 * entry['families'][name]['value']:.0f}" for name in families]
-        rows.append(f"| `{name_now(entry['method'])}` | " + " | ".join(values) + " |")
+        rows.append(f"| `{write_present(entry['method'])}` | " + " | ".join(values) + " |")
     return "\n".join(rows)
 
 
@@ -96,8 +73,8 @@ def tabulate_budgets(board: dict[str, Any], kind: str) -> str:
         if entry["method"] == "dense":
             dense = right
             continue
-        share = entry["method"].rpartition("=")[2]
-        method = name_curve(entry["method"], float(share))
+        text = write_present(entry["method"])
+        method, share = name_curve(text, f"{kind}_kept"), RATIO.findall(text)[-1]
         cost = entry[flops] / entry["dense_" + flops]
         cells.setdefault(method, {})[share] = f"{right} ({100 * cost:.0f})"
     shares = sorted({share for row in cells.values() for share in row}, key=float)

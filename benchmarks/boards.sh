@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The boards of docs/results in one call, on a GPU that several processes share: the main board,
-# the rivals at four shares of the image tokens, the neurons at four shares. The main board and the
+# the rivals at four ratios of the image tokens, the neurons at four ratios. The main board and the
 # rivals run at once, the neurons when the main board is done.
 #
 #   benchmarks/boards.sh
@@ -31,15 +31,15 @@ if [[ -n ${WHEELS:-} ]]; then
   export PYTHONPATH="$PYTHONPATH:$site"
 fi
 
-OURS=corematching:neuron_score=none
+OURS=corematching:neurons=none
 RIVALS=(
-  "$OURS" "$OURS,layer=[0.28125,0.53125,0.78125]" random:beta=1.0 stride fastv pyramiddrop sparsevlm
+  "$OURS" "$OURS,layer=[0.28125,0.53125,0.78125]" random:neuron_ratio=1.0 stride fastv pyramiddrop sparsevlm
   visionzip prumerge divprune cdpruner projection "$OURS,layer=0.3" stride:layer=0.4
-  stride:layer=0.4,proportional=true oracle:beta=1.0,layer=0.4,proportional=true
+  stride:layer=0.4,proportional=true oracle:neuron_ratio=1.0,layer=0.4,proportional=true
 )
 NEURONS=(
-  corematching:token_score=none,firing=none corematching:token_score=none,firing=0.7 coreinfer
-  griffin random:keep=1.0 teal cats
+  corematching:score=none,neurons=top "corematching:score=none,neurons=gate(0.7,among=top)"
+  coreinfer griffin random:keep_ratio=1.0 teal cats
 )
 
 measure() { # NAME OPTION...: a board in $OUT/NAME, its output in $OUT/NAME.log
@@ -63,9 +63,9 @@ mapfile -t neurons < <(options method "${NEURONS[@]}")
 measure rivals --limit "$QUESTIONS" --budget 0.05 --budget 0.1 --budget 0.2 --budget 0.3 \
   "${rivals[@]}" &
 measure main ${MAIN:+--limit "$MAIN"} --method corematching \
-  --method corematching:keep=0.2,firing=0.5 --method "$OURS,keep=0.2" \
-  --method "$OURS,keep=0.2,proportional=false" --method paper \
-  --method oracle:beta=1.0,keep=0.2,layer=0.4,proportional=true
+  --method "corematching:keep_ratio=0.2,neurons=gate(0.5)" --method "$OURS,keep_ratio=0.2" \
+  --method "$OURS,keep_ratio=0.2,proportional=false" --method paper \
+  --method oracle:neuron_ratio=1.0,keep_ratio=0.2,layer=0.4,proportional=true
 measure neurons --limit "$QUESTIONS" --budget 0.2 --budget 0.4 --budget 0.6 --budget 0.8 \
   "${neurons[@]}"
 wait

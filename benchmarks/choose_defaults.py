@@ -13,50 +13,49 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from corematching import CoreMatching, CoreOverlap, TextOverlap, load_demo
+from corematching import CoreMatching, CoreOverlap, TextOverlap, TopNeurons, load_demo
 from corematching.evaluate import Plan, SceneQA, Subject, evaluate
 from corematching.methods import BaseMethod
 
-ONCE: dict[str, Any] = {"layer": 0.5, "cover": 0.5, "proportional": False, "firing": None}
+ONCE: dict[str, Any] = {"layer": 0.5, "cover": 0.5, "proportional": False, "neurons": None}
 """What the study held fixed, whatever the defaults are now."""
 
 
 def list_token_methods() -> dict[str, BaseMethod]:
     """Token scores and layers at one budget, all neurons."""
     scores = {
-        "paper's score": CoreOverlap(rho=0.2, beta=0.4),
+        "paper's score": CoreOverlap(top_ratio=0.2, core_ratio=0.4),
         "question, no rarity": TextOverlap(rarity=0.0),
         "question, rarity": TextOverlap(rarity=1.0),
         "attention": "attention",
         "random": "random",
     }
     methods = {
-        f"{name}, 25 %": CoreMatching(**ONCE, token_score=score, neuron_score=None, keep=0.25)
+        f"{name}, 25 %": CoreMatching(**ONCE, score=score, keep_ratio=0.25)
         for name, score in scores.items()
     }
     for layer in (2, 9):
         methods[f"question, rarity, 25 %, after layer {layer}"] = CoreMatching(
-            **(ONCE | {"layer": layer}), neuron_score=None, keep=0.25
+            **(ONCE | {"layer": layer}), keep_ratio=0.25
         )
-    methods["question, rarity, 15 %"] = CoreMatching(**ONCE, neuron_score=None, keep=0.15)
+    methods["question, rarity, 15 %"] = CoreMatching(**ONCE, keep_ratio=0.15)
     return methods
 
 
 def list_neuron_methods() -> dict[str, BaseMethod]:
-    """Neuron scores and shares, all tokens."""
+    """Neuron scores and ratios, all tokens."""
     methods: dict[str, BaseMethod] = {}
-    for beta in (0.4, 0.6):
+    for ratio in (0.4, 0.6):
         for score in ("paper", "griffin"):
-            methods[f"{score}, {beta:.0%} of the middle layers"] = CoreMatching(
-                **ONCE, token_score=None, neuron_score=score, beta=beta
-            )
-    methods["griffin, 40 %, no compensation"] = CoreMatching(
-        **ONCE, token_score=None, beta=0.4, compensate=False
-    )
-    methods["griffin, 40 % of every layer"] = CoreMatching(
-        **ONCE, token_score=None, beta=0.4, dense_first=0, dense_last=0
-    )
+            methods[f"{score}, {ratio:.0%} of the middle layers"] = keep_neurons(ratio, score=score)
+    methods["griffin, 40 %, no compensation"] = keep_neurons(0.4, compensate=False)
+    methods["griffin, 40 % of every layer"] = keep_neurons(0.4, dense_first=0, dense_last=0)
     return methods
+
+
+def keep_neurons(ratio: float, **changes: Any) -> CoreMatching:
+    """All tokens, and neurons chosen for the whole answer."""
+    return CoreMatching(score=None, neurons=TopNeurons(ratio, **changes))
 
 
 STUDIES = {"tokens": list_token_methods, "neurons": list_neuron_methods}

@@ -40,6 +40,6 @@ CHECK
 for batch in $BATCHES; do
   echo
   "$PYTHON" -m corematching.cli bench --shape llava-1.5-7b --dtype bfloat16 --prompt-tokens 64 \
-    --new-tokens 128 --keep 0.2 --neurons 0.4 --rounds 5 --peers transformers_eager \
+    --new-tokens 128 --keep-ratio 0.2 --neuron-ratio 0.4 --rounds 5 --peers transformers_eager \
     --peers transformers_compiled --batch "$batch" --out "$OUT/batch-$batch" "$@"
 done

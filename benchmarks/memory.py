@@ -190,13 +190,12 @@ def run_accelerate(args: argparse.Namespace, files: list[Path], device: str) -> 
 
 def run_ours(args: argparse.Namespace, files: list[Path], device: str) -> dict[str, Any]:
     """The same model with chosen neurons and tokens."""
-    from corematching import CoreMatching, load
+    from corematching import CoreMatching, TopNeurons, load
 
     model = load(args.checkpoint, args.cap, device=device)
     forget(files)
-    method = CoreMatching(
-        beta=args.neurons, keep=args.keep, layer=1, dense_first=0, dense_last=0, firing=None
-    )
+    neurons = TopNeurons(args.neuron_ratio, dense_first=0, dense_last=0)
+    method = CoreMatching(keep_ratio=args.keep_ratio, layer=1, neurons=neurons)
     inputs = make_inputs(next(model.parameters()).dtype, device)
     with method(model) as run:
         times = generate(model, inputs, args.new_tokens)
@@ -268,7 +267,7 @@ def compare(args: argparse.Namespace) -> None:
         raise SystemExit(f"our peak of {format_size(max(peaks))} is above the cap")
 
 
-PASSED = ("neurons", "keep", "new_tokens", "dense_tokens")
+PASSED = ("neuron_ratio", "keep_ratio", "new_tokens", "dense_tokens")
 
 
 def main() -> None:
@@ -276,8 +275,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--cap-share", type=float, default=0.6, help="of the checkpoint's size")
-    parser.add_argument("--neurons", type=float, default=0.25, help="share kept in every layer")
-    parser.add_argument("--keep", type=float, default=0.2, help="share of the image tokens kept")
+    parser.add_argument("--neuron-ratio", type=float, default=0.25, help="kept in every layer")
+    parser.add_argument("--keep-ratio", type=float, default=0.2, help="of the image tokens")
     parser.add_argument("--new-tokens", type=int, default=33)
     parser.add_argument("--dense-tokens", type=int, default=4, help="accelerate's new tokens")
     parser.add_argument("--pairs", type=int, default=2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from corematching import CoreMatching, Ratio
+from corematching import CoreMatching, GriffinScore, Ratio, TopNeurons
 from corematching.analyze import Rule, default_rules
 from corematching.analyze.layer import count_neurons, examine_layer, measure_influence
 from corematching.errors import ConfigError
@@ -51,7 +51,7 @@ def test_neurons_are_counted():
 
 
 def test_a_layer_is_examined_under_each_rule():
-    paper = Rule.of("paper", "Paper", CoreMatching.paper(rho=0.1, beta=0.5))
+    paper = Rule.of("paper", "Paper", CoreMatching.paper(top_ratio=0.1, neuron_ratio=0.5))
     found = examine_layer(make_layer(), [paper])
     scored = found.rules["paper"]
     assert scored.scores.tolist() == [2, 1, 0]
@@ -67,19 +67,22 @@ def test_a_layer_is_examined_under_each_rule():
 def test_default_rules_are_the_methods():
     paper, ours = default_rules()
     assert paper.method == CoreMatching.paper()
-    assert paper.token_score.name == "core-overlap" and paper.beta == 0.4
+    assert paper.token_score.name == "core-overlap" and paper.neuron_ratio == 0.4
     default = CoreMatching()
-    assert ours.token_score == default.tokens.score and ours.neuron_score == default.neurons.score
-    assert ours.beta < 1 and ours.budget == Ratio(default.keep)
+    assert ours.token_score == default.tokens.score and ours.neuron_score == GriffinScore()
+    assert ours.neuron_ratio < 1 and ours.budget == Ratio(default.keep_ratio)
     assert ours.to_dict()["method"] == ours.method.to_dict()
 
 
 def test_neurons_are_ranked_over_all_tokens():
-    rule = Rule.of("x", "X", CoreMatching.paper(neuron_score="paper"))
-    assert rule.neuron_score.parameters()["over"] == "all"
+    neurons = TopNeurons(score=GriffinScore(token_set="kept"))
+    rule = Rule.of("x", "X", CoreMatching(neurons=neurons))
+    assert rule.neuron_score.parameters()["token_set"] == "all"
 
 
-@pytest.mark.parametrize("nothing", ["token_score", "neuron_score"])
+@pytest.mark.parametrize("nothing", ["score", "neurons"])
 def test_a_method_that_keeps_everything_is_no_rule(nothing):
     with pytest.raises(ConfigError, match="both tokens and neurons"):
-        Rule.of("x", "X", CoreMatching(**{nothing: None}))
+        Rule.of("x", "X", CoreMatching(**{"neurons": TopNeurons(), nothing: None}))
+    with pytest.raises(ConfigError, match="such as CoreMatching"):
+        Rule.of("x", "X", CoreMatching())

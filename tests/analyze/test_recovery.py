@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from corematching import CoreMatching, Magnitude, Norm
+from corematching import CoreMatching, Magnitude, Norm, TopNeurons
 from corematching.analyze import Rule
 from corematching.analyze.recovery import (
     choose_neurons,
@@ -24,7 +24,10 @@ A = [
     [0.0, 0.0, 3.0, 0.0],  # text
 ]
 METHOD = CoreMatching(
-    token_score=Norm(), neuron_score=Magnitude(share=0.25), beta=0.5, keep=2, cover=0.5, firing=None
+    score=Norm(),
+    neurons=TopNeurons(0.5, score=Magnitude(top_ratio=0.25)),
+    keep_tokens=2,
+    cover=0.5,
 )
 RULE = Rule.of("norm", "Norm", METHOD)
 VIEW = make_view(["iiiit"], [A])
@@ -60,7 +63,9 @@ def test_recovery_of_a_whole_layer():
 
 
 def test_everything_leads_to_everything():
-    rule = Rule.of("all", "All", CoreMatching(token_score=Norm(), keep=1.0, beta=1.0))
+    rule = Rule.of(
+        "all", "All", CoreMatching(score=Norm(), keep_ratio=1.0, neurons=TopNeurons(1.0))
+    )
     found = recover(VIEW, rule, Norm()(VIEW), torch.Generator().manual_seed(0))
     assert set(vars(found).values()) == {1.0}
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from corematching import CoreMatching
+from corematching import CoreMatching, TopNeurons
 from corematching.analyze import Rule, StudyPlan, build_study_page, study_task, write_tables
 from corematching.analyze.study import average_layers, summarise
 from corematching.evaluate.measure import Bootstrap
@@ -14,7 +14,7 @@ from tests.analyze.pages import check_page
 
 RULES = (
     Rule.of("paper", "Paper", CoreMatching.paper(layer=1)),
-    Rule.of("ours", "Our default", CoreMatching(layer=1)),
+    Rule.of("ours", "Our default", CoreMatching(layer=1, neurons=TopNeurons())),
 )
 
 

@@ -22,7 +22,7 @@ from corematching.methods import method_from_text
 from tests.bench.conftest import IDLE_PEER
 
 TOKENS = 3
-SPARSE = "corematching:keep=0.25,beta=0.5,layer=1"
+SPARSE = "corematching:keep_ratio=0.25,neurons=top(0.5),layer=1"
 
 
 @pytest.fixture(autouse=True)

@@ -92,19 +92,30 @@ def test_too_short_a_prompt_is_refused():
         RandomWorkload(shape, model=None, text_tokens=2)
 
 
-def test_shares_by_hand_reach_every_layer():
+def test_ratios_by_hand_reach_every_layer():
     method = method_from_text(name_by_hand(0.2, 0.4))
     assert method.neurons.counts(4, 160) == (64,) * 4
     assert method.tokens.drop_after(4) == (1,)
     assert method_from_text(name_by_hand(None, 0.4)).tokens is None
     assert method_from_text(name_by_hand(0.2, None)).neurons is None
-    assert method_from_text(name_by_hand(0.2, 1.0, after=2)).tokens.drop_after(4) == (2,)
+    assert method_from_text(name_by_hand(0.2, 1.0, layer=2)).tokens.drop_after(4) == (2,)
     assert method_from_dict(method.to_dict()) == method
 
 
-def test_a_share_out_of_range_names_the_option():
-    with pytest.raises(ConfigError, match=r"--neurons 1.5"):
+def test_a_ratio_out_of_range_names_the_option():
+    with pytest.raises(ConfigError, match=r"--neuron-ratio 1.5"):
         name_by_hand(None, 1.5)
+    with pytest.raises(ConfigError, match="--keep-tokens=3 is that number"):
+        name_by_hand(3)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        name_by_hand(0.3, keep_tokens=3)
+
+
+def test_counts_and_rules_by_token():
+    method = method_from_text(name_by_hand(keep_tokens=7, neuron_ratio=0.4, active_ratio=0.5))
+    assert method.tokens.budget.keep_tokens == 7 and method.neurons.active_ratio == 0.5
+    assert method.neurons.counts(4, 160) == (64,) * 4
+    assert method_from_text(name_by_hand(active_ratio=0.5)).neurons.among is None
 
 
 SMALL = {

@@ -71,7 +71,7 @@ def test_tiny_shape_end_to_end(tmp_path):
     assert set(board) == KEYS and all(set(entry) >= ENTRY for entry in board["contenders"])
     names = [entry["name"] for entry in board["contenders"]]
     assert names[0] == "dense" and names[2] == "transformers_eager"
-    assert "keep=0.2" in names[1] and "beta=0.4" in names[1]
+    assert "keep_ratio=0.2" in names[1] and "neurons=top(ratio=0.4" in names[1]
     assert board["random_weights"] and board["prompt_tokens"] == 16 + 64
     assert board["dtype"] == "bfloat16"
     assert json.loads((out / "bench.json").read_text()) == board
@@ -80,18 +80,20 @@ def test_tiny_shape_end_to_end(tmp_path):
 
 
 def test_table_on_stdout(measure):
-    code, out, err = measure(*TINY, "--keep", "0.5", "--prompt-tokens", "8", "--batch", "2")
+    code, out, err = measure(*TINY, "--keep-ratio", "0.5", "--prompt-tokens", "8", "--batch", "2")
     assert code == 0, err
-    assert "| `dense` |" in out and "neuron_score=none" in out and "batch 2" in out
+    assert "| `dense` |" in out and "neurons=none" in out and "batch 2" in out
     assert "corematching bench --shape=tiny --batch=2 --new-tokens=3 --prompt-tokens=8" in out
 
 
 def test_a_model_through_its_own_processor(measure, tiny_vlm, tmp_path):
     arguments = ("--rounds", "1", "--new-tokens", "3", "--prompt-tokens", "60", "--force")
-    code, out, err = measure("bench", "--model", tiny_vlm, *arguments, "-M", "stride:keep=0.5")
+    code, out, err = measure(
+        "bench", "--model", tiny_vlm, *arguments, "-M", "stride:keep_ratio=0.5"
+    )
     assert code == 0, err
     board = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert [entry["name"] for entry in board["contenders"]] == ["dense", "stride:keep=0.5"]
+    assert [entry["name"] for entry in board["contenders"]] == ["dense", "stride:keep_ratio=0.5"]
     assert not board["random_weights"] and "RANDOM" not in out
     assert board["prompt_tokens"] >= 16 + 60
     assert board["contenders"][0]["parts"]["preprocessing"]["median"] > 0
@@ -117,8 +119,10 @@ def test_busy_machine_is_refused(measure, monkeypatch):
         (("--shape", "llava-1.5-7"), "did you mean 'llava-1.5-7b'"),
         (("--shape", "tiny", "--model", "x"), "exclude each other"),
         (("--shape", "tiny", "--method", "papper"), "did you mean 'paper'"),
-        (("--shape", "tiny", "--keep", "1.5"), "--keep 1.5 is outside"),
-        (("--shape", "tiny", "--after", "1"), "give --keep as well"),
+        (("--shape", "tiny", "--keep-ratio", "1.5"), "--keep-ratio=1.5: give a ratio"),
+        (("--shape", "tiny", "--keep-ratio", "7"), "--keep-tokens=7 is that number of tokens"),
+        (("--shape", "tiny", "--layer", "1"), "give --keep-ratio as well"),
+        (("--shape", "tiny", "--keep", "0.5", "--keep-ratio", "0.5"), "give --keep-ratio alone"),
         (("--shape", "tiny", "--dtype", "float31"), "did you mean 'float32'"),
         (("--shape", "tiny", "--peers", "vlm", "--peers-dir", PEERS), "did you mean 'vllm'"),
         (("--shape", "tiny", "--peers", "vllm", "--peers-dir", "/no"), "benchmarks/peers"),

@@ -65,5 +65,5 @@ def test_help_imports_no_torch():
         "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--neurons" in done.stdout
+    assert "--neuron-ratio" in done.stdout
     assert done.stdout.rstrip().endswith("[]")

@@ -39,7 +39,7 @@ def refused(result) -> str:
 
 
 def test_json_is_one_object(ask):
-    code, out, _ = ask("--json", "--keep", "0.25", "--after", "1", "--neurons", "0.5")
+    code, out, _ = ask("--json", "--keep-ratio", "0.25", "--layer", "1", "--neurons", "top(0.5)")
     assert code == 0
     result = json.loads(out)
     assert list(result) == ["answer", "model", "method", "report"]
@@ -47,21 +47,38 @@ def test_json_is_one_object(ask):
     assert sample["image_tokens"] == 16 and sample["kept_tokens"] == 4
     assert sum(sample["keep_mask"]) == 4 and sample["cut_layers"] == [1]
     assert sample["prefill_flops"] < sample["dense_prefill_flops"]
-    assert result["method"]["beta"] == 0.5 and result["method"]["keep"] == 0.25
+    assert result["method"]["neurons"]["ratio"] == 0.5
+    assert result["method"]["keep_ratio"] == 0.25
+    old = ask("--json", "--keep", "0.25", "--after", "1", "--neurons", "0.5")
+    assert json.loads(old[1])["method"] == result["method"] and "keep_ratio=0.25" in old[2]
+
+
+def test_one_token_and_all_of_them(ask):
+    for options, kept in ((("--keep-tokens", "1"), 1), (("--keep-ratio", "1"), 16)):
+        (sample,) = json.loads(ask("--json", *options)[1])["report"]["samples"]
+        assert sample["kept_tokens"] == kept
+
+
+def test_a_method_from_a_file(ask, tmp_path):
+    file = tmp_path / "method.json"
+    file.write_text('{"name": "fastv", "keep_tokens": 3, "layer": 0}')
+    result = json.loads(ask("--json", "--method", f"@{file}")[1])
+    assert result["method"] == {"name": "fastv", "keep_ratio": None, "keep_tokens": 3, "layer": 0}
+    assert result["report"]["samples"][0]["kept_tokens"] == 3
 
 
 def test_json_with_compare(ask):
-    result = json.loads(ask("--json", "--compare", "--keep", "0.25")[1])
+    result = json.loads(ask("--json", "--compare", "--keep-ratio", "0.25")[1])
     assert list(result) == ["answer", "dense_answer", "model", "method", "report"]
 
 
 def test_keeping_all_answers_as_dense(ask):
-    result = json.loads(ask("--json", "--compare", "--keep", "1", "--neurons", "1")[1])
+    result = json.loads(ask("--json", "--compare", "--keep-ratio", "1", "--neurons", "none")[1])
     assert result["answer"] == result["dense_answer"]
 
 
 def test_answer_and_table(ask):
-    code, out, _ = ask("--keep", "0.25", "--after", "0")
+    code, out, _ = ask("--keep-ratio", "0.25", "--layer", "0")
     assert code == 0
     assert re.search(r"image tokens +16 +4 +25 %", out)
     assert re.search(r"TTFT +- +[\d.]+ m?s", out)
@@ -84,14 +101,14 @@ def test_streamed_answer_is_the_answer(ask):
 
 def test_overlay_is_drawn(ask, tmp_path):
     path = tmp_path / "kept.png"
-    code, _, err = ask("--overlay", str(path), "--keep", "knee")
+    code, _, err = ask("--overlay", str(path), "--method", "paper")
     assert code == 0 and "overlay:" in err and "only the curve" not in err
     with Image.open(path) as drawn:
         assert drawn.format == "PNG"
 
 
 def test_two_pictures(ask, picture):
-    result = json.loads(ask("--json", "--image", str(picture), "--keep", "0.5")[1])
+    result = json.loads(ask("--json", "--image", str(picture), "--keep-ratio", "0.5")[1])
     assert result["report"]["samples"][0]["image_tokens"] == 32
 
 
@@ -122,11 +139,13 @@ def test_broken_picture(ask, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--keep", "1.5"), r"--keep 1\.5 is outside \(0, 1\]"),
-        (("--neurons", "0"), r"--neurons 0\.0 is outside \(0, 1\]"),
-        (("--tokens", "text-overlp"), "did you mean 'text-overlap'"),
+        (("--keep-ratio", "1.5"), r"--keep-ratio 1\.5 is outside \(0, 1\]"),
+        (("--keep-tokens", "0.5"), "--keep-tokens"),
+        (("--keep-ratio", "0.5", "--keep-tokens", "3"), "exclude each other"),
+        (("--neurons", "top(0)"), "ratio=0: give a ratio"),
+        (("--score", "text-overlp"), "did you mean 'text-overlap'"),
         (("--method", "papper"), "did you mean 'paper'"),
-        (("--after", "9"), "--after|layer"),
+        (("--layer", "9"), "layer"),
         (("--device", "nowhere"), "device 'nowhere' cannot be used"),
         (("--dtype", "float31"), "did you mean 'float32'"),
         (("--max-new-tokens", "0"), "max-new-tokens"),

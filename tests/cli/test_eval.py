@@ -25,14 +25,17 @@ def measure(tiny_vlm, tmp_path, capsys):
 
 
 def test_json_is_one_object(measure, tmp_path):
-    code, out, err = measure("--json", "--method", "corematching:keep=0.25,layer=1")
+    code, out, err = measure("--json", "--method", "corematching:keep_ratio=0.25,layer=1")
     assert code == 0, err
     board = json.loads(out)
     assert board == json.loads((tmp_path / "run" / "board.json").read_text())
-    assert [m["method"] for m in board["methods"]] == ["dense", "corematching:keep=0.25,layer=1"]
+    assert [m["method"] for m in board["methods"]] == [
+        "dense",
+        "corematching:keep_ratio=0.25,layer=1",
+    ]
     assert board["settings"]["questions"] == 6
     assert board["command"].startswith("corematching eval --model=")
-    assert "--method corematching:keep=0.25,layer=1" in board["command"]
+    assert "--method corematching:keep_ratio=0.25,layer=1" in board["command"]
 
 
 def test_table_and_resumed_run(measure, tmp_path):
@@ -46,7 +49,7 @@ def test_table_and_resumed_run(measure, tmp_path):
 
 
 def test_jobs_give_the_same_board(measure, tmp_path):
-    arguments = ("--json", "-M", "oracle:layer=1,keep=0.25", "-M", "griffin")
+    arguments = ("--json", "-M", "oracle:layer=1,keep_ratio=0.25", "-M", "griffin")
     alone = json.loads(measure(*arguments)[1])
     code, out, err = measure(*arguments, "--jobs", "2", out="shared")
     assert code == 0, err
@@ -78,10 +81,10 @@ def test_budgets_go_to_each_method_s_own_parameter(measure, tmp_path):
     assert code == 0, err
     board = json.loads(out)
     assert [m["method"] for m in board["methods"]][1:] == [
-        "stride:layer=1,keep=0.25",
-        "stride:layer=1,keep=0.5",
-        "griffin:beta=0.25",
-        "griffin:beta=0.5",
+        "stride:layer=1,keep_ratio=0.25",
+        "stride:layer=1,keep_ratio=0.5",
+        "griffin:neuron_ratio=0.25",
+        "griffin:neuron_ratio=0.5",
     ]
     assert [m["tokens_kept"]["mean"] for m in board["methods"]] == [1, 0.25, 0.5, 1, 1]
     assert [m["neurons_kept"] for m in board["methods"]] == pytest.approx([1, 1, 1, 0.25, 0.5])
@@ -106,12 +109,12 @@ def test_a_text_model_is_refused(measure, tiny_lm):
     ("arguments", "message"),
     [
         (("--method", "papper"), "did you mean 'paper'"),
-        (("--method", "random:kep=0.1"), "did you mean 'keep'"),
+        (("--method", "random:kep=0.1"), "did you mean 'keep_ratio'"),
         (("--method", "oracle:keep"), "write it as param=value"),
         (("--split", "/no/such"), "pass the folder of a SceneQA split"),
         (("--method", "released-code", "--budget", "0.1"), "run it without --budget"),
-        (("--method", "fastv:keep=0.3", "--budget", "0.1"), "which it states"),
-        (("--budget", "1.5"), "keep=1.5: give a share"),
+        (("--method", "fastv:keep_ratio=0.3", "--budget", "0.1"), "which it states"),
+        (("--budget", "1.5"), "keep_ratio=1.5: give a ratio"),
         (("--limit", "0"), "limit"),
         (("--batch", "0"), "batch"),
         (("--jobs", "0"), "jobs"),

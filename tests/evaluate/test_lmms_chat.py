@@ -20,7 +20,7 @@ from corematching.evaluate.lmms.settings import (
 from corematching.evaluate.lmms.turns import pictures_of, read_turns, user_turn
 from corematching.methods import method_from_text
 
-SPARSE = "corematching:keep=0.25;layer=1;beta=0.5;dense_first=1;dense_last=1"
+SPARSE = "corematching:keep_ratio=0.25;layer=1;neurons=top(0.5;dense_first=1;dense_last=1)"
 RED, GREEN, BLUE = (Image.new("RGB", (64, 64), color) for color in ("red", "green", "blue"))
 
 
@@ -41,14 +41,14 @@ class TestArguments:
     @pytest.mark.parametrize(
         "text",
         [
-            "random:keep=0.2;beta=0.5",
-            "random:keep=0.2,beta=0.5",
-            "'random:keep=0.2,beta=0.5'",
-            '"random:keep=0.2;beta=0.5"',
+            "random:keep_ratio=0.2;neuron_ratio=0.5",
+            "random:keep_ratio=0.2,neuron_ratio=0.5",
+            "'random:keep_ratio=0.2,neuron_ratio=0.5'",
+            '"random:keep_ratio=0.2;neuron_ratio=0.5"',
         ],
     )
     def test_method_takes_another_separator(self, text):
-        assert read_method(text) == method_from_text("random:keep=0.2,beta=0.5")
+        assert read_method(text) == method_from_text("random:keep_ratio=0.2,neuron_ratio=0.5")
 
     def test_unknown_method_names_the_nearest(self):
         with pytest.raises(ConfigError, match="corematching"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from corematching.errors import ConfigError
-from corematching.evaluate.oracle import BoxCoverage, oracle, rank_patches
+from corematching.evaluate.oracle import BoxCoverage, Oracle, rank_patches
 from corematching.methods import method_from_dict
 from corematching.protocol import PrefillView
 
@@ -35,7 +35,7 @@ def test_a_tiny_box_covers_the_patch_it_fills_most():
     assert found.sum() == 1 and found[2, 2]
 
 
-def test_every_object_gives_the_same_share():
+def test_every_object_gives_the_same_ratio():
     areas = [(0, 0, 0.5, 0.5), (0.75, 0.75, 1, 1)]
     scores = rank_patches(areas, 8).view(8, 8)
     top = scores > 0.74
@@ -62,31 +62,31 @@ def test_scores_stand_on_the_image_tokens():
 
 
 def test_all_that_is_covered_is_kept():
-    method = oracle()
+    method = Oracle()
     method.tokens.score.show([[(0, 0, 0.5, 1)], [(0, 0, 0.5, 0.5)]])
     choice = method.tokens.choose(view_of([[True] * 4 + [False]] * 2))
     assert choice.keep.tolist() == [[True, False, True, False, True], [True] + [False] * 3 + [True]]
 
 
-@pytest.mark.parametrize(("keep", "count"), [(0.5, 2), (3, 3)])
-def test_budgets(keep, count):
-    method = oracle(keep=keep)
+@pytest.mark.parametrize(("amount", "count"), [({"keep_ratio": 0.5}, 2), ({"keep_tokens": 3}, 3)])
+def test_budgets(amount, count):
+    method = Oracle(**amount)
     method.tokens.score.show([[(0, 0, 0.5, 0.5)]])
     assert method.tokens.choose(view_of([[True] * 4])).keep.sum() == count
 
 
 def test_a_scene_without_boxes_keeps_one():
-    method = oracle()
+    method = Oracle()
     method.tokens.score.show([[]])
     assert method.tokens.choose(view_of([[True] * 4])).keep.sum() == 1
 
 
 def test_neurons_are_dense_unless_asked():
-    assert oracle().neurons is None and oracle(beta=0.5).neurons is not None
+    assert Oracle().neurons is None and Oracle(neuron_ratio=0.5).neurons.among.ratio == 0.5
 
 
 def test_round_trip():
-    assert method_from_dict(oracle(keep=0.2).to_dict()) == oracle(keep=0.2)
+    assert method_from_dict(Oracle(keep_ratio=0.2).to_dict()) == Oracle(keep_ratio=0.2)
 
 
 def test_wrong_number_of_scenes():
@@ -103,4 +103,4 @@ def test_no_square():
 
 def test_several_layers_are_refused():
     with pytest.raises(ConfigError, match="give one layer"):
-        oracle(layer=(1, 2))
+        Oracle(layer=(1, 2))

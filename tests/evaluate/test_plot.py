@@ -32,6 +32,24 @@ ENTRIES = [
         ("ours:keep=0.3,beta=1", "tokens_kept", "ours:beta=1"),
         ("ours:keep=0.3,beta=1", "neurons_kept", "ours:keep=0.3"),
         ("ours:layer=[2,6], keep=0.3", "tokens_kept", "ours:layer=[2,6]"),
+        ("ours:keep_ratio=0.3,neurons=top(0.4)", "tokens_kept", "ours:neurons=top(0.4)"),
+        ("ours:keep_tokens=9,neurons=top(0.4)", "neurons_kept", "ours:keep_tokens=9,neurons=top"),
+        (
+            "ours:neurons=gate(0.5,among=top(ratio=0.4,dense_first=2))",
+            "neurons_kept",
+            "ours:neurons=gate(0.5,among=top(dense_first=2))",
+        ),
+        (
+            "ours:budget=knee(max_ratio=0.5,strict=false)",
+            "tokens_kept",
+            "ours:budget=knee(strict=false)",
+        ),
+        ("cats:active_ratio=0.5,token_set=all", "neurons_kept", "cats:token_set=all"),
+        (
+            '{"name": "fastv", "keep_ratio": 0.5}',
+            "tokens_kept",
+            '{"name": "fastv", "keep_ratio": 0.5}',
+        ),
     ],
 )
 def test_names(text, share, name):

@@ -29,8 +29,8 @@ from corematching.methods import method_by_name, method_names
 from corematching.runtime import is_attached
 from tests.evaluate.conftest import PLAN, write_split
 
-SPARSE = "corematching:keep=0.25,layer=1,beta=0.5,dense_first=1,dense_last=1,firing=none"
-TEXTS = [SPARSE, "oracle:layer=1", "random:keep=1.0,beta=1"]
+SPARSE = "corematching:keep_ratio=0.25,layer=1,neurons=top(0.5,dense_first=1,dense_last=1)"
+TEXTS = [SPARSE, "oracle:layer=1", "random:keep_ratio=1.0,neuron_ratio=1"]
 
 
 def without_times(board):
@@ -74,7 +74,7 @@ def test_dense_is_the_reference(board):
 
 
 def test_keeping_all_answers_as_dense(board):
-    entry = by_method(board[0])["random:keep=1.0,beta=1"]
+    entry = by_method(board[0])["random:keep_ratio=1.0,neuron_ratio=1"]
     assert entry["agreement"] == 1 and entry["kl"] == pytest.approx(0, abs=1e-7)
     assert entry["accuracy"]["value"] == 0.5
 
@@ -159,7 +159,7 @@ def test_batch_size_changes_no_answer(board, subject, task, tmp_path):
 
 def test_shared_prompts_change_no_answer(board, subject, task, tmp_path):
     plan = dataclasses.replace(PLAN, share=True)
-    texts = [*TEXTS, "griffin", "fastv:keep=0.25,layer=1", "cats"]
+    texts = [*TEXTS, "griffin", "fastv:keep_ratio=0.25,layer=1", "cats"]
     asked = []
     shared = evaluate(
         subject, task, make_methods(texts), tmp_path / "shared", plan, lambda *a: asked.append(a[0])
@@ -177,7 +177,13 @@ def test_shared_prompts_change_no_answer(board, subject, task, tmp_path):
 
 def test_more_methods_join_the_board(subject, task, tmp_path):
     evaluate(subject, task, make_methods(["oracle:layer=1"]), tmp_path, PLAN)
-    made = evaluate(subject, task, make_methods(["random:keep=0.5,layer=1,beta=1"]), tmp_path, PLAN)
+    made = evaluate(
+        subject,
+        task,
+        make_methods(["random:keep_ratio=0.5,layer=1,neuron_ratio=1"]),
+        tmp_path,
+        PLAN,
+    )
     assert len(made["methods"]) == 3
 
 

@@ -5,16 +5,17 @@ import json
 import pytest
 import torch
 
-from corematching import CoreMatching, Griffin, Magnitude, NeuronRule, Uniform
-from corematching.errors import ConfigError
-from corematching.methods import (
-    Sparsifier,
-    gated_rule,
-    method_from_dict,
-    method_from_text,
-    text_at_budget,
+from corematching import (
+    CoreMatching,
+    GateThreshold,
+    GriffinScore,
+    Magnitude,
+    NeuronRule,
+    TopNeurons,
+    Uniform,
 )
-from corematching.methods.gated_rule import GatedRule
+from corematching.errors import ConfigError
+from corematching.methods import Sparsifier, gate_threshold, method_from_dict, method_from_text
 from corematching.protocol import ACTIVATIONS, GATE, KEPT, NeuronPolicy
 from tests.models import build, make_inputs
 from tests.policy.views import make_view, show_rows
@@ -22,61 +23,71 @@ from tests.policy.views import make_view, show_rows
 
 def test_on_by_default_and_not_in_the_paper():
     for method in (CoreMatching(), method_from_text("corematching")):
-        assert isinstance(method.neurons, GatedRule) and method.neurons.decode_share < 0.75
-    for method in (CoreMatching.paper(), CoreMatching(firing=None), method_from_text("random")):
-        assert method.firing is None and type(method.neurons) is NeuronRule
-        assert not hasattr(method.neurons, "decode_share")
+        assert isinstance(method.neurons, GateThreshold) and method.neurons.decode_share < 0.75
+    for method in (CoreMatching.paper(), method_from_text("random")):
+        assert type(method.neurons) is NeuronRule and not hasattr(method.neurons, "decode_share")
+    assert not hasattr(TopNeurons(), "decode_share")
 
 
 def test_policy():
-    method = method_from_text("corematching:firing=0.25,beta=0.5")
-    rule, plain = method.neurons, CoreMatching(beta=0.5, firing=None).neurons
+    method = method_from_text("corematching:neurons=gate(0.25,among=top(0.5))")
+    rule, plain = method.neurons, TopNeurons(0.5)
     assert isinstance(rule, NeuronPolicy) and rule.per_token and rule.decode_share == 0.5
-    assert rule == GatedRule(plain.score, plain.schedule, plain.compensate, 0.25)
+    assert rule == GateThreshold(0.25, among=plain)
     assert rule.counts(32, 96) == plain.counts(32, 96)
-    assert rule.needs == {ACTIVATIONS, GATE}
-    assert CoreMatching(firing=0.5, over="kept").neurons.needs == {ACTIVATIONS, GATE, KEPT}
+    assert GateThreshold().counts(3, 96) == (96,) * 3
+    assert rule.needs == GateThreshold().needs == {ACTIVATIONS, GATE}
+    kept = TopNeurons(score=GriffinScore(token_set="kept"))
+    assert GateThreshold(among=kept).needs == {ACTIVATIONS, GATE, KEPT}
     assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
-    assert GatedRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
-    assert text_at_budget("corematching:firing=0.25,token_score=none", 0.4).endswith(",beta=0.4")
+    assert GateThreshold.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+
+
+def gate(score, ratio, **params):
+    """The gate's rule among neurons that a score chose."""
+    return GateThreshold(among=NeuronRule(score, Uniform(ratio, multiple=1)), **params)
 
 
 def test_by_hand():
     # neurons 1 and 3 are core; their gates on the text tokens are -2, -4, 7, 5
     activations = torch.tensor([[[0.0, 9, 0, -9], [0, 9, 1, 9], [1, 0, 0, 0]]])
-    gate = torch.tensor([[[99.0, -2, 99, -4], [99, 7, 99, 5], [99, 99, 99, 99]]])
-    view = make_view(["tti"], activations, gate=show_rows(gate))
-    rule = GatedRule(Magnitude(share=0.5), Uniform(0.5, multiple=1), firing=0.5)
+    values = torch.tensor([[[99.0, -2, 99, -4], [99, 7, 99, 5], [99, 99, 99, 99]]])
+    view = make_view(["tti"], activations, gate=show_rows(values))
+    rule = gate(Magnitude(top_ratio=0.5), 0.5, active_ratio=0.5)
     choice = rule.choose(view, 2)
     assert choice.gate_threshold is None  # it waits for the first token
     assert choice.settle() is choice and choice.later is None
     assert choice.indices.tolist() == [[1, 3]] and choice.mean is None
-    fires = gate[0, :2, [1, 3]].abs() >= choice.gate_threshold
+    fires = values[0, :2, [1, 3]].abs() >= choice.gate_threshold
     assert fires.tolist() == [[False, False], [True, True]]
     assert choice.input_threshold is None and choice.output_threshold is None
     # the image token's gates (99, 99) count too: the largest half are 99, 99, 7
-    every = GatedRule(Magnitude(share=0.5), Uniform(0.5), firing=0.5, calibrate_over="all")
+    every = gate(Magnitude(top_ratio=0.5), 0.5, active_ratio=0.5, token_set="all")
     assert 5 < float(every.choose(view, 2).settle().gate_threshold) <= 7
-    full = GatedRule(Magnitude(share=0.5), Uniform(0.5), firing=1.0).choose(view, 2).settle()
+    full = gate(Magnitude(top_ratio=0.5), 0.5, active_ratio=1.0).choose(view, 2).settle()
     assert full.gate_threshold.tolist() == [0]
 
 
 def test_large_gates_do_not_wait(monkeypatch):
     view = make_view(["tt"], torch.ones(1, 2, 4), gate=show_rows(torch.rand(1, 2, 4)))
-    rule = GatedRule(Magnitude(share=0.5), Uniform(0.5), firing=0.5)
-    monkeypatch.setattr(gated_rule, "MOST_KEPT", 7)
+    rule = gate(Magnitude(top_ratio=0.5), 0.5, active_ratio=0.5)
+    monkeypatch.setattr(gate_threshold, "MOST_KEPT", 7)
     choice = rule.choose(view, 2)
     assert choice.later is None and choice.gate_threshold.shape == (1,)
 
 
 def test_a_layer_that_keeps_all_is_gated_without_a_score():
-    class Unused(Griffin):
+    class Unused(GriffinScore):
         def score(self, view):
             raise AssertionError("no choice to make")
 
-    gate = torch.tensor([[[1.0, -2, 3, -4]], [[-8.0, 7, 6, 5]]])
-    view = make_view(["t", "t"], torch.zeros(2, 1, 4), gate=show_rows(gate))
-    choice = GatedRule(Unused(), Uniform(1.0), compensate=True, firing=0.5).choose(view, 4).settle()
+    values = torch.tensor([[[1.0, -2, 3, -4]], [[-8.0, 7, 6, 5]]])
+    view = make_view(["t", "t"], torch.zeros(2, 1, 4), gate=show_rows(values))
+    for rule in (gate(Unused(), 1.0, active_ratio=0.5), GateThreshold(0.5)):
+        check_halves(rule.choose(view, 4).settle(), values)
+
+
+def check_halves(choice, gate):
     assert choice.indices.tolist() == [[0, 1, 2, 3]] * 2 and choice.mean is None
     assert (gate[:, 0].abs() >= choice.gate_threshold[:, None]).tolist() == [
         [False, False, True, True],
@@ -87,23 +98,22 @@ def test_a_layer_that_keeps_all_is_gated_without_a_score():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("firing=0", r"firing=0: give a share in \(0, 1\]"),
-        ("firing=1.5", "firing=1.5"),
-        ("firing=true", "firing=True"),
-        ("fireing=0.5", "did you mean 'firing'"),
+        ("gate(0)", r"active_ratio=0: give a ratio in \(0, 1\]"),
+        ("gate(1.5)", "active_ratio=1.5"),
+        ("gate(true)", "active_ratio=True"),
+        ("gate(activ_ratio=0.5)", "did you mean 'active_ratio'"),
+        ("gate(token_set=txt)", "did you mean 'text'"),
+        ("gate(among=gate)", "give TopNeurons, a NeuronRule or None"),
     ],
 )
 def test_wrong_text_is_refused_with_the_fix(text, message):
     with pytest.raises(ConfigError, match=message):
-        method_from_text(f"corematching:{text}")
+        method_from_text(f"corematching:neurons={text}")
 
 
-def test_wrong_rules_are_refused():
-    with pytest.raises(ConfigError, match="did you mean 'text'"):
-        GatedRule(Griffin(), Uniform(0.5), calibrate_over="txt")
-    rule = GatedRule(Griffin(), Uniform(0.5))
+def test_a_view_without_a_gate_is_refused():
     with pytest.raises(ConfigError, match="in the policy's needs"):
-        rule.choose(make_view(["itt"], torch.rand(1, 3, 4)), 2)
+        GateThreshold().choose(make_view(["itt"], torch.rand(1, 3, 4)), 4)
 
 
 def masked_forward(mlp, choice):
@@ -137,7 +147,9 @@ SETTINGS = {
 def test_decoding_is_what_masks_give(engine):
     model = build("llava")
     inputs = make_inputs("llava", model, batch=2)
-    method = CoreMatching(token_score=None, beta=0.5, firing=0.4, dense_first=1, dense_last=1)
+    method = CoreMatching(
+        score=None, neurons=GateThreshold(0.4, among=TopNeurons(0.5, dense_first=1, dense_last=1))
+    )
     with torch.no_grad(), method(model, engine=engine) as work:
         ours = model.generate(**inputs, **SETTINGS)
         choices = work._engine.records[-1].selection.neurons
@@ -182,7 +194,9 @@ def count_firing(model, choices, inputs):
 def test_bytes_are_those_of_the_gate_and_of_what_fired():
     model = build("llama")
     inputs = make_inputs("llama", model)
-    method = CoreMatching(token_score=None, beta=0.5, firing=0.4, dense_first=1, dense_last=1)
+    method = CoreMatching(
+        score=None, neurons=GateThreshold(0.4, among=TopNeurons(0.5, dense_first=1, dense_last=1))
+    )
     with torch.no_grad(), method(model) as work:
         model.generate(**inputs, **SETTINGS)
         choices, report = work._engine.records[-1].selection.neurons, work.report
@@ -199,13 +213,13 @@ def test_passing_everything_is_the_plain_rule():
     model = build("llava")
     inputs = make_inputs("llava", model, batch=2)
     found = []
-    for firing in (None, 1.0):
-        with torch.no_grad(), CoreMatching(firing=firing, beta=0.5)(model):
+    for neurons in (TopNeurons(0.5), GateThreshold(1.0, among=TopNeurons(0.5))):
+        with torch.no_grad(), CoreMatching(neurons=neurons)(model):
             found.append(model.generate(**inputs, **SETTINGS).sequences)
     assert found[0].equal(found[1])
 
 
 def test_without_an_answer_of_its_own_the_rule_composes():
-    rule = GatedRule(Griffin(), Uniform(0.5), firing=0.3)
+    rule = gate(GriffinScore(), 0.5, active_ratio=0.3)
     method = Sparsifier(neurons=rule)
     assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method

@@ -3,20 +3,30 @@
 import pytest
 import torch
 
-from corematching import CoreMatching, Griffin, NeuronRule, Ratio, Sparsifier, TokenRule, Uniform
+from corematching import (
+    CoreMatching,
+    GateThreshold,
+    GriffinScore,
+    NeuronRule,
+    Ratio,
+    Sparsifier,
+    TokenRule,
+    TopNeurons,
+    Uniform,
+)
 from corematching.errors import ConfigError
 from corematching.policy import Norm
-from corematching.protocol import ACTIVATIONS, KEPT
+from corematching.protocol import ACTIVATIONS, GATE, KEPT
 from tests.models import build, image_mask, make_inputs
 
 
 def test_needs():
-    assert NeuronRule(Griffin(over="kept"), Uniform(0.5)).needs == {ACTIVATIONS, KEPT}
-    ours = CoreMatching(over="kept")
-    assert ours.neurons.score == Griffin(over="kept") and ours.tokens == CoreMatching().tokens
-    assert CoreMatching().neurons.score == Griffin(over="all")
+    assert NeuronRule(GriffinScore(token_set="kept"), Uniform(0.5)).needs == {ACTIVATIONS, KEPT}
+    ours = TopNeurons(score=GriffinScore(token_set="kept"))
+    assert ours.needs == GateThreshold(among=ours).needs - {GATE} == {ACTIVATIONS, KEPT}
+    assert TopNeurons().needs == {ACTIVATIONS}
     with pytest.raises(ConfigError, match="did you mean 'kept'"):
-        CoreMatching(over="keept")
+        GriffinScore(token_set="keept")
 
 
 @pytest.mark.parametrize("after", [(1,), (0, 2)])
@@ -25,7 +35,7 @@ def test_layers_before_the_cut_are_ranked_over_core_tokens(after):
     inputs = make_inputs("llava", model, batch=2)
     tokens = TokenRule(Norm(), Ratio(0.5), after)
     methods = [
-        Sparsifier(tokens, NeuronRule(Griffin(over=over), Uniform(0.5, multiple=1)))
+        Sparsifier(tokens, NeuronRule(GriffinScore(token_set=over), Uniform(0.5, multiple=1)))
         for over in ("all", "kept")
     ]
     activations = []
@@ -58,6 +68,7 @@ def test_layers_before_the_cut_are_ranked_over_core_tokens(after):
 def test_a_prompt_without_an_image_keeps_all():
     model = build("llava")
     inputs = make_inputs("llava", model, images=0)
-    with torch.no_grad(), CoreMatching(over="kept", layer=1)(model) as work:
+    neurons = TopNeurons(score=GriffinScore(token_set="kept"))
+    with torch.no_grad(), CoreMatching(layer=1, neurons=neurons)(model) as work:
         model(**inputs)
         assert work._engine.records[-1].selection.neurons

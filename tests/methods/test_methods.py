@@ -1,9 +1,10 @@
 """Methods: composed, by name, to JSON and back, on a model and off again."""
 
 import json
+import pickle
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,21 +16,30 @@ from corematching import (
     CoreOverlap,
     Count,
     DenseEnds,
+    GateThreshold,
     Griffin,
+    GriffinScore,
     Knee,
+    Magnitude,
     NeuronRule,
+    Norm,
     Paper,
+    PaperScore,
     Ratio,
     Sparsifier,
+    StagedRule,
     TextOverlap,
     TokenRule,
+    TopNeurons,
     Uniform,
     method_by_name,
     method_from_dict,
     method_names,
 )
 from corematching.errors import AlreadyInstalledError, ConfigError
-from corematching.methods import METHODS, method_from_text, register_method
+from corematching.methods import BaseMethod, method_from_text
+from corematching.methods.corematching import STAGES
+from corematching.policy.component import REGISTRY
 from corematching.protocol import VisionView
 from corematching.runtime import is_attached
 from tests.models import build
@@ -43,64 +53,123 @@ def model():
 
 def test_paper_is_the_published_rule():
     paper = CoreMatching.paper()
-    assert paper.tokens == TokenRule(CoreOverlap(rho=0.2, beta=0.4), Knee(strict=True), (6 / 32,))
+    assert paper == Paper() == method_by_name("paper")
+    score = CoreOverlap(top_ratio=0.2, core_ratio=0.4)
+    assert paper.tokens == TokenRule(score, Knee(strict=True), (6 / 32,))
     schedule = DenseEnds(0.4, first=6 / 32, last=5 / 32, multiple=1)
-    assert paper.neurons == NeuronRule(Paper(rho=0.2), schedule, compensate=False)
+    assert paper.neurons == NeuronRule(PaperScore(top_ratio=0.2), schedule, compensate=False)
     assert paper.tokens.drop_after(32) == (5,)
     counts = paper.neurons.counts(32, 11008)
     assert counts == (11008,) * 6 + (4403,) * 21 + (11008,) * 5
 
 
 def test_paper_takes_changes():
-    assert CoreMatching.paper(beta=0.3).beta == 0.3
-    assert CoreMatching.paper(beta=0.3).tokens.score == CoreOverlap(rho=0.2, beta=0.3)
+    changed = CoreMatching.paper(neuron_ratio=0.3, top_ratio=0.1)
+    assert changed.tokens.score == CoreOverlap(top_ratio=0.1, core_ratio=0.3)
+    assert changed.neurons.score == PaperScore(0.1) and changed.neurons.schedule.ratio == 0.3
+    assert CoreMatching.paper(keep_tokens=7).tokens.budget == Count(7)
+    assert len(CoreMatching.paper(keep_ratio=0.2, layer=(0.1, 0.3)).tokens.budgets) == 2
 
 
 def test_default_is_not_the_paper_and_says_how():
     ours = CoreMatching()
     assert ours != CoreMatching.paper()
-    assert isinstance(ours.tokens.score, TextOverlap) and isinstance(ours.neurons.score, Griffin)
-    assert ours.neurons.compensate and ours.neurons.decode_share < 1
+    assert isinstance(ours.tokens.score, TextOverlap) and ours.neurons == GateThreshold(0.6)
+    assert ours.neurons.decode_share < 1 and TopNeurons().rule.compensate
     assert ours.tokens.proportional and not CoreMatching.paper().tokens.proportional
 
 
-@pytest.mark.parametrize(("keep", "budget"), [(0.25, Ratio(0.25)), (64, Count(64)), (None, Knee())])
-def test_keep_means_share_count_or_knee(keep, budget):
-    assert CoreMatching(keep=keep, cover=0.0).tokens.budget == budget
+@pytest.mark.parametrize(
+    ("amount", "budget"),
+    [
+        ({}, Ratio(0.3, cover=0.9)),
+        ({"keep_ratio": 0.25}, Ratio(0.25, cover=0.9)),
+        ({"keep_ratio": 1}, Ratio(1.0, cover=0.9)),
+        ({"keep_tokens": 1}, Count(1, cover=0.9)),
+        ({"keep_tokens": 64, "cover": 0.0}, Count(64)),
+        ({"budget": Knee(max_ratio=0.5)}, Knee(max_ratio=0.5)),
+        ({"budget": "knee"}, Knee()),
+        ({"budget": Ratio(0.3, min_tokens=16)}, Ratio(0.3, min_tokens=16)),
+    ],
+)
+def test_amounts_of_tokens(amount, budget):
+    assert CoreMatching(**amount).tokens.budget == budget
 
 
-def test_cover_reaches_the_budget():
-    assert CoreMatching(cover=0.4).tokens.budget.cover == 0.4
-    assert CoreMatching.paper().tokens.budget.cover == 0
+def test_a_ratio_of_one_is_all_and_a_float_in_every_spelling():
+    methods = [CoreMatching(keep_ratio=1), method_from_text("corematching:keep_ratio=1")]
+    for method in [*methods, method_from_dict({"name": "corematching", "keep_ratio": 1})]:
+        assert method == CoreMatching(keep_ratio=1.0) and type(method.keep_ratio) is float
 
 
-def test_rho_and_beta_reach_the_scores():
-    method = CoreMatching(token_score="core-overlap", neuron_score="magnitude", rho=0.1, beta=0.5)
-    assert method.tokens.score == CoreOverlap(rho=0.1, beta=0.5)
-    assert method.neurons.score.share == 0.1 and method.neurons.schedule.share == 0.5
-
-
-def test_a_score_may_be_an_object():
+def test_scores_and_rules_may_be_objects_or_names():
     score = TextOverlap(rarity=1.0)
-    assert CoreMatching(token_score=score).tokens.score is score
+    assert CoreMatching(score=score).tokens.score is score
+    assert CoreMatching(score="norm").tokens.score == Norm()
+    assert TopNeurons(score="magnitude").rule.score == Magnitude()
+    assert CoreMatching(neurons=NeuronRule(Magnitude(), Uniform(0.5))).neurons.schedule.ratio == 0.5
 
 
 def test_either_half_may_be_none():
-    assert CoreMatching(token_score=None).tokens is None
-    assert CoreMatching(neuron_score=None).neurons is None
+    assert CoreMatching(score=None).tokens is None
+    assert CoreMatching(neurons=None).neurons is None
     assert Sparsifier().tokens is None and Sparsifier().neurons is None
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"keep_ratio": 0.3, "keep_tokens": 64}, "exclude each other: give one"),
+        ({"keep_ratio": 64}, "give a ratio in .*keep_tokens=64 is that number"),
+        ({"keep_tokens": 0.3}, "whole number of at least 1; keep_ratio=0.3 is that ratio"),
+        ({"keep_tokens": True}, "keep_tokens=True"),
+        ({"keep_ratio": True}, "keep_ratio=True"),
+        ({"budget": Knee(), "keep_ratio": 0.3}, "budget says .* leave out keep_ratio"),
+        ({"budget": Knee(), "cover": 0.5}, "cover is a parameter of the budget: leave out cover"),
+        ({"score": None, "keep_ratio": 0.3}, "score=None keeps all tokens: leave out keep_ratio"),
+        ({"score": None, "layer": 2, "cover": 0.5}, "leave out layer, cover"),
+        ({"score": None, "proportional": False}, "leave out proportional"),
+        ({"taper": 0.5}, "taper is for several layers .* leave out taper"),
+        ({"layer": (1, 2), "keep_tokens": (4, 2), "taper": 0.5}, "leave out taper"),
+        ({"score": Griffin()}, "give a TokenScore"),
+        ({"neurons": Griffin()}, "give a NeuronPolicy"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(params, message):
+    with pytest.raises(ConfigError, match=message):
+        CoreMatching(**params)
+
+
+@pytest.mark.parametrize("rule", [GateThreshold, TopNeurons])
+def test_rules_take_only_what_applies_to_them(rule):
+    other = {"ratio": 0.5} if rule is GateThreshold else {"active_ratio": 0.5}
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        rule(**other)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        CoreMatching(dense_frist=2)
+
+
+def test_a_method_in_a_score_s_place_gets_the_score_s_name():
+    with pytest.raises(ConfigError, match=r"give a NeuronScore, such as GriffinScore\(\)"):
+        NeuronRule(Griffin(), Uniform(0.5))
 
 
 @pytest.mark.parametrize(
     "method",
     [
         CoreMatching(),
-        CoreMatching(layer=(2, 0.5), keep=32, floor=0.1, ceiling=64),
-        CoreMatching(token_score=TextOverlap(rarity=0.5), neuron_score=Griffin(over="text")),
+        CoreMatching(layer=(2, 0.5), keep_tokens=32, taper=0.25),
+        CoreMatching(layer=(2, 3), budget=(Ratio(0.5, min_tokens=9), Count(4))),
+        CoreMatching(score=TextOverlap(rarity=0.5), neurons=None, budget=Knee(max_tokens=64)),
+        CoreMatching(score=None, neurons=GateThreshold(0.5, among=TopNeurons(0.4, dense_first=2))),
+        CoreMatching(neurons=TopNeurons(score=GriffinScore(token_set="text"), compensate=False)),
+        CoreMatching(neurons=GateThreshold(among=NeuronRule(PaperScore(), Uniform(0.5)))),
         CoreMatching.paper(),
+        CoreMatching.paper(keep_ratio=(0.5, 0.2), layer=(0.1, 0.3)),
         Sparsifier(),
-        Sparsifier(TokenRule(CoreOverlap(), Knee(floor=0.1), (1, 0.5)), None),
-        Sparsifier(None, NeuronRule(Paper(), Uniform(0.5), compensate=True)),
+        Sparsifier(TokenRule(CoreOverlap(), Knee(min_ratio=0.1), (1, 0.5)), None),
+        Sparsifier(StagedRule(CoreOverlap(), (Ratio(0.5), Count(9)), (1, 0.5))),
+        Sparsifier(None, NeuronRule(PaperScore(), Uniform(0.5), compensate=True)),
         *(method_by_name(name) for name in method_names()),
     ],
     ids=lambda method: method.name,
@@ -145,67 +214,43 @@ def test_every_named_method_chooses(name):  # the oracle needs the scenes that a
         assert (indices.diff(dim=1) > 0).all() and indices.max() < 32
 
 
-def test_methods_by_text():
-    assert method_from_text("corematching") == CoreMatching()
-    assert method_from_text("paper:beta=0.5, keep=0.2") == CoreMatching.paper(beta=0.5, keep=0.2)
-    assert method_from_text("corematching:layer=[2,6],keep=none,token_score=norm") == CoreMatching(
-        layer=(2, 6), keep=None, token_score="norm"
-    )
-
-
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("corematchin", "did you mean 'corematching'"),
-        ("corematching:bata=0.3", "did you mean 'beta'"),
-        ("paper:bata=0.3", "did you mean 'beta'"),
-        ("dense:beta=0.3", "unknown parameter"),
-        ("corematching:beta", "param=value"),
-        ("corematching:keep=1.5", r"keep=1.5: give a share as a float in \(0, 1\]"),
-        ("corematching:keep=0", "keep=0"),
-        ("corematching:rho=0", r"rho=0: give a share in \(0, 1\]"),
-        ("corematching:beta=2", "beta=2"),
-        ("corematching:token_score=core-overlop", "did you mean 'core-overlap'"),
-        ("corematching:neuron_score=grifin", "did you mean 'griffin'"),
-        ("corematching:layer=-2", "layer=-2"),
-        ("corematching:layer=1.0", "layer=1.0"),
-        ("corematching:dense_first=-1", "dense_first=-1"),
-        ("corematching:floor=0.5,ceiling=0.2", "floor=0.5 is above ceiling=0.2"),
-        ("corematching:compensate=1", "compensate=1"),
-        ("corematching:multiple=0", "multiple=0"),
-    ],
-)
-def test_wrong_text_is_refused_with_the_fix(text, message):
-    with pytest.raises(ConfigError, match=message):
-        method_from_text(text)
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: Sparsifier(tokens="norm"), lambda: Sparsifier(neurons=Griffin())]
+    "make", [lambda: Sparsifier(tokens="norm"), lambda: Sparsifier(neurons=GriffinScore())]
 )
 def test_what_is_no_policy_is_refused(make):
     with pytest.raises(ConfigError, match="Policy"):
         make()
 
 
-def test_another_method_is_one_function():
+def test_another_method_is_one_class():
     try:
 
-        @register_method("first-ones")
-        def first_ones(share: float = 0.5) -> Sparsifier:
-            return Sparsifier(neurons=NeuronRule(Griffin(), Uniform(share)))
+        @dataclass(frozen=True)
+        class FirstOnes(BaseMethod, name="first-ones"):
+            neuron_ratio: float = field(default=0.5, metadata={"help": "ratio of neurons"})
 
-        assert method_from_text("first-ones:share=0.25") == first_ones(0.25)
+            def make_neurons(self):
+                return NeuronRule(GriffinScore(), Uniform(self.neuron_ratio))
+
+        method = method_from_text("first-ones:neuron_ratio=0.25")
+        assert method == FirstOnes(0.25) and method.tokens is None
+        assert method.neurons.schedule.ratio == 0.25 and "first-ones" in method_names()
+        assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
         with pytest.raises(ConfigError, match="taken"):
-            register_method("first-ones")(Sparsifier)
+
+            class Second(BaseMethod, name="first-ones"):
+                pass
     finally:
-        METHODS.pop("first-ones", None)
+        REGISTRY["method"].pop("first-ones", None)
 
 
 def test_methods_are_values():
     assert CoreMatching() == CoreMatching() and hash(CoreMatching()) == hash(CoreMatching())
-    assert replace(CoreMatching(), beta=0.5).neurons.schedule.share == 0.5
-    assert all(field.metadata.get("help") for field in fields(CoreMatching))
+    assert replace(CoreMatching(), neurons=TopNeurons(0.5)).neurons.ratio == 0.5
+    assert replace(CoreMatching(), keep_ratio=0.1).tokens.after == STAGES
+    same = pickle.loads(pickle.dumps(CoreMatching(keep_tokens=3)))
+    assert same == CoreMatching(keep_tokens=3) and same.tokens == CoreMatching(keep_tokens=3).tokens
+    assert all(item.metadata.get("help") for item in fields(CoreMatching))
 
 
 def test_with_block_installs_and_removes(model):

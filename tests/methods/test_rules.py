@@ -8,12 +8,12 @@ import torch
 from corematching import (
     Count,
     DenseEnds,
-    Griffin,
+    GriffinScore,
     Knee,
     Magnitude,
     NeuronRule,
     Norm,
-    Paper,
+    PaperScore,
     RandomTokens,
     Ratio,
     TokenRule,
@@ -31,7 +31,7 @@ def norms(*sizes):
 
 def test_rules_are_policies():
     assert isinstance(TokenRule(Norm(), Ratio(0.5)), TokenPolicy)
-    assert isinstance(NeuronRule(Griffin(), Uniform(0.5)), NeuronPolicy)
+    assert isinstance(NeuronRule(GriffinScore(), Uniform(0.5)), NeuronPolicy)
 
 
 def test_token_rule_keeps_text_and_the_best_image_tokens():
@@ -91,17 +91,17 @@ def test_input_of_the_first_layer_only_for_scores_that_read_no_layer():
 def test_neuron_rule_by_hand():
     a = [[[3.0, -4.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0], [6.0, 0.0, 8.0, 0.0]]]
     view = make_view(["tit"], a)
-    bare = NeuronRule(Griffin(), Uniform(0.5, multiple=1)).choose(view, 2)
+    bare = NeuronRule(GriffinScore(), Uniform(0.5, multiple=1)).choose(view, 2)
     assert bare.indices is None  # the ranking waits for the first token
     bare.settle()
     assert bare.indices.tolist() == [[0, 2]] and bare.mean is None
-    with_mean = NeuronRule(Griffin(), Uniform(0.5), compensate=True).choose(view, 2).settle()
+    with_mean = NeuronRule(GriffinScore(), Uniform(0.5), compensate=True).choose(view, 2).settle()
     assert with_mean.mean is not None
     torch.testing.assert_close(with_mean.mean, torch.tensor([[0.0, -4 / 3, 0.0, 0.0]]))
 
 
 def test_neuron_rule_counts():
-    rule = NeuronRule(Paper(), DenseEnds(0.5, first=1, last=1))
+    rule = NeuronRule(PaperScore(), DenseEnds(0.5, first=1, last=1))
     assert rule.counts(4, 96) == (96, 48, 48, 96)
     assert rule.needs == {ACTIVATIONS}
 

@@ -1,27 +1,40 @@
 """Methods at a budget, by text."""
 
+from dataclasses import dataclass, field
+
 import pytest
 
 from corematching.errors import ConfigError
 from corematching.evaluate import make_methods
-from corematching.methods import METHODS, method_from_text, register_method, text_at_budget
+from corematching.methods import BaseMethod, method_from_text, method_names, text_at_budget
+from corematching.policy.component import REGISTRY
+
+FIXED = ("dense", "released-code", "sparsifier")
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("fastv", "fastv:keep=0.1"),
-        ("fastv:layer=2", "fastv:layer=2,keep=0.1"),
-        ("pyramiddrop:layer=[1,2,3]", "pyramiddrop:layer=[1,2,3],keep=0.1"),
-        ("corematching:layer=[0.1,0.3]", "corematching:layer=[0.1,0.3],keep=0.1"),
-        ("griffin", "griffin:beta=0.1"),
-        ("teal", "teal:beta=0.1"),
-        ("prumerge", "prumerge:keep=0.1"),
-        ("corematching", "corematching:keep=0.1"),
-        ("corematching:token_score=none", "corematching:token_score=none,beta=0.1,firing=none"),
-        ("corematching:keep=0.5,firing=0.4", "corematching:keep=0.5,firing=0.4,beta=0.1"),
-        ("random:keep=1.0", "random:keep=1.0,beta=0.1"),
-        ("oracle:beta=0.5", "oracle:beta=0.5,keep=0.1"),
+        ("fastv", "fastv:keep_ratio=0.1"),
+        ("fastv:layer=2", "fastv:layer=2,keep_ratio=0.1"),
+        ("pyramiddrop:layer=[1,2,3]", "pyramiddrop:layer=[1,2,3],keep_ratio=0.1"),
+        ("corematching:layer=[0.1,0.3]", "corematching:layer=[0.1,0.3],keep_ratio=0.1"),
+        ("griffin", "griffin:neuron_ratio=0.1"),
+        ("teal", "teal:active_ratio=0.1"),
+        ("prumerge", "prumerge:keep_ratio=0.1"),
+        ("corematching", "corematching:keep_ratio=0.1"),
+        ("corematching:score=none", "corematching:score=none,neurons=top(ratio=0.1)"),
+        ("corematching:keep_tokens=64", "corematching:keep_tokens=64,neurons=top(ratio=0.1)"),
+        ("corematching:budget=knee", "corematching:budget=knee,neurons=top(ratio=0.1)"),
+        (
+            "corematching:keep_ratio=0.5,neurons=gate(0.4,among=top(dense_first=0))",
+            "corematching:keep_ratio=0.5,"
+            "neurons=gate(active_ratio=0.4,among=top(dense_first=0,ratio=0.1))",
+        ),
+        ("random:keep_ratio=1.0", "random:keep_ratio=1.0,neuron_ratio=0.1"),
+        ("oracle:neuron_ratio=0.5", "oracle:neuron_ratio=0.5,keep_ratio=0.1"),
+        ('{"name": "fastv"}', '{"name": "fastv", "keep_ratio": 0.1}'),
+        ("random:keep=1.0", "random:keep_ratio=1.0,neuron_ratio=0.1"),
     ],
 )
 def test_the_budget_goes_to_the_method_s_own_parameter(text, expected):
@@ -29,9 +42,7 @@ def test_the_budget_goes_to_the_method_s_own_parameter(text, expected):
     method_from_text(expected)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in ("dense", "released-code")]
-)
+@pytest.mark.parametrize("name", [name for name in method_names() if name not in FIXED])
 def test_every_method_has_a_budget(name):
     method_from_text(text_at_budget(name, 0.25))
 
@@ -40,10 +51,11 @@ def test_every_method_has_a_budget(name):
     ("text", "message"),
     [
         ("released-code", "run it without --budget"),
-        ("fastv:keep=0.5", "besides keep, which it states: leave that out"),
-        ("random:keep=0.5,beta=1.0", "besides keep and beta"),
+        ("fastv:keep_ratio=0.5", "besides keep_ratio, which it states: leave that out"),
+        ("random:keep_ratio=0.5,neuron_ratio=1.0", "besides keep_ratio and neuron_ratio"),
+        ("corematching:keep_ratio=0.5,neurons=gate", "besides keep_ratio and neurons"),
         ("fastw", "did you mean 'fastv'"),
-        ("fastv:kep=2", "did you mean 'keep'"),
+        ("fastv:kep_ratio=0.2", "did you mean 'keep_ratio'"),
     ],
 )
 def test_methods_without_an_open_budget_are_refused(text, message):
@@ -51,21 +63,27 @@ def test_methods_without_an_open_budget_are_refused(text, message):
         text_at_budget(text, 0.1)
 
 
-def test_a_budget_that_is_no_parameter_is_refused():
-    with pytest.raises(ConfigError, match="did you mean 'keep'"):
-        register_method("first", budgets=("kep",))(lambda keep=1.0: None)
-    assert "first" not in METHODS
+def test_a_user_s_method_has_one_by_its_parameter_s_name():
+    try:
+
+        @dataclass(frozen=True)
+        class Mine(BaseMethod, name="my-method"):
+            neuron_ratio: float = field(default=0.5, metadata={"help": "neurons kept"})
+
+        assert text_at_budget("my-method", 0.1) == "my-method:neuron_ratio=0.1"
+    finally:
+        REGISTRY["method"].pop("my-method", None)
 
 
 def test_methods_times_budgets():
     made = make_methods(["fastv", "dense", "griffin"], [0.1, 0.2])
     assert list(made) == [
         "dense",
-        "fastv:keep=0.1",
-        "fastv:keep=0.2",
-        "griffin:beta=0.1",
-        "griffin:beta=0.2",
+        "fastv:keep_ratio=0.1",
+        "fastv:keep_ratio=0.2",
+        "griffin:neuron_ratio=0.1",
+        "griffin:neuron_ratio=0.2",
     ]
     assert list(make_methods(["fastv"])) == ["dense", "fastv"]
-    with pytest.raises(ConfigError, match=r"keep=1\.5"):
+    with pytest.raises(ConfigError, match=r"keep_ratio=1\.5"):
         make_methods(["fastv"], [1.5])

@@ -22,12 +22,12 @@ budgets = st.sampled_from(
     [
         Knee(),
         Knee(strict=False),
-        Knee(floor=0.2, ceiling=0.5),
-        Knee(floor=3),
+        Knee(min_ratio=0.2, max_ratio=0.5),
+        Knee(min_tokens=3),
         Ratio(0.3),
         Ratio(1.0),
         Count(4),
-        Ratio(0.1, floor=5),
+        Ratio(0.1, min_tokens=5),
     ]
 )
 
@@ -73,17 +73,17 @@ def test_a_curve_without_knee_keeps_all(sample):
     assert kept(Knee(strict=False), sample) == [list(range(len(sample)))]
 
 
-def test_flat_curve_still_obeys_the_ceiling_by_position():
-    assert kept(Knee(ceiling=0.5), [7, 7, 7, 7]) == [[0, 1]]
-    assert kept(Knee(ceiling=3), [7, 7, 7, 7]) == [[0, 1, 2]]
+def test_flat_curve_still_obeys_the_most_by_position():
+    assert kept(Knee(max_ratio=0.5), [7, 7, 7, 7]) == [[0, 1]]
+    assert kept(Knee(max_tokens=3), [7, 7, 7, 7]) == [[0, 1, 2]]
 
 
-def test_floor_as_share_and_as_count():
+def test_least_as_ratio_and_as_count():
     steep = [100, 1, 1, 1, 1, 1, 1, 1, 1, 0]
     assert kept(Knee(), steep) == [[0]]
-    assert kept(Knee(floor=0.3), steep) == [[0, 1, 2]]
-    assert kept(Knee(floor=4), steep) == [[0, 1, 2, 3]]
-    assert kept(Knee(floor=64), steep) == [list(range(10))]
+    assert kept(Knee(min_ratio=0.3), steep) == [[0, 1, 2]]
+    assert kept(Knee(min_tokens=4), steep) == [[0, 1, 2, 3]]
+    assert kept(Knee(min_tokens=64), steep) == [list(range(10))]
 
 
 def test_ratio_and_count_break_ties_by_position():
@@ -160,9 +160,9 @@ def test_knee_is_the_argmax_of_the_distance_to_the_chord(sample):
 
 
 @given(whole_scores, st.floats(0.01, 1.0), st.integers(1, 50))
-def test_floor_and_ceiling_bound_the_count(sample, share, floor):
-    assert len(kept(Knee(ceiling=share), sample)[0]) <= count_of(share, len(sample))
-    assert len(kept(Knee(floor=floor), sample)[0]) >= min(floor, len(sample))
+def test_least_and_most_bound_the_count(sample, share, floor):
+    assert len(kept(Knee(max_ratio=share), sample)[0]) <= count_of(share, len(sample))
+    assert len(kept(Knee(min_tokens=floor), sample)[0]) >= min(floor, len(sample))
 
 
 @pytest.mark.parametrize(
@@ -176,10 +176,10 @@ def test_floor_and_ceiling_bound_the_count(sample, share, floor):
         lambda: Ratio("half"),
         lambda: Count(0),
         lambda: Count(2.5),
-        lambda: Knee(floor=0.0),
-        lambda: Knee(ceiling=1.5),
-        lambda: Knee(floor=0.5, ceiling=0.2),
-        lambda: Knee(floor=9, ceiling=3),
+        lambda: Knee(min_ratio=0.0),
+        lambda: Knee(max_ratio=1.5),
+        lambda: Knee(min_ratio=0.5, max_ratio=0.2),
+        lambda: Knee(min_tokens=9, max_tokens=3),
         lambda: Knee(strict=1),
     ],
 )
@@ -189,7 +189,7 @@ def test_parameters_out_of_range_are_refused(make):
 
 
 def test_refusals_name_the_fix():
-    with pytest.raises(ConfigError, match=r"ratio=1.2: give a share in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"ratio=1.2: give a ratio in \(0, 1\]"):
         Ratio(1.2)
 
 

@@ -29,12 +29,12 @@ from corematching.policy.component import REGISTRY
 @pytest.mark.parametrize(
     "component",
     [
-        Knee(floor=0.1, ceiling=200, strict=False),
-        Ratio(0.25, floor=16),
+        Knee(min_ratio=0.1, max_tokens=200, strict=False),
+        Ratio(0.25, min_tokens=16),
         Count(3),
         Uniform(0.5, multiple=4),
         DenseEnds(0.4, first=2, last=0.1),
-        PerLayer(layer_shares=(0.5, 1.0)),
+        PerLayer(layer_ratios=(0.5, 1.0)),
     ],
     ids=repr,
 )
@@ -44,7 +44,7 @@ def test_round_trip_through_json(component):
 
 
 def test_names_take_either_dash_and_any_case():
-    assert score_by_name("Text_Overlap", share=0.3) == TextOverlap(share=0.3)
+    assert score_by_name("Text_Overlap", top_ratio=0.3) == TextOverlap(top_ratio=0.3)
 
 
 def test_unknown_names_get_the_nearest():
@@ -54,8 +54,8 @@ def test_unknown_names_get_the_nearest():
         neuron_score_by_name("grifin")
     with pytest.raises(ConfigError, match="did you mean 'ratio'"):
         Budget.from_dict({"name": "ratios"})
-    with pytest.raises(ConfigError, match="did you mean 'share'"):
-        score_by_name("text-overlap", shar=0.2)
+    with pytest.raises(ConfigError, match="did you mean 'top_ratio'"):
+        score_by_name("text-overlap", top_rati=0.2)
 
 
 @pytest.mark.parametrize("values", [{}, [], "ratio", None])
@@ -101,5 +101,5 @@ def test_another_score_is_one_class():
 def test_components_are_frozen_and_compare_by_value():
     assert Ratio(0.2) == Ratio(0.2) and hash(Ratio(0.2)) == hash(Ratio(0.2))
     with pytest.raises(AttributeError):
-        Ratio(0.2).ratio = 0.3  # type: ignore[misc]
+        Ratio(0.2).keep_ratio = 0.3  # type: ignore[misc]
     assert issubclass(Ratio, Component)

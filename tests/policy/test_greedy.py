@@ -17,9 +17,9 @@ from corematching.policy.greedy import (
     rank_picks,
     resolve_amount,
 )
-from corematching.policy.token_scores.cdpruner import CDPruner
-from corematching.policy.token_scores.divprune import DivPrune
-from corematching.policy.token_scores.stride import Stride
+from corematching.policy.token_scores.cdpruner import CDPrunerScore
+from corematching.policy.token_scores.divprune import DivPruneScore
+from corematching.policy.token_scores.stride import StrideScore
 
 from .views import make_view
 
@@ -105,8 +105,8 @@ def test_counts_differ_in_a_batch():
 
 def test_amounts():
     totals = torch.tensor([0, 3, 10])
-    assert resolve_amount(0.25, totals).tolist() == [0, 1, 3]
-    assert resolve_amount(4, totals).tolist() == [0, 3, 4]
+    assert resolve_amount(0.25, None, totals).tolist() == [0, 1, 3]
+    assert resolve_amount(None, 4, totals).tolist() == [0, 3, 4]
 
 
 def test_cosine_of_a_zero_vector_is_zero():
@@ -132,7 +132,7 @@ def test_divprune_by_hand():
     # 180 first (1 away), then 0 (2 away), then 90
     embeddings = torch.tensor([[[9.0, 9.0], *directions(*ANGLES), [9.0, 9.0]]])
     view = make_view(["tiiiit"], embeddings=embeddings, layer=-1)
-    scores = DivPrune(first=3)(view)
+    scores = DivPruneScore(keep_tokens=3)(view)
     assert scores[0, 1:5].tolist() == [5, 0, 4, 6]
     keep = Count(3)(scores, view.image)
     assert keep.tolist() == [[False, True, False, True, True, False]]
@@ -144,14 +144,14 @@ def test_divprune_ignores_length_and_text():
     scaled = embeddings * torch.linspace(0.5, 9, 9).view(1, -1, 1)
     scaled[:, :2] = 7.0
     other = make_view(["ttiiiiiit"], embeddings=scaled, layer=-1)
-    assert DivPrune(0.5)(view)[view.image].equal(DivPrune(0.5)(other)[view.image])
+    assert DivPruneScore(0.5)(view)[view.image].equal(DivPruneScore(0.5)(other)[view.image])
 
 
 def test_cdpruner_relevance_by_hand():
     # cosines with the question (1, 0): 1, 0.6, -1
     embeddings = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [3.0, 4.0], [-5.0, 0.0], [4.0, 0.0]]])
     view = make_view(["tiiit"], embeddings=embeddings, layer=-1)
-    relevance = CDPruner().measure_relevance(view)
+    relevance = CDPrunerScore().measure_relevance(view)
     expected = torch.tensor([[0.0, 1.0, 0.8, 0.0, 0.0]])
     torch.testing.assert_close(relevance, expected, atol=1e-6, rtol=0)
 
@@ -160,13 +160,13 @@ def test_cdpruner_by_hand():
     # relevance (1, .8, 0); S of the first two .6: kernel diagonal 1, .64, 0
     embeddings = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [3.0, 4.0], [-5.0, 0.0], [4.0, 0.0]]])
     view = make_view(["tiiit"], embeddings=embeddings, layer=-1)
-    assert CDPruner(first=2)(view)[0, 1:4].tolist() == [5, 4, 0]
+    assert CDPrunerScore(keep_tokens=2)(view)[0, 1:4].tolist() == [5, 4, 0]
 
 
 def test_cdpruner_prefers_the_relevant_of_two_alike():
     embeddings = torch.tensor([[[1.0, 0.1], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
     view = make_view(["iiit"], embeddings=embeddings, layer=-1)
-    keep = Count(1)(CDPruner(first=1)(view), view.image)
+    keep = Count(1)(CDPrunerScore(keep_tokens=1)(view), view.image)
     assert keep.tolist() == [[False, True, False, False]]
 
 
@@ -175,12 +175,14 @@ def test_cdpruner_with_equal_relevance_is_a_plain_dpp():
         [[[0.0, 1.0, 0.0], [0.0, 0.9, 0.1], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
     )
     view = make_view(["iiit"], embeddings=embeddings, layer=-1)
-    assert CDPruner().measure_relevance(view).tolist() == [[1, 1, 1, 0]]
-    keep = Count(2)(CDPruner(first=2)(view), view.image)
+    assert CDPrunerScore().measure_relevance(view).tolist() == [[1, 1, 1, 0]]
+    keep = Count(2)(CDPrunerScore(keep_tokens=2)(view), view.image)
     assert keep.tolist() == [[True, False, True, False]]
 
 
-@pytest.mark.parametrize("score", [DivPrune(0.5), CDPruner(0.5), Stride(0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "score", [DivPruneScore(0.5), CDPrunerScore(0.5), StrideScore(0.5)], ids=repr
+)
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 50), pad=st.integers(1, 4))
 def test_padding_and_company_change_nothing(score, seed, pad):
@@ -199,7 +201,7 @@ def test_padding_and_company_change_nothing(score, seed, pad):
     assert together[0, pad:].equal(alone[0]) and alone.sum() == 3
 
 
-@pytest.mark.parametrize("score", [DivPrune(1.0), CDPruner(1.0)], ids=repr)
+@pytest.mark.parametrize("score", [DivPruneScore(1.0), CDPrunerScore(1.0)], ids=repr)
 def test_broken_features_are_refused_by_the_budget(score):
     embeddings = torch.randn(1, 5, 4)
     embeddings[0, 2, 1] = torch.nan
@@ -208,7 +210,7 @@ def test_broken_features_are_refused_by_the_budget(score):
         Ratio(0.5)(score(view), view.image)
 
 
-@pytest.mark.parametrize("score", [DivPrune(), CDPruner(), Stride()], ids=repr)
+@pytest.mark.parametrize("score", [DivPruneScore(), CDPrunerScore(), StrideScore()], ids=repr)
 def test_one_image_token_none_and_all_alike(score):
     view = make_view(["ttttt", "ttitt", "tiiit"], embeddings=torch.ones(3, 5, 4), layer=-1)
     keep = Ratio(0.4)(score(view), view.image)
@@ -228,7 +230,7 @@ def test_one_image_token_none_and_all_alike(score):
 def test_stride_by_hand(first, total, expected):
     # floor((i + 1/2) * N / K)
     view = make_view(["t" + "i" * total + "t"])
-    scores = Stride(first)(view)[0, 1:-1]
+    scores = StrideScore(keep_tokens=first)(view)[0, 1:-1]
     assert scores.nonzero().squeeze(1).tolist() == expected
 
 
@@ -236,15 +238,20 @@ def test_stride_by_hand(first, total, expected):
 @given(total=st.integers(1, 60), share=st.floats(0.01, 1.0))
 def test_stride_and_its_budget_agree(total, share):
     view = make_view(["i" * total])
-    scores = Stride(share)(view)
+    scores = StrideScore(share)(view)
     kept = Ratio(share)(scores, view.image)
     assert kept.equal(scores == 1)
 
 
-@pytest.mark.parametrize("make", [Stride, DivPrune, CDPruner])
+@pytest.mark.parametrize("make", [StrideScore, DivPruneScore, CDPrunerScore])
 def test_parameters_out_of_range_are_refused(make):
-    for first in (0, 1.5, -1, True):
-        with pytest.raises(ConfigError, match="first="):
-            make(first=first)
+    for ratio in (0, 1.5, -1, True):
+        with pytest.raises(ConfigError, match="keep_ratio="):
+            make(keep_ratio=ratio)
+    for count in (0, 1.5, -1, True):
+        with pytest.raises(ConfigError, match="keep_tokens="):
+            make(keep_tokens=count)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        make(keep_ratio=0.5, keep_tokens=2)
     with pytest.raises(ConfigError, match="did you mean 'question'"):
-        CDPruner(over="questoin")
+        CDPrunerScore(token_set="questoin")

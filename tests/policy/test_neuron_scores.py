@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from corematching.errors import ConfigError
 from corematching.policy import (
-    CoreInfer,
-    Griffin,
+    CoreInferScore,
+    GriffinScore,
     Magnitude,
     NeuronScore,
     OutputWeighted,
-    Paper,
+    PaperScore,
     RandomNeurons,
     names,
     neuron_score_by_name,
@@ -24,43 +24,45 @@ from .views import make_view, pad_left
 
 TOKENS = [[3.0, -4.0, 0.0], [0.0, 0.0, 2.0], [6.0, 0.0, 8.0]]
 ALL = [
-    Griffin(),
-    Griffin(over="question"),
+    GriffinScore(),
+    GriffinScore(token_set="question"),
     Magnitude(),
-    Magnitude(over="text"),
+    Magnitude(token_set="text"),
     OutputWeighted(),
-    Paper(),
-    Paper(over="image"),
-    CoreInfer(),
+    PaperScore(),
+    PaperScore(token_set="image"),
+    CoreInferScore(),
 ]
 
 
 def test_griffin_by_hand():
     # unit rows (.6, -.8, 0), (0, 0, 1), (.6, 0, .8)
     expected = [[math.sqrt(0.72), 0.8, math.sqrt(1.64)]]
-    torch.testing.assert_close(Griffin()(make_view(["tit"], [TOKENS])), torch.tensor(expected))
+    torch.testing.assert_close(GriffinScore()(make_view(["tit"], [TOKENS])), torch.tensor(expected))
     text_only = [[math.sqrt(0.72), 0.8, 0.8]]
     view = make_view(["tit"], [TOKENS])
-    torch.testing.assert_close(Griffin(over="text")(view), torch.tensor(text_only))
+    torch.testing.assert_close(GriffinScore(token_set="text")(view), torch.tensor(text_only))
 
 
 def test_magnitude_by_hand():
     view = make_view(["tit"], [TOKENS])
-    assert Magnitude(share=0.3)(view).tolist() == [[0, 1, 2]]
-    assert Magnitude(share=0.7)(view).tolist() == [[2, 1, 2]]
+    assert Magnitude(top_ratio=0.3)(view).tolist() == [[0, 1, 2]]
+    assert Magnitude(top_ratio=0.7)(view).tolist() == [[2, 1, 2]]
 
 
 def test_paper_by_hand():
     # positives {0}, {2}, {2, 0}; rho 0.5 of two is the first
-    assert Paper(rho=0.5)(make_view(["tit"], [TOKENS])).tolist() == [[1, 0, 2]]
-    assert Paper(rho=1.0)(make_view(["tit"], [TOKENS])).tolist() == [[2, 0, 2]]
+    assert PaperScore(top_ratio=0.5)(make_view(["tit"], [TOKENS])).tolist() == [[1, 0, 2]]
+    assert PaperScore(top_ratio=1.0)(make_view(["tit"], [TOKENS])).tolist() == [[2, 0, 2]]
 
 
 def test_coreinfer_by_hand():
     # 2, 1 and 2 positives
     view = make_view(["itt"], [[[3.0, 1.0, -1.0], [0.0, 0.0, 2.0], [6.0, 0.0, 8.0]]])
-    assert CoreInfer(rho=0.8)(view).tolist() == [[1, 0, 2]]  # mean 5 / 3, k = 1
-    assert CoreInfer(rho=1.0, over="text")(view).tolist() == [[0, 0, 2]]  # mean 3 / 2, k = 1
+    assert CoreInferScore(top_ratio=0.8)(view).tolist() == [[1, 0, 2]]  # mean 5 / 3, k = 1
+    assert CoreInferScore(top_ratio=1.0, token_set="text")(view).tolist() == [
+        [0, 0, 2]
+    ]  # mean 3 / 2, k = 1
 
 
 def test_output_weighted_by_hand():
@@ -88,11 +90,11 @@ def test_random_neurons_differ_by_layer_seed_and_sample():
 
 def test_scores_over_the_kept_tokens():
     view = make_view(["tiit"], torch.rand(1, 4, 8))
-    everything = Griffin(over="kept")(view)
-    assert everything.equal(Griffin()(view))
+    everything = GriffinScore(token_set="kept")(view)
+    assert everything.equal(GriffinScore()(view))
     view.kept = torch.tensor([[True, False, True, True]])
     without = make_view(["tit"], view.activations[:, [0, 2, 3]])
-    torch.testing.assert_close(Griffin(over="kept")(view), Griffin()(without))
+    torch.testing.assert_close(GriffinScore(token_set="kept")(view), GriffinScore()(without))
 
 
 @pytest.mark.parametrize("score", ALL, ids=repr)
@@ -139,10 +141,10 @@ def test_round_trip(name):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Paper(rho=0),
-        lambda: Magnitude(share=1.5),
-        lambda: Griffin(over="everything"),
-        lambda: OutputWeighted(over=""),
+        lambda: PaperScore(top_ratio=0),
+        lambda: Magnitude(top_ratio=1.5),
+        lambda: GriffinScore(token_set="everything"),
+        lambda: OutputWeighted(token_set=""),
         lambda: RandomNeurons(seed=-2),
     ],
 )

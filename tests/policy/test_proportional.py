@@ -10,7 +10,7 @@ from corematching.methods import CoreMatching, TokenRule
 from corematching.methods.staged import StagedRule
 from corematching.policy import Ratio, proportional
 from corematching.policy.proportional import count_alike
-from corematching.policy.token_scores.stride import Stride
+from corematching.policy.token_scores.stride import StrideScore
 
 from .views import make_view
 
@@ -63,9 +63,9 @@ def test_nothing_is_lost(seed, batch, length):
 
 def test_rules_weigh_only_if_told():
     view = make_view(["tiiiiit"], hidden=FEATURES)
-    rule = TokenRule(Stride(0.4), Ratio(0.4), (0,))
+    rule = TokenRule(StrideScore(0.4), Ratio(0.4), (0,))
     assert not rule.weighs and rule.choose(view).weights is None
-    rule = TokenRule(Stride(0.4), Ratio(0.4), (0,), proportional=True)
+    rule = TokenRule(StrideScore(0.4), Ratio(0.4), (0,), proportional=True)
     choice = rule.choose(view)
     assert rule.weighs and choice.weights is not None
     assert float((choice.weights * choice.keep).sum()) == 7
@@ -73,7 +73,7 @@ def test_rules_weigh_only_if_told():
 
 def test_the_published_rule_does_not_weigh():
     assert CoreMatching().tokens.weighs and not CoreMatching.paper().tokens.weighs
-    staged = CoreMatching(layer=(0.3, 0.6), keep=(0.5, 0.2)).tokens
+    staged = CoreMatching(layer=(0.3, 0.6), keep_ratio=(0.5, 0.2)).tokens
     assert isinstance(staged, StagedRule) and staged.weighs
     with pytest.raises(ConfigError, match="proportional"):
         CoreMatching(proportional=1)

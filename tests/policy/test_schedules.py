@@ -21,12 +21,12 @@ def test_a_full_share_is_dense_whatever_the_multiple():
 
 
 def test_dense_ends_are_coreinfers_layers():
-    shares = DenseEnds(0.4).shares(32)
+    shares = DenseEnds(0.4).ratios(32)
     assert [layer for layer, share in enumerate(shares) if share < 1] == list(range(6, 27))
 
 
 def test_dense_ends_scale_with_the_depth():
-    shares = DenseEnds(0.4).shares(30)
+    shares = DenseEnds(0.4).ratios(30)
     assert [layer for layer, share in enumerate(shares) if share < 1] == list(range(6, 25))
     assert DenseEnds(0.5, first=1, last=2).counts(5, 16) == (16, 8, 8, 16, 16)
 
@@ -34,13 +34,13 @@ def test_dense_ends_scale_with_the_depth():
 def test_average():
     assert DenseEnds(0.5, first=1, last=1).average(4) == 0.75
     assert Uniform(0.3).average(7) == pytest.approx(0.3)
-    assert PerLayer(layer_shares=(0.2, 0.6)).average(2) == pytest.approx(0.4)
+    assert PerLayer(layer_ratios=(0.2, 0.6)).average(2) == pytest.approx(0.4)
 
 
 def test_per_layer():
-    assert PerLayer(layer_shares=(0.5, 1.0, 0.25)).counts(3, 32) == (16, 32, 8)
+    assert PerLayer(layer_ratios=(0.5, 1.0, 0.25)).counts(3, 32) == (16, 32, 8)
     with pytest.raises(ConfigError, match="3 entries, the model has 4"):
-        PerLayer(layer_shares=(0.5, 1.0, 0.25)).counts(4, 32)
+        PerLayer(layer_ratios=(0.5, 1.0, 0.25)).counts(4, 32)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_per_layer():
         lambda: DenseEnds(0.4, first=1.0),
         lambda: DenseEnds(0.4, first=0.6, last=0.5),
         lambda: PerLayer(),
-        lambda: PerLayer(layer_shares=(0.4, 0.0)),
+        lambda: PerLayer(layer_ratios=(0.4, 0.0)),
         lambda: DenseEnds(0.4, first=4, last=3).counts(7, 64),
     ],
 )

@@ -103,7 +103,7 @@ def test_no_tokens():
 
 
 def test_wrong_input_is_refused():
-    with pytest.raises(ConfigError, match=r"sparsity=0: give a share in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"sparsity=0: give a ratio in \(0, 1\]"):
         calibrate_threshold(VALUES, TOKENS, 0)
     with pytest.raises(ConfigError, match="sample 0 hold NaN or infinite"):
         calibrate_threshold(torch.full_like(VALUES, torch.inf), TOKENS, 0.5)

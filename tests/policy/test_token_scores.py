@@ -12,7 +12,7 @@ from corematching.policy import (
     Attention,
     CoreOverlap,
     Norm,
-    Projection,
+    ProjectionScore,
     RandomTokens,
     TextOverlap,
     TokenOverlap,
@@ -35,11 +35,11 @@ SCENE = [
 BY_ACTIVATIONS = [
     CoreOverlap(),
     CoreOverlap(activated_by="magnitude"),
-    CoreOverlap(over="question"),
+    CoreOverlap(token_set="question"),
     TokenOverlap(),
     TokenOverlap(offset=-2, activated_by="magnitude"),
     TextOverlap(),
-    TextOverlap(activated_by="sign", over="text"),
+    TextOverlap(activated_by="sign", token_set="text"),
     TextOverlap(rarity=1.0, normalize="cosine"),
     TextOverlap(activated_by="size", rarity=0.5),
     TextOverlap(activated_by="value", normalize="cosine"),
@@ -61,14 +61,16 @@ def scene():
 def test_core_overlap_by_hand():
     # rho 0.5 votes: {0}, {2, 0, 1} (1 ties), {3}, {0}, {3}: f = [3, 1, 1, 2]; core {0, 3}
     # positives of the image tokens: {0, 1, 2} and {1, 3}
-    assert scores(CoreOverlap(rho=0.5, beta=0.5), scene()) == [1, 1]
-    assert scores(CoreOverlap(rho=0.5, beta=0.75), scene()) == [2, 2]
+    assert scores(CoreOverlap(top_ratio=0.5, core_ratio=0.5), scene()) == [1, 1]
+    assert scores(CoreOverlap(top_ratio=0.5, core_ratio=0.75), scene()) == [2, 2]
 
 
 def test_core_overlap_by_magnitude_by_hand():
     # the largest two by size: {0, 3}, {2 and the ties 0, 1, 3}, {1, 3}, {0, 1}, {1, 3}
     # f = [3, 4, 1, 4]; core {1, 3}
-    assert scores(CoreOverlap(rho=0.5, beta=0.5, activated_by="magnitude"), scene()) == [2, 2]
+    assert scores(
+        CoreOverlap(top_ratio=0.5, core_ratio=0.5, activated_by="magnitude"), scene()
+    ) == [2, 2]
 
 
 def test_token_overlap_by_hand():
@@ -87,15 +89,15 @@ def test_token_overlap_finds_its_token_behind_padding():
 def test_text_overlap_by_hand():
     # the largest two by size: question {0, 1} and {1, 3}, so q = [1, 2, 0, 1];
     # image {0, 1, 2, 3} (ties) and {1, 3}
-    assert scores(TextOverlap(share=0.5, rarity=0), scene()) == [4, 3]
+    assert scores(TextOverlap(top_ratio=0.5, rarity=0), scene()) == [4, 3]
     # the first text token adds {0, 3}
-    assert scores(TextOverlap(share=0.5, over="text", rarity=0), scene()) == [6, 4]
+    assert scores(TextOverlap(top_ratio=0.5, token_set="text", rarity=0), scene()) == [6, 4]
     # by sign q = [1, 0, 1, 1]; image {0, 1, 2} and {1, 3}
     assert scores(TextOverlap(activated_by="sign", rarity=0), scene()) == [2, 1]
 
 
 def test_text_overlap_normalized_by_hand():
-    cosine = scores(TextOverlap(share=0.5, rarity=0, normalize="cosine"), scene())
+    cosine = scores(TextOverlap(top_ratio=0.5, rarity=0, normalize="cosine"), scene())
     assert cosine == pytest.approx([4 / 2, 3 / math.sqrt(2)])
 
 
@@ -103,7 +105,7 @@ def test_text_overlap_with_rarity_by_hand():
     # users over the two image tokens: [1, 2, 1, 2]; idf = log(3 / (0.5 + users))
     idf = [math.log(3 / 1.5), math.log(3 / 2.5)]
     expected = [idf[0] + 2 * idf[1] + idf[1], 2 * idf[1] + idf[1]]
-    assert scores(TextOverlap(share=0.5, rarity=1.0), scene()) == pytest.approx(expected)
+    assert scores(TextOverlap(top_ratio=0.5, rarity=1.0), scene()) == pytest.approx(expected)
 
 
 def test_text_overlap_by_value_is_a_sum_of_cosines():
@@ -141,12 +143,12 @@ def test_projection_by_hand():
     # o = (3, 4), ||o|| = 5; <c_0, o> = 3, <c_1, o> = 8 - 3
     terms = torch.tensor([[[1.0, 0.0], [-1.0, 2.0], [3.0, 2.0], [50.0, 50.0]]])
     view = make_view(["iit."], contributions=lambda: terms)
-    assert scores(Projection(), view) == pytest.approx([3 / 5, 5 / 5])
+    assert scores(ProjectionScore(), view) == pytest.approx([3 / 5, 5 / 5])
 
 
 def test_projection_of_a_zero_output_is_zero():
     view = make_view(["it"], contributions=lambda: torch.zeros(1, 2, 4))
-    assert scores(Projection(), view) == [0]
+    assert scores(ProjectionScore(), view) == [0]
 
 
 def test_random_depends_on_seed_layer_and_sample():
@@ -215,7 +217,7 @@ def test_half_precision_and_no_image(score):
 
 def test_needs():
     assert Attention().needs == {ATTENTION}
-    assert Projection().needs == {CONTRIBUTIONS}
+    assert ProjectionScore().needs == {CONTRIBUTIONS}
     assert RandomTokens().needs == {EMBEDDINGS}
 
 
@@ -237,13 +239,13 @@ def test_round_trip(name):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: CoreOverlap(rho=0.0),
-        lambda: CoreOverlap(beta=1.01),
+        lambda: CoreOverlap(top_ratio=0.0),
+        lambda: CoreOverlap(core_ratio=1.01),
         lambda: CoreOverlap(activated_by="signs"),
-        lambda: CoreOverlap(over="questoin"),
+        lambda: CoreOverlap(token_set="questoin"),
         lambda: TokenOverlap(offset=0),
         lambda: TokenOverlap(offset=-1.0),
-        lambda: TextOverlap(share=2),
+        lambda: TextOverlap(top_ratio=2),
         lambda: TextOverlap(rarity=-1),
         lambda: TextOverlap(normalize="l2"),
         lambda: RandomTokens(seed=-1),

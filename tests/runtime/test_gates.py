@@ -7,7 +7,7 @@ import torch
 
 from corematching import CoreMatching
 from corematching.kernels.native import find_library, find_unit, list_dtypes
-from corematching.methods import gated_rule
+from corematching.methods import gate_threshold
 from corematching.runtime.gates import Gates, make_wish
 from tests import models
 
@@ -48,8 +48,10 @@ def test_thresholds_are_those_of_a_gate_computed_anew(dtype, monkeypatch):
     model = models.build("llava").to(dtype)
     inputs = models.make_inputs("llava", model, batch=2)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    seen, own = [], gated_rule.find_cut
-    monkeypatch.setattr(gated_rule, "find_cut", lambda *args: seen.append(own(*args)) or seen[-1])
+    seen, own = [], gate_threshold.find_cut
+    monkeypatch.setattr(
+        gate_threshold, "find_cut", lambda *args: seen.append(own(*args)) or seen[-1]
+    )
     kept, find = [], Gates.find
 
     def count(self, *args):

@@ -51,7 +51,10 @@ class Rule:
         tokens: Any = method.tokens
         neurons: Any = method.neurons
         if not hasattr(tokens, "score") or not hasattr(neurons, "score"):
-            raise ConfigError("analyze a method that ranks both tokens and neurons")
+            raise ConfigError(
+                "analyze a method that ranks both tokens and neurons, such as "
+                "CoreMatching(neurons=TopNeurons())"
+            )
         score, ratio = neurons.score, getattr(neurons, "ratio", None)
         if "token_set" in score.parameters():
             score = replace(score, token_set="all")

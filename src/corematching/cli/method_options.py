@@ -9,8 +9,15 @@ from corematching.methods.base import BaseMethod
 from corematching.methods.text import add_parameters, method_from_text, read_method, read_value
 from corematching.policy.component import find, parameters_of
 
-OPTIONS = ("--score", "--keep-ratio", "--keep-tokens", "--layer", "--neurons", "--neuron-ratio")
-OPTIONS += ("--active-ratio",)
+OPTIONS = (
+    "--score",
+    "--keep-ratio",
+    "--keep-tokens",
+    "--layer",
+    "--neurons",
+    "--neuron-ratio",
+    "--active-ratio",
+)
 """Each sets the parameter of its own name."""
 OLD_OPTIONS = {
     "--tokens": ("token_score", "score"),

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from corematching.methods.text import UNNAMED, read_value, split_parts, write_value
+
 AXES = {
-    "tokens_kept": ("image tokens kept [%]", ("keep", "floor", "ceiling")),
-    "neurons_kept": ("neurons kept [%]", ("beta",)),
+    "tokens_kept": (
+        "image tokens kept [%]",
+        (
+            *("keep_ratio", "keep_tokens", "min_ratio", "min_tokens", "max_ratio", "max_tokens"),
+            *("keep", "floor", "ceiling"),
+        ),
+    ),
+    "neurons_kept": ("neurons kept [%]", ("neuron_ratio", "active_ratio", "ratio", "beta")),
 }
-"""Share -> what the axis says, and the parameters of a method that move along it."""
+"""Share -> what the axis says, and the parameters of a method that move along it, old ones too."""
+FIRST = {"top": "ratio", "gate": "active_ratio", "ratio": "keep_ratio", "count": "keep_tokens"}
+"""What the first value of a rule or a budget is, where it comes without a name."""
 WHOLE = 99.95
 STILL = 0.05
 MARKERS = "osD^vP*Xph<>"
@@ -89,15 +98,41 @@ def group_curves(
 
 
 def name_curve(text: str, share: str) -> str:
-    """``random:keep=0.1,beta=1`` -> ``random:beta=1`` over the image tokens."""
+    """``random:keep_ratio=0.1,layer=2`` -> ``random:layer=2`` over the image tokens."""
     return _without(text, AXES[share][1])
 
 
 def _without(text: str, parameters: Sequence[str]) -> str:
+    """The text without some parameters, also within rules; JSON and files stay as they are."""
+    if text.startswith(("{", "@")):
+        return text
     name, _, rest = text.partition(":")
-    parts = filter(None, re.split(r",(?![^\[]*\])", rest))
-    others = [part for part in parts if part.partition("=")[0].strip() not in parameters]
+    others = []
+    for part in split_parts(rest, text):
+        key, _, value = part.partition("=")
+        if key.strip() not in parameters:
+            rule = "(" in value
+            others.append(f"{key}={_bare(read_value(value), parameters)}" if rule else part)
     return f"{name}:{','.join(others)}" if others else name
+
+
+def _bare(value: Any, parameters: Sequence[str]) -> str:
+    """A rule with parameters, written without some of them."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, list):
+            return [strip(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        unnamed, gone = value.get(UNNAMED, []), set(parameters)
+        if "among" in value or len(unnamed) > 1:
+            gone.discard("active_ratio")  # of two ratios the inner one moves
+        if FIRST.get(value["name"]) in gone:
+            unnamed = unnamed[1:]
+        inner = {key: strip(v) for key, v in value.items() if key not in {*gone, UNNAMED}}
+        return {**inner, UNNAMED: [strip(item) for item in unnamed]}
+
+    return write_value(strip(value))
 
 
 def _place(entry: dict[str, Any], share: str) -> float:

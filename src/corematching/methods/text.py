@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -213,6 +214,17 @@ def add_parameters(text: str, given: Mapping[str, Any]) -> str:
     """
     name, params = read_method(text)
     return write_method(name, unite([*params.items(), *given.items()], text), text)
+
+
+def write_present(text: str) -> str:
+    """A method's text in the present names; one that cannot be read stays as it is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", old_names.OldNameWarning)
+            name, params = read_present(text)
+        return write_method(name, params, text)
+    except ConfigError:
+        return text
 
 
 def read_present(text: str) -> tuple[str, Params]:

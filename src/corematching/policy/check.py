@@ -25,7 +25,8 @@ def check_tokens_ratio(ratio_name: str, tokens_name: str, value: Any) -> float:
     """The ratio of the image tokens as a float; the refusal names the parameter for counts."""
     if _is_number(value) and 0 < value <= 1:
         return float(value)
-    instead = f"; {tokens_name}={value!r} is that number of tokens" if _is_count(value) else ""
+    whole = int(value) if _is_number(value) and value > 1 and value == int(value) else None
+    instead = f"; {tokens_name}={whole} is that number of tokens" if whole else ""
     raise ConfigError(f"{ratio_name}={value!r}: give a ratio in (0, 1], such as 0.2{instead}")
 
 

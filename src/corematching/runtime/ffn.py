@@ -237,8 +237,8 @@ class SparseFFN:
         if choice.gate_threshold is not None and not self.parts.gated:
             raise ConfigError(
                 f"{type(self.mlp).__name__} has no gate to compare with a threshold: use a method "
-                "without a rule on the gate (CoreMatching: neurons=TopNeurons()), or a policy that gives "
-                "output_threshold"
+                "without a rule on the gate (CoreMatching: neurons=TopNeurons()), or a policy that "
+                "gives output_threshold"
             )
 
     def clear(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from corematching.errors import ConfigError, InputError, UnsupportedModelError
-from corematching.methods import Sparsifier, method_from_dict, method_from_text
+from corematching.methods import BaseMethod, method_from_dict, method_from_text
 from corematching.policy.vision_merging import prune_and_merge, zip_tokens
 from corematching.protocol import VisionView
 from tests.methods.field.test_field import run
@@ -58,7 +58,7 @@ def test_visionzip_chooses_and_merges_by_the_eager_tower(model):
 
     entered = []
     layer = model.model.language_model.layers[0]
-    with torch.no_grad(), method_from_text("visionzip:keep=6")(model) as work:
+    with torch.no_grad(), method_from_text("visionzip:keep_tokens=6")(model) as work:
         norm = layer.input_layernorm  # behind the hook that drops tokens
         handle = norm.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
         model(**inputs)
@@ -76,11 +76,11 @@ def test_prumerge_chooses_by_one_softmax_over_the_width(model):
     scores = seen["queries"][:, :1] @ seen["keys"].transpose(1, 2) * 32**-0.5
     attention = scores.softmax(-1)[:, 0, 1:]
     keep, _ = prune_and_merge(features, attention, seen["keys"][:, 1:], torch.tensor([4]))
-    report = run(method_from_text("prumerge:keep=4"), model, inputs)[1]
+    report = run(method_from_text("prumerge:keep_tokens=4"), model, inputs)[1]
     assert report.samples[0].keep_mask == keep[0].tolist()
 
 
-@pytest.mark.parametrize("name", ["visionzip:keep=0.4", "prumerge:keep=5", "prumerge"])
+@pytest.mark.parametrize("name", ["visionzip:keep_ratio=0.4", "prumerge:keep_tokens=5", "prumerge"])
 @pytest.mark.parametrize("family", ["llava", "paligemma"])
 def test_a_batch_chooses_as_its_singles(name, family):
     model = build(family)
@@ -102,7 +102,7 @@ def test_keeping_all_is_dense(family):
     inputs = make_inputs(family, model, batch=2)
     with torch.no_grad():
         dense = model(**inputs).logits[:, -1]
-        with method_from_text("visionzip:keep=1.0")(model) as work:
+        with method_from_text("visionzip:keep_ratio=1.0")(model) as work:
             kept = model(**inputs).logits[:, -1]
             assert work.report.samples[0].kept_tokens == 16
     torch.testing.assert_close(kept, dense, atol=1e-5, rtol=1e-5)
@@ -110,7 +110,7 @@ def test_keeping_all_is_dense(family):
 
 def test_several_images_stand_alone(model):
     inputs = make_inputs("llava", model, batch=2, images=2)
-    with torch.no_grad(), method_from_text("visionzip:keep=4")(model) as work:
+    with torch.no_grad(), method_from_text("visionzip:keep_tokens=4")(model) as work:
         model(**inputs)
         for sample in work.report.samples:
             assert sum(sample.keep_mask[:16]) == sum(sample.keep_mask[16:]) == 4
@@ -119,7 +119,7 @@ def test_several_images_stand_alone(model):
 @pytest.mark.parametrize("images", [1, [1, 2]])
 def test_beams_see_their_own_images(model, images):
     inputs = make_inputs("llava", model, batch=2, images=images)
-    method = method_from_text("visionzip:keep=4")
+    method = method_from_text("visionzip:keep_tokens=4")
     with torch.no_grad(), method(model) as work:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
         greedy = [sample.keep_mask for sample in work.report.samples]
@@ -158,9 +158,11 @@ def test_a_layer_that_the_tower_has_not(model):
         method_from_text("visionzip:vision_layer=-3").install(model)
 
 
-@pytest.mark.parametrize("text", ["visionzip:keep=0", "prumerge:keep=1.5", "visionzip:keep=-1"])
+@pytest.mark.parametrize(
+    "text", ["visionzip:keep_tokens=0", "prumerge:keep_ratio=1.5", "visionzip:keep_tokens=-1"]
+)
 def test_wrong_amounts(text):
-    with pytest.raises(ConfigError, match="keep="):
+    with pytest.raises(ConfigError, match="keep_"):
         method_from_text(text)
 
 
@@ -173,7 +175,7 @@ def test_wrong_layers(layer):
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip(name):
     method = method_from_text(name)
-    assert isinstance(method, Sparsifier) and method.tokens.drop_after(12) == (-1,)
+    assert isinstance(method, BaseMethod) and method.tokens.drop_after(12) == (-1,)
     assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
 
 
@@ -184,7 +186,7 @@ def test_merged_tokens_take_their_places_by_hand():
     features = torch.tensor([[[1.0], [10.0], [100.0], [1000.0]]])
     vision = VisionView(queries, keys, 1.0, 1, features, project=lambda x: 2 * x)
     view = make_view(["tiiiit"], layer=-1, hidden=torch.zeros(1, 6, 1), vision=vision)
-    rule = method_from_text("prumerge:keep=1").tokens
+    rule = method_from_text("prumerge:keep_tokens=1").tokens
     choice = rule.choose(view)
     assert choice.keep[0].tolist() == [True, False, False, True, False, True]
     weights = torch.tensor([0.0, 0.0, 1.0, 5.0, 0.1]).div(2**0.5).softmax(0)[1:]

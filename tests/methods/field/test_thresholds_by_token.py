@@ -28,24 +28,24 @@ def test_teal_by_hand():
     activations = torch.tensor([[[9.0, 9, 9, 9], [1, -2, 3, -4], [8, -7, 6, 5]]])
     inputs = torch.tensor([[[9.0, 9], [0.5, -1], [2, 4]]])
     view = make_view(["itt"], activations, inputs=inputs)
-    choice = method_from_text("teal:beta=0.5").neurons.choose(view, 4)
+    choice = method_from_text("teal:active_ratio=0.5").neurons.choose(view, 4)
     assert choice.indices.tolist() == [[0, 1, 2, 3]] and choice.gate_threshold is None
     stay = activations[:, 1:].abs() >= choice.output_threshold
     assert stay.tolist() == [[[False] * 4, [True] * 4]]
     assert (inputs[:, 1:].abs() >= choice.input_threshold).tolist() == [[[False] * 2, [True] * 2]]
-    everything = method_from_text("teal:beta=0.75,over=all").neurons.choose(view, 4)
+    everything = method_from_text("teal:active_ratio=0.75,token_set=all").neurons.choose(view, 4)
     assert int((activations.abs() >= everything.output_threshold).sum()) == 9
 
 
 def test_cats_by_hand():
     gate = torch.tensor([[[1.0, -2, 3, -4], [8, -7, 6, 5], [9.0, 9, 9, 9]]])
     view = make_view(["tti"], torch.zeros(1, 3, 4), gate=show_rows(gate))
-    choice = method_from_text("cats:beta=0.25").neurons.choose(view, 4)
+    choice = method_from_text("cats:active_ratio=0.25").neurons.choose(view, 4)
     assert (gate[:, :2].abs() >= choice.gate_threshold).tolist() == [
         [[False] * 4, [True, True, False, False]]
     ]
     assert choice.input_threshold is None and choice.output_threshold is None
-    full = method_from_text("cats:beta=1.0").neurons.choose(view, 4)
+    full = method_from_text("cats:active_ratio=1.0").neurons.choose(view, 4)
     assert full.gate_threshold.tolist() == [0]
 
 
@@ -59,9 +59,9 @@ def test_a_view_without_the_part_is_refused(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("teal:beta=0", "beta=0"),
-        ("cats:beta=2", "beta=2"),
-        ("cats:over=txt", "did you mean 'text'"),
+        ("teal:active_ratio=0", "active_ratio=0"),
+        ("cats:active_ratio=2", "active_ratio=2"),
+        ("cats:token_set=txt", "did you mean 'text'"),
     ],
 )
 def test_wrong_parameters(text, message):
@@ -103,7 +103,7 @@ def test_passing_everything_is_dense(name):
     settings = {"max_new_tokens": 4, "do_sample": False}
     with torch.no_grad():
         dense = model.generate(**inputs, **settings)
-        with method_from_text(f"{name}:beta=1.0")(model):
+        with method_from_text(f"{name}:active_ratio=1.0")(model):
             assert model.generate(**inputs, **settings).equal(dense)
 
 
@@ -133,7 +133,7 @@ def test_decoding_is_what_masks_give(name):
         "output_logits": True,
         "return_dict_in_generate": True,
     }
-    with torch.no_grad(), method_from_text(f"{name}:beta=0.4")(model) as work:
+    with torch.no_grad(), method_from_text(f"{name}:active_ratio=0.4")(model) as work:
         ours = model.generate(**inputs, **settings)
         choices = work._engine.records[-1].selection.neurons
         report = work.report
