@@ -28,7 +28,7 @@ DOTS_PER_INCH = 150
 
 
 def measure(subject: Subject, picture: Image.Image, question: str) -> tuple[list[Any], np.ndarray]:
-    """The scores of both rules as ``(title, layer, grid)``, and the mask of what is kept."""
+    """The scores of both rules as ``(title, grid)``, and the mask of what is kept."""
     rules = default_rules()
     depth = subject.model.config.text_config.num_hidden_layers
     cuts = [rule.method.tokens.drop_after(depth)[0] for rule in rules]
@@ -36,7 +36,7 @@ def measure(subject: Subject, picture: Image.Image, question: str) -> tuple[list
     layers = {findings.layer: findings for findings in analysis.layers}
     titles = ("The published score", "Our score")
     scores = [
-        (title, cut, layers[cut].rules[rule.name].scores.reshape(analysis.grid))
+        (title, layers[cut].rules[rule.name].scores.reshape(analysis.grid))
         for title, cut, rule in zip(titles, cuts, rules, strict=True)
     ]
     with CoreMatching()(subject.model) as run:
@@ -46,16 +46,16 @@ def measure(subject: Subject, picture: Image.Image, question: str) -> tuple[list
 
 def draw(path: Path, picture: Image.Image, scores: list[Any], kept: np.ndarray) -> None:
     """Write the three panels into a PNG file."""
-    figure = Figure(figsize=(10.2, 3.75), layout="constrained")
+    figure = Figure(figsize=(10.2, 3.72), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
-    for axis, (title, layer, values) in zip(axes, scores, strict=False):
+    for axis, (title, values) in zip(axes, scores, strict=False):
         axis.imshow(values, cmap=COLOURS)
         axis.set(xticks=[], yticks=[])
-        axis.set_title(f"{title}, after layer {layer}", fontsize=11)
+        axis.set_title(title, fontsize=17)
     draw_patches(axes[-1], picture, kept)
     axes[-1].set_aspect("equal")
-    axes[-1].set_title(f"Kept: {kept.sum()} of {kept.size} image tokens", fontsize=11)
+    axes[-1].set_title(f"Kept: {kept.sum()} of {kept.size} tokens", fontsize=17)
     figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
 
 

@@ -19,10 +19,19 @@ def write_methods() -> str:
     from corematching.methods import BaseMethod, method_names
     from corematching.policy.component import find
 
-    classes = [find(BaseMethod.kind, name) for name in method_names()]
-    rows = [method_row(cls) for cls in classes if cls.name != "sparsifier"]
+    classes = [find(BaseMethod.kind, name) for name in method_names() if name != "sparsifier"]
+    rows = [method_row(cls) for cls in sorted(classes, key=order_of)]
     head = ("method", "", "image tokens go after layer", "neurons per token", "reads", "source")
     return table(head, rows)
+
+
+def order_of(cls: Any) -> tuple[int, int]:
+    """Ours and the paper's first, then what drops tokens, then what thins out neurons."""
+    method = cls()
+    first = {"corematching": 0, "paper": 1, "released-code": 2, "dense": 3}
+    kind = 0 if cls.name in first else 1 if method.tokens else 2
+    control = not PAPER.search(inspect.getdoc(cls) or "")
+    return kind, first.get(cls.name, int(control))
 
 
 def method_row(cls: Any) -> tuple[str, ...]:
@@ -36,7 +45,7 @@ def method_row(cls: Any) -> tuple[str, ...]:
     return (
         f"`{cls.name}`<br>`{cls.__name__}`",
         summarize(cls),
-        layers.replace("-1", "none (before 0)"),
+        layers.replace("-1", "in front of 0"),
         neurons_of(neurons),
         ", ".join(sorted(needs)) or "nothing",
         link,
