@@ -46,7 +46,7 @@ def measure(subject: Subject, picture: Image.Image, question: str) -> tuple[list
 
 def draw(path: Path, picture: Image.Image, scores: list[Any], kept: np.ndarray) -> None:
     """Write the three panels into a PNG file."""
-    figure = Figure(figsize=(10.2, 3.72), layout="constrained")
+    figure = Figure(figsize=(10.2, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     for axis, (title, values) in zip(axes, scores, strict=False):
@@ -56,7 +56,7 @@ def draw(path: Path, picture: Image.Image, scores: list[Any], kept: np.ndarray) 
     draw_patches(axes[-1], picture, kept)
     axes[-1].set_aspect("equal")
     axes[-1].set_title(f"Kept: {kept.sum()} of {kept.size} tokens", fontsize=17)
-    figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+    figure.savefig(path, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight")
 
 
 def main() -> None:

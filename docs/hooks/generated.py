@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import command_tables
 import method_tables
 
+CELL_CODE = re.compile(r"(?<=<td>)<code>[^<]+</code>|(?<=<br>)<code>[^<]+</code>")
+BREAKS = re.compile(r"(?<=[,:(])(?=.)(?!</code>)")
 PLACE = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
 WRITERS = {
     "command": command_tables.write_command,
@@ -41,3 +43,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return WRITERS[what](*([argument] if argument else []))
 
     return PLACE.sub(fill, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let a method's text break behind its commas, colons and brackets where it stands in a cell."""
+    return CELL_CODE.sub(lambda code: BREAKS.sub("<wbr>", code[0]), html)
