@@ -36,7 +36,7 @@ def describe(name: str, command: Any) -> str:
 
 def row_of(option: Any) -> tuple[str, str, str]:
     """An option's names, its help, and its default."""
-    names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=len, reverse=True))
+    names = ", ".join(f"`{name}`{{.whole}}" for name in sorted(option.opts, key=len, reverse=True))
     if not option.is_flag:
         names += f" `{option.metavar or kind_of(option)}`"
     text = option.help or ""
