@@ -20,6 +20,7 @@ from corematching.cli.outputs import check_file
 from corematching.cli.overlay import Choice, draw_overlay, shown_area
 from corematching.cli.prompt import build_inputs
 from corematching.errors import ConfigError, InputError
+from corematching.extras import require_plots
 from corematching.media import read_picture
 from corematching.named_models import LoadedModel
 from corematching.report import MemoryReport
@@ -95,6 +96,7 @@ def check_overlay(request: Request) -> None:
     """Refuse an overlay that cannot come out, before any work is done."""
     if request.overlay is None:
         return
+    require_plots("--overlay")
     if not request.images:
         raise InputError("--overlay needs a picture: give one with --image")
     check_file(request.overlay, "--overlay")
