@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from corematching.methods import CoreMatching, Sparsifier
+from corematching.cache.remembering import memory_of
+from corematching.methods import CoreMatching, GateThreshold, Sparsifier, TopNeurons
+from corematching.methods.sparsifier import NeuronRule
 from corematching.methods.staged import StagedRule
-from corematching.policy.token_scores import TextOverlap
-from corematching.runtime.cache import memory_of
+from corematching.policies.budgets import Knee, Ratio
+from corematching.policies.neuron_scores import GriffinScore, PaperScore
+from corematching.policies.schedules import DenseEnds
+from corematching.policies.token_scores import TextOverlap
 from tests.models import LAYERS, WIDTH, build, image_mask, make_inputs
 from tests.runtime.test_families import single
 
 STEPS = 4
 IMAGES, WORDS = [1, 2, 1], [9, 17, 12]
+TOP = TopNeurons(0.5, dense_first=1, dense_last=0)
 METHODS = {
     "default": CoreMatching(),
-    "staged": CoreMatching(keep=0.15),
+    "staged": CoreMatching(0.15),
     "paper": CoreMatching.paper(),
-    "compensating": CoreMatching(beta=0.5, firing=None, dense_first=1, dense_last=0),
-    "compensating and gated": CoreMatching(beta=0.5, firing=0.5, dense_first=1, dense_last=0),
+    "compensating": CoreMatching(neurons=TOP),
+    "compensating and gated": CoreMatching(neurons=GateThreshold(0.5, TOP)),
     "staged and compensating": CoreMatching(
-        keep=0.15, beta=0.5, firing=None, dense_first=1, dense_last=0, over="kept"
+        0.15, neurons=replace(TOP, score=GriffinScore(token_set="kept"))
     ),
-    "compensating paper": CoreMatching.paper(compensate=True),
-    "proportional knee": CoreMatching(keep=None, layer=1, neuron_score=None),
+    "compensating by the paper's score": CoreMatching(
+        layer=1, neurons=NeuronRule(PaperScore(), DenseEnds(0.4), compensate=True)
+    ),
+    "proportional knee": CoreMatching(budget=Knee(), layer=1, neurons=None),
 }
+COMPENSATING = [name for name in METHODS if "compensating" in name]
 
 
 def run(model, inputs, method, engine, **options):
@@ -60,14 +70,14 @@ def close(left, right, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("engine", ["auto", "torch"])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_batch_is_its_singles(method, engine, batch):
-    model, inputs = batch
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_is_its_singles(name, engine, batch):
+    (model, inputs), method = batch, METHODS[name]
     out, logits, memory, masks = run(model, inputs, method, engine)
     for sample in range(3):
         own, expected, theirs, (mask,) = run(model, alone(inputs, sample), method, engine)
         assert masks[sample] == mask
-        if method.compensate and method.beta < 1:
+        if name in COMPENSATING:
             assert any(choice.settle().mean is not None for choice in theirs.neurons.values())
         close(logits[sample], expected[0])
         assert torch.equal(out.sequences[sample, -STEPS:], own.sequences[0, -STEPS:])
@@ -91,8 +101,8 @@ def test_a_padded_batch_without_a_cache_is_the_same(name, batch):
 
 
 @pytest.mark.parametrize("engine", ["auto", "torch"])
-@pytest.mark.parametrize("firing", [None, 0.5])
-def test_means_are_over_each_sample_s_own_tokens(firing, engine, batch):
+@pytest.mark.parametrize("active", [None, 0.5])
+def test_means_are_over_each_sample_s_own_tokens(active, engine, batch):
     model, inputs = batch
     seen, handles = [], []
     for layer in model.get_decoder().layers:
@@ -102,9 +112,8 @@ def test_means_are_over_each_sample_s_own_tokens(firing, engine, batch):
         model(**inputs)
     for handle in handles:
         handle.remove()
-    method = CoreMatching(
-        token_score=None, beta=0.5, firing=firing, dense_first=0, dense_last=0, multiple=1
-    )
+    top = TopNeurons(0.5, dense_first=0, dense_last=0, multiple=1)
+    method = Sparsifier(neurons=top if active is None else GateThreshold(active, top))
     _, _, memory, _ = run(model, inputs, method, engine)
     assert len(memory.neurons) == len(seen) == LAYERS
     valid = inputs["attention_mask"].bool()
@@ -151,8 +160,8 @@ def standing_for(seen, sample, length):
 @pytest.mark.parametrize("after", [(1,), (0, 2), (0, 1, 2)])
 def test_after_several_cuts_each_token_counts_for_all_that_went_to_it(after, engine, batch):
     model, inputs = batch
-    keep = (0.6, 0.3, 0.15)[-len(after) :]
-    rule = Recorder(StagedRule(TextOverlap(), keep, after, cover=0.5, proportional=True))
+    budgets = [Ratio(keep, cover=0.5) for keep in (0.6, 0.3, 0.15)[-len(after) :]]
+    rule = Recorder(StagedRule(TextOverlap(), budgets, after, proportional=True))
     _, _, memory, _ = run(model, inputs, Sparsifier(tokens=rule, neurons=None), engine)
     assert [view.layer for view, _ in rule.seen] == list(after)
     image, length = image_mask("llava", inputs), inputs["input_ids"].shape[1]
