@@ -92,11 +92,11 @@ def test_a_batch_is_its_singles(name, engine, batch):
 
 
 @pytest.mark.parametrize("name", ["default", "staged", "staged and compensating"])
-def test_a_padded_batch_without_a_cache_is_the_same(name, batch):
+def test_a_padded_batch_in_a_static_cache_is_the_same(name, batch):
     model, inputs = batch
-    cached, logits, _, _ = run(model, inputs, METHODS[name], "torch")
-    again, others, _, _ = run(model, inputs, METHODS[name], "torch", use_cache=False)
-    assert torch.equal(cached.sequences, again.sequences)
+    plain, logits, _, _ = run(model, inputs, METHODS[name], "torch")
+    other, others, _, _ = run(model, inputs, METHODS[name], "torch", cache_implementation="static")
+    assert torch.equal(plain.sequences, other.sequences)
     close(logits, others)
 
 
