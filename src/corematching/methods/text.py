@@ -23,6 +23,7 @@ UNNAMED = ""
 """Where a rule's values without names stand until its class is known."""
 CALL = re.compile(r"([\w.-]+)\((.*)\)", re.DOTALL)
 WORD = re.compile(r"[\w.+-]+")
+CONSTANTS = {"none": "null", "null": "null", "true": "true", "false": "false"}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -126,9 +127,8 @@ def read_value(text: str, whole: str = "") -> Any:
     call = CALL.fullmatch(text)
     if call:
         return {"name": call[1], **read_parts(call[2], whole, unnamed=True)}
-    lowered = text.lower()
     try:
-        return json.loads({"none": "null"}.get(lowered, lowered))
+        return json.loads(CONSTANTS.get(text.lower(), text))
     except json.JSONDecodeError:
         return text
 
@@ -197,11 +197,10 @@ def text_at_budget(text: str, ratio: float) -> str:
     if made is not None:
         return write_method(name, made, text)
     stated = [key for key in ("keep_ratio", *NEURON_RATIOS, "neurons") if key in params]
-    raise ConfigError(
-        f"method '{text}' has no parameter that a budget could set"
-        + (f" besides {' and '.join(stated)}, which it states: leave that out of the method"
-           if stated else ": run it without --budget")
-    )  # fmt: skip
+    hint = "run it without --budget"
+    if stated:
+        hint = f"it states {' and '.join(stated)}, leave that out of the method"
+    raise ConfigError(f"method '{text}' has no parameter that a budget could set: {hint}")
 
 
 def add_parameters(text: str, given: Mapping[str, Any]) -> str:
