@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 STATUS = Path("/proc/self/status")
@@ -38,6 +37,8 @@ class ProcessMemory:
     def read(cls) -> ProcessMemory:
         """The present values."""
         if not STATUS.exists():
+            import psutil  # a dependency where there is no /proc
+
             now = int(psutil.Process(os.getpid()).memory_info().rss)
             return cls(now, max(now, _lifetime_peak()), 0)
         lines = (line.split() for line in STATUS.read_text(encoding="ascii").splitlines())

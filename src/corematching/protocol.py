@@ -245,11 +245,35 @@ class TokenPolicy(ABC):
 
     @abstractmethod
     def drop_after(self, num_layers: int) -> tuple[int, ...]:
-        """Layers after which tokens are dropped, ascending, each in [-1, num_layers - 2]."""
+        """Layers after which tokens are dropped.
+
+        Parameters
+        ----------
+        num_layers : int
+            Decoder layers of the model.
+
+        Returns
+        -------
+        tuple of int
+            Ascending, each in [-1, num_layers - 2]; -1 is the input of layer 0.
+        """
+        ...
 
     @abstractmethod
     def choose(self, view: PrefillView) -> TokenChoice:
-        """Choose among the tokens still present."""
+        """Choose among the tokens still present.
+
+        Parameters
+        ----------
+        view : PrefillView
+            The layer that has just run; it has the parts that `needs` names.
+
+        Returns
+        -------
+        TokenChoice
+            For the tokens of the view.
+        """
+        ...
 
 
 class NeuronPolicy(ABC):
@@ -278,11 +302,39 @@ class NeuronPolicy(ABC):
 
     @abstractmethod
     def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
-        """Neurons to keep in each layer, in [1, width]; ``width`` leaves the layer dense."""
+        """Neurons to keep in each layer.
+
+        Parameters
+        ----------
+        num_layers : int
+            Decoder layers of the model.
+        width : int
+            Neurons of each layer's FFN.
+
+        Returns
+        -------
+        tuple of int
+            One count per layer, in [1, width]; ``width`` leaves the layer dense.
+        """
+        ...
 
     @abstractmethod
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
-        """Choose ``count`` neurons of the view's layer for each sample."""
+        """Choose neurons of the view's layer for each sample.
+
+        Parameters
+        ----------
+        view : PrefillView
+            The layer, while its FFN runs.
+        count : int
+            Neurons to keep, as `counts` said.
+
+        Returns
+        -------
+        NeuronChoice
+            ``count`` indices for each sample, at once or with ``later``.
+        """
+        ...
 
 
 class Method(Protocol):

@@ -17,6 +17,7 @@ from corematching import (
 from corematching.errors import ConfigError
 from corematching.methods import Sparsifier, gate_threshold, method_from_dict, method_from_text
 from corematching.protocol import ACTIVATIONS, GATE, KEPT, NeuronPolicy
+from tests.chosen import neurons_of
 from tests.models import build, make_inputs
 from tests.policies.views import make_view, show_rows
 
@@ -152,7 +153,7 @@ def test_decoding_is_what_masks_give(engine):
     )
     with torch.no_grad(), method(model, engine=engine) as work:
         ours = model.generate(**inputs, **SETTINGS)
-        choices = work._session.records[-1].selection.neurons
+        choices = neurons_of(work)
         report = work.report
     assert [choices[i].indices.shape[1] for i in range(4)] == [96, 48, 48, 96]
     assert report.neurons == [round(0.6 * count) for count in (96, 48, 48, 96)]
@@ -199,7 +200,7 @@ def test_bytes_are_those_of_the_gate_and_of_what_fired():
     )
     with torch.no_grad(), method(model) as work:
         model.generate(**inputs, **SETTINGS)
-        choices, report = work._session.records[-1].selection.neurons, work.report
+        choices, report = neurons_of(work), work.report
     if not report.kernel.startswith("native"):
         pytest.skip("no compiled kernels here")
     assert report.decode_steps == 3

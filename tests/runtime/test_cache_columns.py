@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from corematching.cache.remembering import memory_of
+from corematching.cache.pruned_cache import pruned_prompt_of
 from corematching.errors import ConfigError, InputError, UnsupportedModelError
 from corematching.runtime import attach, detach
 from tests.models import IMAGE_ID, build, make_inputs
@@ -170,7 +170,7 @@ def test_an_emptied_cache_takes_any_prompt(empty, engine):
             turns.run.method.tokens.seeds = (1, 2)
             expected = generate(turns.model if images else turns.single, inputs)
             assert_same(generate(turns.model, inputs, past_key_values=cache), expected)
-            assert memory_of(cache).is_blank == (not images)
+            assert pruned_prompt_of(cache).is_blank == (not images)
             cache.reset()
 
 

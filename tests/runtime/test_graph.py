@@ -10,7 +10,6 @@ import torch
 from corematching.backends.cuda import graph as graph_module
 from corematching.backends.cuda.backend import CudaBackend
 from corematching.backends.cuda.frame import show_columns
-from corematching.backends.cuda.graph import CudaGraph
 from corematching.methods import method_from_text
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
@@ -89,7 +88,8 @@ def test_replayed_steps_equal_pytorch(name, batch, attention):
             assert_same(generate(model, inputs, STEPS), expected, tolerance=1e-5)
         assert at_work.run.report.kernel == "torch, CUDA graph"
         assert at_work.steps.captures == 1, "the next prompt fits into the same tensors"
-        assert at_work.steps.count == 3 * (STEPS - 1) - 1, "all steps but the very first"
+        replays = [report.path.graph_replays for report in at_work.run.reports]
+        assert replays == [STEPS - 2, STEPS - 1, STEPS - 1], "all steps but the very first"
     assert "forward" not in vars(model.get_decoder())
 
 
@@ -101,7 +101,8 @@ def test_sliding_windows_run_as_usual(name):
     expected = plainly(model, method, lambda m: generate(m, inputs, STEPS))
     with Replaying(model, method) as at_work:
         assert_same(generate(model, inputs, STEPS), expected, tolerance=0)
-        assert at_work.steps.count == 0 and at_work.run.report.kernel == "torch"
+        report = at_work.run.report
+        assert report.path.graph_replays == 0 and report.kernel == "torch"
 
 
 def test_each_prompt_has_its_own_choices():
@@ -245,8 +246,7 @@ def test_on_a_gpu(name):
     try:
         for _ in range(3):
             assert_same(generate(model, inputs, STEPS), expected, tolerance=1e-3)
-        steps = run._session.backend.graph
-        assert steps is not None and steps.make_recorder is CudaGraph
-        assert steps.captures == 1 and steps.count == 3 * (STEPS - 1) - 1
+        replays = [report.path.graph_replays for report in run.reports]
+        assert replays == [STEPS - 2, STEPS - 1, STEPS - 1]
     finally:
         detach(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import corematching.offload.offload
+import corematching.offload
 from corematching.runtime import is_attached, load
 from tests.models import build, make_inputs
 from tests.runtime.capped import CAP, answer, in_memory, method, same, snapshot, unchanged
@@ -16,9 +16,9 @@ from tests.runtime.test_interrupts import Interrupter
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-OFFLOAD = str(Path(corematching.offload.offload.__file__).with_suffix(""))
+OFFLOAD = str(Path(corematching.offload.__file__).parent)
 NAME = "llama"
-TRIES = 150
+TRIES = 100
 
 
 class Lines(Interrupter):

@@ -10,7 +10,7 @@ from torch import nn
 
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,25 @@ class BackendStats:
 
     Attributes
     ----------
-    steps : int
-        Decode steps that ran in the backend's own code.
+    native_layers : int
+        Decoder layers of prompts whose forward ran in compiled CPU code.
+    native_steps : int
+        Decode steps that did.
+    graph_replays : int
+        Decode steps that were replayed from a CUDA graph.
     dense_ffn_bytes : dict
-        Bytes of FFN weights that these steps read in layers with all neurons, by layer.
+        Bytes of FFN weights that native steps read in layers with all neurons, by layer.
     """
 
-    steps: int = 0
+    native_layers: int = 0
+    native_steps: int = 0
+    graph_replays: int = 0
     dense_ffn_bytes: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Decode steps that ran in the backend's own code."""
+        return self.native_steps + self.graph_replays
 
 
 class Backend(ABC):
@@ -39,18 +50,18 @@ class Backend(ABC):
     ----------
     model : nn.Module
         The model.
-    parts : Parts
+    parts : ModelSpec
         Its parts.
     sparse : mapping
         The sparse FFNs, by layer.
     """
 
-    def __init__(self, model: nn.Module, parts: Parts, sparse: Mapping[int, SparseFFN]) -> None:
+    def __init__(self, model: nn.Module, parts: ModelSpec, sparse: Mapping[int, SparseFFN]) -> None:
         self.model, self.parts, self.sparse = model, parts, sparse
 
     @staticmethod
     @abstractmethod
-    def supports(parts: Parts) -> str | None:
+    def supports(parts: ModelSpec) -> str | None:
         """The reason why this backend cannot run such a model here, or None if it can."""
 
     @abstractmethod

@@ -12,7 +12,7 @@ from corematching.backends.cuda.backend import CudaBackend
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.backends.torch.backend import TorchBackend
 from corematching.errors import ConfigError, UnsupportedModelError
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 
 ENGINES = ("auto", "torch", "native")
 FASTEST_FIRST: tuple[type[Backend], ...] = (CpuBackend, CudaBackend, TorchBackend)
@@ -32,7 +32,7 @@ def check_engine(engine: str) -> str:
 
 
 def choose_backend(
-    model: nn.Module, parts: Parts, sparse: Mapping[int, SparseFFN], engine: str
+    model: nn.Module, parts: ModelSpec, sparse: Mapping[int, SparseFFN], engine: str
 ) -> Backend:
     """The fastest backend that model, machine and caller allow.
 
@@ -40,7 +40,7 @@ def choose_backend(
     ----------
     model : nn.Module
         The model.
-    parts : Parts
+    parts : ModelSpec
         Its parts.
     sparse : mapping
         The sparse FFNs, by layer.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from corematching.backends.base import Backend
+from corematching.backends.base import Backend, BackendStats
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Tally:
     ----------
     read : list of int
         Bytes of FFN weights that kernels have read, by layer.
-    steps : int
-        Decode steps that ran in the backend's own code.
+    stats : BackendStats
+        The backend's own.
     """
 
     read: list[int]
-    steps: int
+    stats: BackendStats
 
 
 class WeightTraffic:
@@ -49,11 +49,12 @@ class WeightTraffic:
             stats.dense_ffn_bytes.get(i, 0) + (sparse[i].bytes_counted() if i in sparse else 0)
             for i in range(len(self._ffn_bytes))
         ]
-        return Tally(read, stats.steps)
+        return Tally(read, stats)
 
     def name(self, before: Tally, after: Tally) -> str:
         """The code that ran the decode steps between two tallies."""
-        return self.backend.describe(after.steps > before.steps, after.read != before.read)
+        ran = after.stats.steps > before.stats.steps
+        return self.backend.describe(ran, after.read != before.read)
 
     def bytes_per_step(self, before: Tally, after: Tally, steps: int, batch: int) -> int:
         """Bytes of weights that a step read between two tallies: attentions, FFNs, vocabulary.

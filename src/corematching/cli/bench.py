@@ -18,6 +18,7 @@ from corematching.cli.once import OnceCommand
 from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
 from corematching.errors import ConfigError
+from corematching.extras import require_plots
 
 DEFAULT_OUT = Path("corematching-bench")
 DEFAULT_PEERS = Path("benchmarks/peers")
@@ -134,6 +135,7 @@ def bench(
     given = dict(locals())
     console.keep_bars_away(own_bars=model is None)
     logging.getLogger("corematching").addHandler(logging.NullHandler())
+    require_plots("the picture of `corematching bench`")
     if model and shape:
         raise ConfigError("--model and --shape exclude each other: leave one out")
     from corematching.lab.bench import Plan, choose_adapters, require_quiet

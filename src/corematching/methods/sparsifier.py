@@ -96,7 +96,15 @@ class TokenRule(TokenDropper, name="token-rule"):
         return tuple(layers)
 
     def choose(self, view: PrefillView, picture: Picture | None = None) -> TokenChoice:
-        """Choose among the image tokens still present; see `Budget` for the picture."""
+        """Choose among the image tokens still present.
+
+        Parameters
+        ----------
+        view : PrefillView
+            The layer that has just run.
+        picture : Picture, optional
+            The whole picture, of which the view has only some tokens; see `Budget`.
+        """
         scores = self.score(view)
         kept = self.budget(scores, view.image, picture)
         dropped = torch.where(view.image & ~kept, scores, -torch.inf).amax(1, keepdim=True)

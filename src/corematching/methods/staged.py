@@ -86,12 +86,24 @@ class StagedRule(TokenDropper, name="staged-rule"):
         return layers
 
     def stages(self, num_layers: int) -> dict[int, Ratio | Count]:
-        """The budget of each layer that drops."""
+        """The budget of each layer that drops.
+
+        Parameters
+        ----------
+        num_layers : int
+            Decoder layers of the model.
+        """
         layers = (self._rule(layer).drop_after(num_layers)[0] for layer in self.after)
         return dict(zip(layers, self.budgets, strict=True))
 
     def choose(self, view: PrefillView) -> TokenChoice:
-        """Choose among the image tokens still present."""
+        """Choose among the image tokens still present.
+
+        Raises
+        ------
+        ConfigError
+            The view is of a layer after which nothing is dropped.
+        """
         stages = self.stages(view.num_layers)
         if view.layer not in stages:
             raise ConfigError(f"no stage after layer {view.layer}: the stages are {list(stages)}")

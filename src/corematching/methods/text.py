@@ -31,6 +31,11 @@ LONGEST_TEXT, DEEPEST_TEXT, LONGEST_NUMBER = 10_000, 20, 30
 def method_from_text(text: str) -> BaseMethod:
     """Make a method from text such as ``corematching:keep_ratio=0.2,neurons=top(0.4)``.
 
+    Parameters
+    ----------
+    text : str
+        A name, then parameters; or the method as JSON, or ``@file.json``.
+
     Raises
     ------
     ConfigError

@@ -19,7 +19,7 @@ from torch import nn
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.errors import AlreadyInstalledError, ConfigError, CoreMatchingError, InputError
 from corematching.memory_meter import MemoryMeter
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 from corematching.offload.ffn import StreamedFFN
 from corematching.offload.guard import WeightGuard
 from corematching.offload.memory import MemoryPlan, MemoryUse, bytes_of
@@ -116,7 +116,7 @@ class Offload:
                 self._swapped.append((owner, name, old))
                 owner._parameters[name] = place
 
-    def make_ffns(self, parts: Parts, counts: dict[int, int]) -> dict[int, SparseFFN]:
+    def make_ffns(self, parts: ModelSpec, counts: dict[int, int]) -> dict[int, SparseFFN]:
         """The sparse FFNs of the layers with chosen neurons; ``counts`` maps each to its neurons.
 
         Raises
@@ -224,7 +224,7 @@ class Offload:
             )
 
     def _reckon(
-        self, parts: Parts, counts: dict[int, int], weights: dict[int, list[nn.Parameter]]
+        self, parts: ModelSpec, counts: dict[int, int], weights: dict[int, list[nn.Parameter]]
     ) -> MemoryPlan:
         model = self._model()
         assert model is not None
@@ -241,7 +241,7 @@ class Offload:
         layers = {i: [self._places[id(p)] for p in own] for i, own in weights.items()}
         self._stream = LayerStream(layers, self.device)
 
-    def _load_dense(self, parts: Parts, counts: dict[int, int]) -> None:
+    def _load_dense(self, parts: ModelSpec, counts: dict[int, int]) -> None:
         """Load the FFNs of the layers that keep all their neurons."""
         for index, ffn in enumerate(parts.ffns):
             for parameter in _matrices(ffn) if index not in counts else ():

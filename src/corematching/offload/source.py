@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,26 +44,27 @@ class Source(Protocol):
 
 
 class WeightFile:
-    """A file of weights that is open for reading."""
+    """A file of weights that is open for reading, by one thread at a time.
+
+    There is no lock that an interrupt could leave closed.
+    """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.file, self.name = file, name
-        self.lock = threading.Lock()
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill ``into`` from ``offset`` on, and leave nothing of it in the page cache."""
         done = 0
-        with self.lock:
-            self.file.seek(offset)
-            while done < len(into):
-                count = self.file.readinto(into[done : done + CHUNK])  # type: ignore[attr-defined]
-                if not count:
-                    raise InputError(
-                        f"{self.name} ends before its weights do: download the model again"
-                    )
-                done += count
-                forget_pages(self.file.fileno(), offset + done)
-            self.forget()
+        while done < len(into):
+            self.file.seek(offset + done)
+            count = self.file.readinto(into[done : done + CHUNK])  # type: ignore[attr-defined]
+            if not count:
+                raise InputError(
+                    f"{self.name} ends before its weights do: download the model again"
+                )
+            done += count
+            forget_pages(self.file.fileno(), offset + done)
+        self.forget()
 
     def forget(self) -> None:
         """Leave nothing of the file in the page cache."""

@@ -122,7 +122,20 @@ class Budget(Component, kind="budget"):
         return image & (_invert(order) < counts.unsqueeze(1))
 
     def bound(self, counts: Tensor, totals: Tensor) -> Tensor:
-        """Counts (B,) within the least and the most of ``totals`` (B,), one or more, if any."""
+        """Keep counts within the least and the most that the parameters allow.
+
+        Parameters
+        ----------
+        counts : Tensor
+            (B,) long, image tokens to keep.
+        totals : Tensor
+            (B,) long, image tokens of each sample.
+
+        Returns
+        -------
+        Tensor
+            (B,) long, at least 1 and at most ``totals``; 0 without image tokens.
+        """
         if self.min_ratio is not None:
             counts = counts.maximum(counts_of(self.min_ratio, totals))
         if self.min_tokens is not None:

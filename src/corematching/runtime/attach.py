@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
+from corematching.backends.choice_checks import check_settled
 from corematching.errors import AlreadyInstalledError, InputError
 from corematching.offload.offload import find_offload
 from corematching.protocol import Method, check_policies
 from corematching.report import Report
-from corematching.runtime.record import build_report
+from corematching.runtime.choices import Choices, read_choices
+from corematching.runtime.flops import build_report
+from corematching.runtime.record import Record
 from corematching.runtime.session import Session
 
 MARK = "_corematching"
@@ -23,6 +24,11 @@ could leave closed.
 
 class Run:
     """A method at work on a model, as `attach` gives it.
+
+    Parameters
+    ----------
+    session : Session
+        What `attach` has put on the model.
 
     Attributes
     ----------
@@ -45,14 +51,29 @@ class Run:
         InputError
             Nothing has run yet.
         """
-        if not self._session.records:
-            raise InputError("nothing has run yet: call model.generate(**inputs) first")
-        return self._report(self._session.records[-1])
+        return self._report(self._last)
 
     @property
     def reports(self) -> list[Report]:
         """The same for the last 16 runs, the latest last."""
         return [self._report(record) for record in self._session.records]
+
+    @property
+    def choices(self) -> list[Choices]:
+        """What the last generate() or prompt chose, per sample; waits for the device.
+
+        Copies on the CPU, that stay as they are whatever runs next. A turn that goes on from a
+        cache shows the choices of its conversation. Only the last run has them: earlier ones let go
+        of their neurons.
+
+        Raises
+        ------
+        InputError
+            Nothing has run yet, or the prompt that chose is no longer on record.
+        """
+        record = self._last
+        check_settled(self._session.sparse.values())
+        return read_choices(record, len(self._session.parts.layers))
 
     def remove(self) -> None:
         """Take this method off the model; does nothing where it is off already.
@@ -66,7 +87,14 @@ class Run:
         """
         _take_off(self.model, self._session)
 
-    def _report(self, record: Any) -> Report:
+    @property
+    def _last(self) -> Record:
+        """The record of the last run."""
+        if not self._session.records:
+            raise InputError("nothing has run yet: call model.generate(**inputs) first")
+        return self._session.records[-1]
+
+    def _report(self, record: Record) -> Report:
         self._session.log.close(record)
         return build_report(record, self._session.parts, self.method, self.model)
 

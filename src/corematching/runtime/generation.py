@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.generation import GenerationMode
 
 from corematching.cache.layers import check_cache, short_mask, widen_sliding_layers
-from corematching.cache.remembering import memory_of
+from corematching.cache.pruned_cache import pruned_prompt_of
 from corematching.errors import UnsupportedModelError
 from corematching.model.patching import Patches
 
@@ -135,7 +135,7 @@ class GenerationPatches:
         cache = model_kwargs.get("past_key_values")
         if cache is not None and self.session.method.tokens is not None:
             check_cache(cache)
-            if memory_of(cache) is None and not cache.get_seq_length():
+            if pruned_prompt_of(cache) is None and not cache.get_seq_length():
                 # what transformers gives a new static cache, to reuse what it has compiled
                 capacity = getattr(self.session.model, "_previous_max_cache_length", 0)
                 widen_sliding_layers(cache, max_cache_length, max(max_cache_length, capacity))
@@ -152,7 +152,7 @@ class GenerationPatches:
             self.session.place.follow(cache, input_ids.shape[0])
             self.session.place.gather_neurons(cache)
         if generation is not None and not self._masks_are_short:
-            memory = memory_of(cache)
+            memory = pruned_prompt_of(cache)
             if memory is not None and memory.shortened and _seen(cache):
                 self._shorten(memory, kwargs)
         return original(input_ids, *args, **kwargs)
@@ -160,7 +160,7 @@ class GenerationPatches:
     def _update_kwargs(
         self, original: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        memory = memory_of(model_kwargs.get("past_key_values"))
+        memory = pruned_prompt_of(model_kwargs.get("past_key_values"))
         generation = self.session.generation
         if generation is not None and memory is not None and not self._masks_are_short:
             if memory.shortened:

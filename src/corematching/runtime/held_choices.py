@@ -8,8 +8,8 @@ from typing import Any
 
 from corematching.backends.choice_checks import check_settled
 from corematching.backends.sparse_ffn import SparseFFN
-from corematching.cache.memory import Memory
-from corematching.cache.remembering import follow, memory_of
+from corematching.cache.pruned_cache import follow, pruned_prompt_of
+from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.errors import InputError
 
 
@@ -25,9 +25,9 @@ class HeldChoices:
     def __init__(self, sparse: Mapping[int, SparseFFN]) -> None:
         self.sparse = sparse
         self._token = object()
-        self._held: weakref.ref[Memory] | None = None
+        self._held: weakref.ref[PrunedPrompt] | None = None
 
-    def hold(self, memory: Memory | None) -> None:
+    def hold(self, memory: PrunedPrompt | None) -> None:
         """The FFNs have the choices of this memory, for its present rows, and of no other one."""
         held = None if self._held is None else self._held()
         if held is not None and held.holder is self._token:
@@ -94,7 +94,7 @@ class HeldChoices:
         InputError
             It is another one, or its rows have changed.
         """
-        memory = memory_of(cache)
+        memory = pruned_prompt_of(cache)
         if memory is None or memory.is_blank:
             stale = any(ffn.active for ffn in self.sparse.values())
         else:
@@ -105,7 +105,7 @@ class HeldChoices:
                 "step without torch.compile first"
             )
 
-    def _take(self, memory: Memory, index: int) -> None:
+    def _take(self, memory: PrunedPrompt, index: int) -> None:
         choice, ffn = memory.choice(index).materialize(), self.sparse[index]
         found = ffn.count if choice.indices is None else choice.indices.shape[-1]
         if found != ffn.count:

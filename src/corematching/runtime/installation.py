@@ -12,7 +12,7 @@ from corematching.backends.sparse_ffn import SparseFFN
 from corematching.backends.traffic import WeightTraffic
 from corematching.model.patching import Patches
 from corematching.model.snapshot import ModuleSnapshot
-from corematching.model.spec import Parts, check_model, choose_counts
+from corematching.model.spec import ModelSpec, check_model, choose_counts
 from corematching.offload.offload import Offload
 from corematching.protocol import Method
 from corematching.runtime.held_choices import HeldChoices
@@ -37,7 +37,7 @@ class Installation:
 
     Attributes
     ----------
-    parts : Parts
+    parts : ModelSpec
         The model's parts.
     sparse : dict
         The layers' sparse FFNs, by layer.
@@ -51,7 +51,7 @@ class Installation:
         Counts the weights that steps read.
     vision : VisionMeter
         Times the vision tower.
-    tower : TowerProbe or None
+    tower : TowerObserver or None
         Shows the vision tower to a token policy that reads it.
 
     Raises
@@ -64,7 +64,7 @@ class Installation:
         self, model: nn.Module, method: Method, engine: str, offload: Offload | None
     ) -> None:
         self.offload = offload
-        self.parts: Parts = check_model(model, method)
+        self.parts: ModelSpec = check_model(model, method)
         counts = choose_counts(self.parts, method.neurons)
         per_token = method.neurons is not None and method.neurons.per_token
         chosen = {i: n for i, n in enumerate(counts) if n < self.parts.widths[i] or per_token}

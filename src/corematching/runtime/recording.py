@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from corematching.errors import InputError
 from corematching.model.hooks import run_pre_hooks
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 from corematching.protocol import VISION
 from corematching.runtime.attach import Run
 
@@ -135,7 +135,7 @@ def replay_prompt(run: Run, recording: Recording) -> Iterator[None]:
 class _Replay:
     """Gives back what was recorded, layer by layer."""
 
-    def __init__(self, parts: Parts, recording: Recording) -> None:
+    def __init__(self, parts: ModelSpec, recording: Recording) -> None:
         self.parts, self.recording = parts, recording
 
     def run_layer(self, index: int, original: Any, *args: Any, **kwargs: Any) -> Any:

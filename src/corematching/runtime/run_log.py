@@ -56,6 +56,8 @@ class RunLog:
         if place.offload is not None:
             place.offload.measure(record.memory)
         now, before, rows = place.traffic.tally(), record.tally, len(record.valid)
+        record.path.native_steps = now.stats.native_steps - before.stats.native_steps
+        record.path.graph_replays = now.stats.graph_replays - before.stats.graph_replays
         record.kernel = place.traffic.name(before, now)
         record.decode_bytes = place.traffic.bytes_per_step(before, now, record.steps, rows)
         record.dense_decode_bytes = place.traffic.dense_bytes()

@@ -16,19 +16,20 @@ from corematching.backends.base import Backend
 from corematching.backends.select import check_engine
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import check_cache, fit_mask, is_fresh, widen_sliding_layers
-from corematching.cache.remembering import memory_of, remember
+from corematching.cache.pruned_cache import pruned_prompt_of, remember
 from corematching.errors import AlreadyInstalledError, InputError, UnsupportedModelError
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 from corematching.offload.offload import Offload
 from corematching.protocol import Method
+from corematching.runtime.flops import layer_costs
 from corematching.runtime.generation import Generation, GenerationPatches, replay_error
 from corematching.runtime.installation import Installation
 from corematching.runtime.lock import UseLock
 from corematching.runtime.prefill.prefill import Prefill
 from corematching.runtime.prefill.prompt import batch_size, query_length, read_prompt
 from corematching.runtime.prefill.selection import Selection
-from corematching.runtime.record import Mark, Record, layer_costs, mark
+from corematching.runtime.record import Mark, Record, mark
 from corematching.runtime.run_log import RunLog
 
 
@@ -54,12 +55,15 @@ class ForwardPass:
         Of a prompt.
     record : Record or None
         Of a turn.
+    native_layers : int
+        The backend's count of native layers when it began.
     """
 
     phase: Phase
     start: Mark | None = None
     prefill: Prefill | None = None
     record: Record | None = None
+    native_layers: int = 0
 
 
 class Session:
@@ -114,7 +118,7 @@ class Session:
         return model
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ModelSpec:
         """The model's parts."""
         return self.place.parts
 
@@ -275,15 +279,16 @@ class Session:
                 "labels do not fit a prompt that gets shorter: remove the method before training "
                 "or computing a loss"
             )
-        self.forward = ForwardPass(Phase.PREFILL, mark(place.device), prefill)
-        earlier = memory_of(cache)
+        layers = place.backend.stats().native_layers
+        self.forward = ForwardPass(Phase.PREFILL, mark(place.device), prefill, None, layers)
+        earlier = pruned_prompt_of(cache)
         if earlier is not None:
             earlier.forget()
         if length > 1:
             prefill.install()
 
     def _start_turn(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
-        place, memory = self.place, memory_of(cache)
+        place, memory = self.place, pruned_prompt_of(cache)
         earlier = None if memory is None else self.log.find(memory.record)
         if self.generation is None:
             place.vision.take()
@@ -295,14 +300,15 @@ class Session:
             valid=valid,
             image=image if earlier is None else torch.zeros_like(image),
             context=torch.tensor([[seen, seen - dropped]]).expand(valid.shape[0], 2),
-            selection=Selection(length),
+            selection=Selection(length, neurons={} if memory is None else memory.neurons),
             counts=place.counts if memory is not None and memory.neurons else place.parts.widths,
             continued=True,
             earlier=earlier,
             rows=None if memory is None else memory.rows,
             cached=True,
         )
-        self.forward = ForwardPass(Phase.TURN, mark(place.device), record=record)
+        layers = place.backend.stats().native_layers
+        self.forward = ForwardPass(Phase.TURN, mark(place.device), None, record, layers)
         self._add(record, self.forward.start)
 
     def _start_streaming(self, valid: Tensor) -> None:
@@ -321,6 +327,7 @@ class Session:
         elif forward.phase is Phase.STEP:
             self.log.count_step()
         elif forward.record is not None:
+            self._count_layers(forward, forward.record)
             forward.record.filled = forward.record.last = mark(self.place.device)
 
     def _end_prefill(self, forward: ForwardPass, output: Any) -> None:
@@ -348,7 +355,12 @@ class Session:
             cached=cache is not None,
             logit_rows=1 if logits is None else logits.shape[1],
         )
+        self._count_layers(forward, record)
         self._add(record, forward.start)
+
+    def _count_layers(self, forward: ForwardPass, record: Record) -> None:
+        """Note how many layers of the prompt ran in compiled code."""
+        record.path.native_layers = self.place.backend.stats().native_layers - forward.native_layers
 
     def _add(self, record: Record, start: Mark | None) -> None:
         """Keep the record of a prompt that is done, or of a turn that begins."""

@@ -31,7 +31,7 @@ def test_every_engine_has_an_adapter_with_an_install_line():
     for name, adapter in adapters.items():
         assert adapter.path.stem == name and adapter.install
         assert adapter.needs and set(adapter.find_missing()) <= {*adapter.needs, *adapter.programs}
-        text = (BENCHMARKS.parent / "docs" / "speed.md").read_text()
+        text = (BENCHMARKS.parent / "docs" / "guides" / "benchmark.md").read_text()
         assert f"| `{name}` |" in text
 
 

@@ -14,13 +14,13 @@ from corematching.backends.cpu.native import find_library, leave_file
 from corematching.backends.cpu.prefill import NativePrompts
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 
 
 class CpuBackend(Backend):
     """Whole prompt layers and whole decode steps in C, where the model's form is known."""
 
-    def __init__(self, model: nn.Module, parts: Parts, sparse: Mapping[int, SparseFFN]) -> None:
+    def __init__(self, model: nn.Module, parts: ModelSpec, sparse: Mapping[int, SparseFFN]) -> None:
         super().__init__(model, parts, sparse)
         library = find_library()
         self._target = "" if library is None else library.cm_target().decode()
@@ -29,7 +29,7 @@ class CpuBackend(Backend):
         self.prompts = NativePrompts(parts)
 
     @staticmethod
-    def supports(parts: Parts) -> str | None:
+    def supports(parts: ModelSpec) -> str | None:
         """A model on another device, or no compiler."""
         device = next(parts.layers[0].parameters()).device
         if device.type != "cpu":
@@ -55,9 +55,13 @@ class CpuBackend(Backend):
         self.steps.refresh()
 
     def stats(self) -> BackendStats:
-        """Native steps, and what they read of layers with all neurons."""
+        """Native layers and steps, and what the steps read of layers with all neurons."""
         layers = range(len(self.parts.layers))
-        return BackendStats(self.steps.count, {i: self.steps.bytes_read(i) for i in layers})
+        return BackendStats(
+            native_layers=self.prompts.layers,
+            native_steps=self.steps.count,
+            dense_ffn_bytes={i: self.steps.bytes_read(i) for i in layers},
+        )
 
     def describe(self, ran: bool, counted: bool) -> str:
         """Native steps, or native FFNs."""

@@ -10,7 +10,7 @@ from corematching.backends.base import Backend, BackendStats
 from corematching.backends.cuda.graph import CudaGraph, GraphSteps, Recorder
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 
 
 class CudaBackend(Backend):
@@ -19,7 +19,7 @@ class CudaBackend(Backend):
     def __init__(
         self,
         model: nn.Module,
-        parts: Parts,
+        parts: ModelSpec,
         sparse: Mapping[int, SparseFFN],
         make_recorder: Callable[[], Recorder] = CudaGraph,
     ) -> None:
@@ -27,7 +27,7 @@ class CudaBackend(Backend):
         self.graph = GraphSteps(parts, sparse, make_recorder)
 
     @staticmethod
-    def supports(parts: Parts) -> str | None:
+    def supports(parts: ModelSpec) -> str | None:
         """Layers that are not all on one CUDA device."""
         devices = {p.device for layer in parts.layers for p in layer.parameters()}
         on_one = len(devices) == 1 and next(iter(devices)).type == "cuda"
@@ -48,7 +48,7 @@ class CudaBackend(Backend):
 
     def stats(self) -> BackendStats:
         """Replayed steps."""
-        return BackendStats(self.graph.count)
+        return BackendStats(graph_replays=self.graph.count)
 
     def describe(self, ran: bool, counted: bool) -> str:
         """The FFNs' kernel, and whether steps were replayed."""

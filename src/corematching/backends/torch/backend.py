@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from corematching.backends.base import Backend, BackendStats
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 
 
 class TorchBackend(Backend):
     """Prompts and decode steps run through the model's own forwards and the sparse FFNs."""
 
     @staticmethod
-    def supports(parts: Parts) -> str | None:
+    def supports(parts: ModelSpec) -> str | None:
         """None: every model runs in PyTorch."""
         return None
 

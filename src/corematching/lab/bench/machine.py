@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from corematching.devices import product_dtype
 from corematching.errors import BusyMachineError
+from corematching.extras import require
+
+psutil = require("psutil", "bench", "a benchmark")
 
 BUSY_RATIO = 0.10
 PROBE_SECONDS = 1.0
@@ -66,12 +68,12 @@ class CpuMeter:
         return busy, mine, time.monotonic() * (psutil.cpu_count() or 1)
 
 
-def _cpu_seconds(process: psutil.Process) -> float:
+def _cpu_seconds(process: Any) -> float:
     try:
         times = process.cpu_times()
     except psutil.Error:
         return 0.0
-    return times.user + times.system
+    return float(times.user + times.system)
 
 
 def probe_others(seconds: float = PROBE_SECONDS) -> float:

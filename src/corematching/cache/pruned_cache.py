@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
-from corematching.cache.memory import Memory
+from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.errors import ConfigError, InputError, UnsupportedModelError
 
 
-class RememberingCache(Cache):
+class PrunedCache(Cache):
     """What `remember` mixes into a cache's class."""
 
-    memory: Memory
+    memory: PrunedPrompt
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens seen, dropped ones included; the position of the next token."""
@@ -204,48 +204,48 @@ class RememberingCache(Cache):
 
 
 @functools.cache
-def _remembering(kind: type) -> type:
-    return type(f"Remembering{kind.__name__}", (RememberingCache, kind), {})
+def _pruned_kind(kind: type) -> type:
+    return type(f"Pruned{kind.__name__}", (PrunedCache, kind), {})
 
 
 def _rebuild(kind: type, state: dict[str, Any]) -> Cache:
     """A copy of a remembering cache of such a class."""
-    made: Any = _remembering(kind)
+    made: Any = _pruned_kind(kind)
     cache: Cache = made.__new__(made)
     vars(cache).update(state)
     return cache
 
 
-def remember(cache: Cache, memory: Memory) -> None:
+def remember(cache: Cache, memory: PrunedPrompt) -> None:
     """Let ``cache`` answer for the tokens that were dropped from it."""
     if cache.is_compileable:
         first: Any = cache.layers[0]
         dropped = torch.full((), int(memory.dropped), dtype=torch.long, device=first.keys.device)
         torch._dynamo.mark_static_address(dropped)
         memory.dropped = dropped
-        if memory.logarithms is not None:
-            memory.logarithms = _fix_length(memory.logarithms, cache)
+        if memory.log_counts is not None:
+            memory.log_counts = _fix_length(memory.log_counts, cache)
     memory.watch(cache)
     cache.memory = memory  # type: ignore[attr-defined]
-    if not isinstance(cache, RememberingCache):
+    if not isinstance(cache, PrunedCache):
         kind: Any = type(cache)
-        cache.__class__ = _remembering(kind)
+        cache.__class__ = _pruned_kind(kind)
 
 
-def _fix_length(logarithms: Tensor, cache: Any) -> Tensor:
+def _fix_length(log_counts: Tensor, cache: Any) -> Tensor:
     """(B, K) to (B, slots of a static cache), at an address that compiled code may rely on."""
     slots = max(layer.max_cache_len for layer in cache.layers)
-    fixed = F.pad(logarithms, (0, max(slots - logarithms.shape[1], 0)))
+    fixed = F.pad(log_counts, (0, max(slots - log_counts.shape[1], 0)))
     torch._dynamo.mark_static_address(fixed)
     return fixed
 
 
-def memory_of(cache: Any) -> Memory | None:
+def pruned_prompt_of(cache: Any) -> PrunedPrompt | None:
     """What ``cache`` keeps of a prefill of ours, or None."""
-    return cache.memory if isinstance(cache, RememberingCache) else None
+    return cache.memory if isinstance(cache, PrunedCache) else None
 
 
-def logarithms_of(cache: Any, batch: int) -> Tensor | None:
+def log_counts_of(cache: Any, batch: int) -> Tensor | None:
     """(B, K) float32, contiguous: what is added to scores of the cache's first columns, or None.
 
     Raises
@@ -253,14 +253,14 @@ def logarithms_of(cache: Any, batch: int) -> Tensor | None:
     InputError
         They are for another number of rows than ``batch``.
     """
-    memory = memory_of(cache)
-    if memory is None or memory.logarithms is None:
+    memory = pruned_prompt_of(cache)
+    if memory is None or memory.log_counts is None:
         return None
     memory.check_batch(batch)
-    return memory.logarithms.contiguous()
+    return memory.log_counts.contiguous()
 
 
-def follow(cache: Any, batch: int | None = None) -> Memory | None:
+def follow(cache: Any, batch: int | None = None) -> PrunedPrompt | None:
     """What a cache remembers, after its keys may have been replaced; None where it is nothing.
 
     Parameters
@@ -275,7 +275,7 @@ def follow(cache: Any, batch: int | None = None) -> Memory | None:
     InputError
         The keys are of other prompts, or of another number of them than ``batch``.
     """
-    memory = memory_of(cache)
+    memory = pruned_prompt_of(cache)
     if memory is None or memory.is_blank:
         return None
     if memory.layer < 0:
@@ -288,7 +288,7 @@ def follow(cache: Any, batch: int | None = None) -> Memory | None:
     return memory
 
 
-def _follow_keys(cache: Any, memory: Memory) -> None:
+def _follow_keys(cache: Any, memory: PrunedPrompt) -> None:
     """Somebody has replaced keys: find the prompt of each row by what its last token left."""
     layer, count, sign = cache.layers[memory.layer], memory.valid.shape[1], memory.sign
     keys: Any = layer.keys
@@ -297,7 +297,7 @@ def _follow_keys(cache: Any, memory: Memory) -> None:
     sizes = {(x.shape[0], x.shape[-2]) for x in full}
     if keys is None or len(sizes) != 1 or keys.shape[-2] < count:
         raise _unknown_rows(memory, _count_rows(cache))
-    one = len(sign) == len(keys) == 1 and memory.logarithms is None and not memory.filler
+    one = len(sign) == len(keys) == 1 and memory.log_counts is None and not memory.filler
     here = keys[:, :, count - 1 : count].squeeze(2).to(sign.device)
     if not one and (here.shape != sign.shape or not torch.equal(here, sign)):
         if here.shape[1:] != sign.shape[1:]:
@@ -309,7 +309,7 @@ def _follow_keys(cache: Any, memory: Memory) -> None:
     memory.note(cache)
 
 
-def _unknown_rows(memory: Memory, rows: int) -> InputError:
+def _unknown_rows(memory: PrunedPrompt, rows: int) -> InputError:
     return InputError(
         f"the cache's keys were replaced by others of {rows} rows, and which of its "
         f"{memory.batch} prompts or which of their columns these are cannot be told: use "

@@ -18,7 +18,7 @@ from corematching.protocol import NeuronChoice
 
 
 @dataclass
-class Memory:
+class PrunedPrompt:
     """What a cache keeps of the prefill that filled it.
 
     Attributes
@@ -37,7 +37,7 @@ class Memory:
         The number of the prefill's record.
     filler : bool
         Whether any is False in ``valid``.
-    logarithms : Tensor or None
+    log_counts : Tensor or None
         (B, K) float32, of the tokens' weights in attention; zeros behind in a static cache, up to
         its length. None: each counts for itself.
     masks : tuple or None
@@ -72,7 +72,7 @@ class Memory:
     shortened: bool = True
     record: int = -1
     filler: bool = False
-    logarithms: Tensor | None = None
+    log_counts: Tensor | None = None
     masks: tuple[Any, ...] | None = None
     origin: Tensor | None = None
     samples: int = 0
@@ -114,7 +114,7 @@ class Memory:
         self.valid, self.prompt, self.record = self.valid[:0, :0], 0, -1
         self.shortened = self.filler = self.moved = False
         self.neurons, self.samples, self.rows, self.taken, self.alike = {}, 0, [], [], []
-        self.logarithms = self.masks = self.origin = self.holder = None
+        self.log_counts = self.masks = self.origin = self.holder = None
         self.layer, self.shown, self.sign = -1, None, None
 
     def choice(self, layer: int) -> NeuronChoice:
