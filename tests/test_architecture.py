@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "corematching"
-BASE = {"protocol", "report", "errors", "sizes", "devices", "memory_meter"}
+BASE = {"protocol", "report", "report_sample", "report_table", "errors", "extras", "sizes"}
+BASE |= {"devices", "memory_meter"}
 LOWER = BASE | {"backends.kernels", "old_names"}
 MODEL = LOWER | {"model", "cache", "backends", "backends.torch.sparse_ffn", "loading"}
 RUNTIME = MODEL | {"offload"}

@@ -18,8 +18,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from corematching.errors import ConfigError
-
 T = TypeVar("T")
 
 ACTIVATIONS = "activations"
@@ -232,7 +230,7 @@ class TokenPolicy(ABC):
 
     @property
     def proportional(self) -> bool:
-        """Whether choices carry weights; default: no."""
+        """True if choices carry weights; default: False."""
         return False
 
     @property
@@ -257,7 +255,6 @@ class TokenPolicy(ABC):
         tuple of int
             Ascending, each in [-1, num_layers - 2]; -1 is the input of layer 0.
         """
-        ...
 
     @abstractmethod
     def choose(self, view: PrefillView) -> TokenChoice:
@@ -273,7 +270,6 @@ class TokenPolicy(ABC):
         TokenChoice
             For the tokens of the view.
         """
-        ...
 
 
 class NeuronPolicy(ABC):
@@ -286,7 +282,7 @@ class NeuronPolicy(ABC):
 
     @property
     def per_token(self) -> bool:
-        """Whether choices carry thresholds; default: no.
+        """True if choices carry thresholds; default: False.
 
         The runtime then takes a layer over even where it keeps all ``width`` neurons.
         """
@@ -316,7 +312,6 @@ class NeuronPolicy(ABC):
         tuple of int
             One count per layer, in [1, width]; ``width`` leaves the layer dense.
         """
-        ...
 
     @abstractmethod
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
@@ -334,7 +329,6 @@ class NeuronPolicy(ABC):
         NeuronChoice
             ``count`` indices for each sample, at once or with ``later``.
         """
-        ...
 
 
 class Method(Protocol):
@@ -347,20 +341,3 @@ class Method(Protocol):
     def neurons(self) -> NeuronPolicy | None: ...
 
     def to_dict(self) -> dict[str, Any]: ...
-
-
-def check_policies(method: Method) -> None:
-    """Refuse a method whose policies do not subclass those of this file.
-
-    Raises
-    ------
-    ConfigError
-        Naming the class to subclass.
-    """
-    pairs = ("tokens", method.tokens, TokenPolicy), ("neurons", method.neurons, NeuronPolicy)
-    for name, policy, base in pairs:
-        if policy is not None and not isinstance(policy, base):
-            raise ConfigError(
-                f"{name} is a {type(policy).__name__}, which is no {base.__name__}: let the class "
-                f"subclass corematching.protocol.{base.__name__}"
-            )

@@ -114,7 +114,7 @@ def test_missing_peer_is_named_with_its_install_line(measure, write_peers):  # n
 
 def test_busy_machine_is_refused(measure, monkeypatch):
     monkeypatch.setattr("corematching.lab.bench.machine.probe_others.__defaults__", (0.0,))
-    monkeypatch.setattr("corematching.lab.bench.machine.CpuMeter.share", lambda self: 0.6)
+    monkeypatch.setattr("corematching.lab.bench.machine.CpuMeter.ratio", lambda self: 0.6)
     message = refused(measure("bench", "--shape", "tiny"))
     assert "60%" in message and "--force" in message
 

@@ -110,7 +110,7 @@ def test_recycling_by_hand():
     hidden = torch.tensor(values).view(1, 10, 1)
     scores = torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 99.0]])
     dropped = torch.tensor([[True] * 9 + [False]])
-    centres, merged = recycle_dropped(hidden, scores, dropped, share=0.4, per_cluster=3)
+    centres, merged = recycle_dropped(hidden, scores, dropped, ratio=0.4, per_cluster=3)
     assert centres.nonzero()[:, 1].tolist() == [0, 2]
     assert merged[0, [0, 2], 0].tolist() == [0.5, 10.0]
     untouched = [1, 3, 4, 5, 6, 7, 8, 9]

@@ -19,7 +19,7 @@ Writer = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and how fast.
+    """The answer of the model, and its times.
 
     Attributes
     ----------

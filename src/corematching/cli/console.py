@@ -1,4 +1,4 @@
-"""What the command prints, and where: answers and tables to stdout, the rest to stderr."""
+"""Output of the command: answers and tables to stdout, the rest to stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the command starts, and where every error becomes one line."""
+"""The entry point of the command; every error becomes one line."""
 
 from __future__ import annotations
 

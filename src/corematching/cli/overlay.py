@@ -21,7 +21,7 @@ KEPT_COLOUR, DROPPED_COLOUR, CHORD_COLOUR = "#1b7f5c", "#b8b8b8", "#d1495b"
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for one sample.
+    """The choice for one sample.
 
     Attributes
     ----------

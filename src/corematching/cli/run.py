@@ -1,4 +1,4 @@
-"""What `corematching run` and `corematching demo` do once the options are read."""
+"""The work of `corematching run` and `corematching demo`, after the options are read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WARM_UP_TOKENS = 2
 
 @dataclass(frozen=True)
 class Request:
-    """What to run.
+    """The options of a run.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ def answer_request(request: Request) -> None:
         method = build_method(request.method, request.options or {})
     check_overlay(request)
     check_memory(request)
-    images = [read_picture(place, public_only=False) for place in request.images]
+    images = [read_picture(source, public_only=False) for source in request.images]
     loaded = load_model(request.model, request.device, request.dtype, request.memory)
     build_inputs(loaded, images, request.question, request.max_new_tokens)  # refuses what is wrong
     if not loaded.takes_images:
@@ -210,7 +210,7 @@ def save_overlay(
 
 
 def name_score(method: Any) -> str:
-    """What the curve's axis shows."""
+    """The label of the curve's axis."""
     name = getattr(getattr(method.tokens, "score", None), "name", None)
     return f"score: {name}" if name else "score"
 

@@ -1,4 +1,4 @@
-"""What the package ships of SceneVLM: vision tower, projector and LoRA factors.
+"""The part of SceneVLM that the package ships: vision tower, projector and LoRA factors.
 
 ``scenevlm.safetensors`` holds tensors under ``vision_tower.``, ``projector.`` and
 ``lora.<linear>.A`` / ``lora.<linear>.B``, with ``<linear>`` named relative to the language model

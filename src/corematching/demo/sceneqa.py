@@ -55,7 +55,7 @@ class SceneQuestion:
     Attributes
     ----------
     id : int
-        Its place in the split.
+        Its index in the split.
     image : Path
         A 224 x 224 picture.
     family : str

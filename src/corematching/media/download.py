@@ -107,11 +107,11 @@ async def _stream(url: str, limits: Limits, public_only: bool) -> bytes:
         return bytes(data)
 
 
-def check_bytes(place: str, count: int, limits: Limits) -> None:
+def check_bytes(source: str, count: int, limits: Limits) -> None:
     """Refuse more bytes than the limit."""
     if count > limits.bytes:
         raise InputError(
-            f"{place} has {format_size(count)} or more, the limit is {format_size(limits.bytes)}: "
+            f"{source} has {format_size(count)} or more, the limit is {format_size(limits.bytes)}: "
             "give a smaller picture"
         )
 

@@ -13,7 +13,7 @@ from corematching.media.limits import Limits
 NONBLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
-def read_file(place: str | Path, limits: Limits | None = None) -> bytes:
+def read_file(source: str | Path, limits: Limits | None = None) -> bytes:
     """Read a file whole; a leading ``~`` stands for a home directory.
 
     Raises
@@ -23,9 +23,9 @@ def read_file(place: str | Path, limits: Limits | None = None) -> bytes:
         than the limit.
     """
     limits = limits or Limits()
-    shown = shorten(str(place))
+    shown = shorten(str(source))
     try:
-        path = Path(place).expanduser()
+        path = Path(source).expanduser()
         _check_kind(shown, path.stat().st_mode)
         descriptor = os.open(path, os.O_RDONLY | NONBLOCKING)  # a pipe put there now does not block
         with os.fdopen(descriptor, "rb") as file:

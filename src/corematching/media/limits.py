@@ -1,4 +1,4 @@
-"""What a picture may cost before it is refused."""
+"""The limits above which a picture is refused."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from corematching.media.files import read_file
 from corematching.media.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""What is decoded; others may run programs (EPS) or are guessed from anything (TGA)."""
+"""The formats that are decoded; others may run programs (EPS) or fit any file (TGA)."""
 FULL_RANGE = ("PNG", "PPM", "JPEG2000")
 """Formats whose integers of more than 8 bits reach Pillow as 0 to 65535."""
 ROWS = 256
@@ -24,13 +24,13 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def read_picture(
-    place: str | Path, limits: Limits | None = None, public_only: bool = True
+    source: str | Path, limits: Limits | None = None, public_only: bool = True
 ) -> Image.Image:
     """Read one picture from a path or an http(s) address.
 
     Parameters
     ----------
-    place : str or Path
+    source : str or Path
     limits : Limits, optional
         On bytes, pixels, and the time of a download.
     public_only : bool
@@ -46,12 +46,12 @@ def read_picture(
     InputError
         It is missing, cannot be fetched or read, is no picture, or a limit is reached.
     """
-    scheme = SCHEME.match(place) if isinstance(place, str) else None
+    scheme = SCHEME.match(source) if isinstance(source, str) else None
     if scheme is None:
-        return open_picture(place, limits)
+        return open_picture(source, limits)
     if scheme[1].lower() not in ("http", "https"):
-        raise InputError(f"{shorten(str(place))}: only http and https are fetched, or give a path")
-    return fetch_picture(str(place), limits, public_only)
+        raise InputError(f"{shorten(str(source))}: only http and https are fetched, or give a path")
+    return fetch_picture(str(source), limits, public_only)
 
 
 def open_picture(path: str | Path, limits: Limits | None = None) -> Image.Image:
@@ -133,7 +133,7 @@ def _to_rgb(picture: Image.Image, stored_as: str | None) -> Image.Image:
 
 
 def _find_range(values: NDArray[np.generic]) -> tuple[float, float]:
-    """What is black and what is white."""
+    """The values of black and of white."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         raise InputError("the picture holds no finite value: give another one")

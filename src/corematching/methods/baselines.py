@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from corematching.methods.base import BaseMethod
 from corematching.methods.sparsifier import NeuronRule, TokenRule
 from corematching.policies.budgets import Knee, budget_of
-from corematching.policies.check import check_ratio, settle_amount
+from corematching.policies.check import check_ratio, normalize_amount
 from corematching.policies.neuron_scores import RandomNeurons
 from corematching.policies.schedules import DenseEnds
 from corematching.policies.token_scores import RandomTokens, TokenOverlap
@@ -44,7 +44,7 @@ class Random(BaseMethod, name="random"):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self, 0.3)
+        normalize_amount(self, 0.3)
         check_ratio("neuron_ratio", self.neuron_ratio)
         super().__post_init__()
 

@@ -13,7 +13,7 @@ from corematching.methods.staged import StagedRule, make_rule
 from corematching.methods.top_neurons import TopNeurons
 from corematching.policies.base import TokenScore
 from corematching.policies.budgets import Budget, Count, Ratio
-from corematching.policies.check import check_bool, check_depth, check_ratio, settle_amount
+from corematching.policies.check import check_bool, check_depth, check_ratio, normalize_amount
 from corematching.policies.component import read_nested
 from corematching.policies.token_scores import TextOverlap
 from corematching.protocol import NeuronPolicy
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from corematching.methods.paper import Paper
 
 ONE_CUT = 0.4
-"""Where image tokens go by default, as a ratio of the layers."""
+"""The default layer after which image tokens are dropped, as a ratio of the depth."""
 STAGES = (9 / 32, 17 / 32, 25 / 32)
-"""Where they go instead, less by less, if a smaller ratio than `FEW` is to be left."""
+"""The layers instead, in stages, if a smaller ratio than `FEW` is kept."""
 FEW = 0.2
 KEEP_RATIO, COVER, TAPER = 0.3, 0.9, 0.5
 
@@ -134,7 +134,7 @@ class CoreMatching(BaseMethod, name="corematching"):
             object.__setattr__(self, name, value)
         if self.neurons is not None:
             check_type("neurons", self.neurons, NeuronPolicy)
-        self._settle_tokens()
+        self._normalize_tokens()
         self._policies()
 
     @classmethod
@@ -187,7 +187,7 @@ class CoreMatching(BaseMethod, name="corematching"):
         """The rule for neurons, as it was given."""
         return self.neurons
 
-    def _settle_tokens(self) -> None:
+    def _normalize_tokens(self) -> None:
         """Defaults for what was not given; what would do nothing is refused."""
         if self.score is None:
             names = ("keep_ratio", "keep_tokens", "budget", "layer")
@@ -198,7 +198,7 @@ class CoreMatching(BaseMethod, name="corematching"):
             why = "budget says how many tokens are kept"
             self._refuse(("keep_ratio", "keep_tokens"), why)
             self._refuse(("cover", "taper"), f"{why}; cover is a parameter of the budget")
-        settle_amount(self, None if self.budget else KEEP_RATIO, several=True)
+        normalize_amount(self, None if self.budget else KEEP_RATIO, several=True)
         for name, default in (("cover", None if self.budget else COVER), ("proportional", True)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)

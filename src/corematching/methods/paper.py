@@ -8,7 +8,7 @@ from corematching.methods.base import BaseMethod
 from corematching.methods.sparsifier import NeuronRule, TokenRule
 from corematching.methods.staged import StagedRule, make_rule
 from corematching.policies.budgets import Knee
-from corematching.policies.check import check_ratio, settle_amount
+from corematching.policies.check import check_ratio, normalize_amount
 from corematching.policies.neuron_scores import PaperScore
 from corematching.policies.schedules import DenseEnds
 from corematching.policies.token_scores import CoreOverlap
@@ -31,7 +31,7 @@ class Paper(BaseMethod, name="paper"):
     - No compensation, no rounding to a multiple: neither paper has any.
 
     Where the papers are silent, a straight curve of scores keeps every token, and equal frequencies
-    are settled by the neuron's index.
+    go by the neuron's index.
     """
 
     keep_ratio: float | tuple[float, ...] | None = field(
@@ -69,7 +69,7 @@ class Paper(BaseMethod, name="paper"):
         check_ratio("neuron_ratio", self.neuron_ratio)
         if isinstance(self.layer, list):
             object.__setattr__(self, "layer", tuple(self.layer))
-        settle_amount(self, several=True)
+        normalize_amount(self, several=True)
         super().__post_init__()
 
     def make_tokens(self) -> TokenRule | StagedRule:

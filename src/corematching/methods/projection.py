@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from corematching.methods.base import BaseMethod
 from corematching.methods.sparsifier import TokenRule
 from corematching.policies.budgets import budget_of
-from corematching.policies.check import settle_amount
+from corematching.policies.check import normalize_amount
 from corematching.policies.token_scores.projection import ProjectionScore
 
 
@@ -32,7 +32,7 @@ class Projection(BaseMethod, name="projection"):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self, 0.3)
+        normalize_amount(self, 0.3)
         super().__post_init__()
 
     def make_tokens(self) -> TokenRule:

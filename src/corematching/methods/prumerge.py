@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corematching.methods.base import BaseMethod
 from corematching.methods.vision_rule import VisionRule
-from corematching.policies.check import settle_amount
+from corematching.policies.check import normalize_amount
 from corematching.policies.greedy import resolve_amount
 from corematching.policies.vision_merging import (
     attend_to_patches,
@@ -60,7 +60,7 @@ class PruMerge(BaseMethod, name="prumerge"):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self)
+        normalize_amount(self)
         super().__post_init__()
 
     def make_tokens(self) -> PruMergeRule:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from corematching.methods.base import BaseMethod
 from corematching.methods.staged import StagedRule, make_stages
-from corematching.policies.check import settle_amount
+from corematching.policies.check import normalize_amount
 from corematching.policies.token_scores.attention import Attention
 
 PUBLISHED = (0.5, 0.25, 0.125)
@@ -41,7 +41,7 @@ class PyramidDrop(BaseMethod, name="pyramiddrop"):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self, PUBLISHED, several=True)
+        normalize_amount(self, PUBLISHED, several=True)
         object.__setattr__(self, "layer", tuple(self.layer))
         super().__post_init__()
 

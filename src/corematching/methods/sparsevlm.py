@@ -9,7 +9,7 @@ import torch
 from corematching.errors import ConfigError
 from corematching.methods.base import BaseMethod
 from corematching.methods.staged import StagedRule, make_stages
-from corematching.policies.check import check_number, settle_amount
+from corematching.policies.check import check_number, normalize_amount
 from corematching.policies.recycling import recycle_dropped
 from corematching.policies.token_scores.rater_attention import RaterAttention
 from corematching.protocol import PrefillView, TokenChoice
@@ -23,7 +23,7 @@ class RecyclingRule(StagedRule, name="recycling-rule"):
     """A staged rule after which some of the dropped tokens live on in merged ones.
 
     At each stage the best ``recycled`` ratio of the tokens dropped there is clustered, and each
-    cluster's mean travels on in its centre's place: `recycle_dropped`.
+    cluster's mean travels on at its centre's index: `recycle_dropped`.
     """
 
     recycled: float = field(
@@ -82,7 +82,7 @@ class SparseVLM(BaseMethod, name="sparsevlm"):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self, PUBLISHED, several=True)
+        normalize_amount(self, PUBLISHED, several=True)
         object.__setattr__(self, "layer", tuple(self.layer))
         super().__post_init__()
 

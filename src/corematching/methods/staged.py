@@ -64,7 +64,7 @@ class StagedRule(TokenDropper, name="staged-rule"):
 
     @property
     def budget(self) -> Budget:
-        """What is kept after the last stage, as one cut would keep it."""
+        """The budget of the last stage."""
         return self.budgets[-1]
 
     @property

@@ -20,7 +20,7 @@ from corematching.policies.component import build, find, parameters_of
 
 Params = dict[str, Any]
 UNNAMED = ""
-"""Where a rule's values without names stand until its class is known."""
+"""The key of a rule's unnamed values until its class is known."""
 CALL = re.compile(r"([\w.-]+)\((.*)\)", re.DOTALL)
 WORD = re.compile(r"[\w.+-]+")
 CONSTANTS = {"none": "null", "null": "null", "true": "true", "false": "false"}
@@ -192,14 +192,14 @@ def write_method(name: str, params: Params, text: str = "") -> str:
 
 
 def write_parts(params: Params) -> str:
-    """What `read_parts` reads as these parameters."""
+    """The text that `read_parts` reads as these parameters."""
     values = [write_value(value) for value in params.get(UNNAMED, [])]
     named = [f"{key}={write_value(item)}" for key, item in params.items() if key != UNNAMED]
     return ",".join((*values, *named))
 
 
 def write_value(value: Any) -> str:
-    """What `read_value` reads as this value."""
+    """The text that `read_value` reads as this value."""
     if isinstance(value, Mapping):
         inner = write_parts({key: item for key, item in value.items() if key != "name"})
         return f"{value['name']}({inner})" if inner else str(value["name"])

@@ -43,7 +43,7 @@ class ThresholdRule(NeuronDropper):
         return self.active_ratio
 
     def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
-        """Every neuron of every layer may fire."""
+        """Every neuron of every layer."""
         return (width,) * num_layers
 
     def thresholds(self, view: PrefillView) -> dict[str, Tensor]:

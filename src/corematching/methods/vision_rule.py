@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import TokenDropper
-from corematching.policies.check import settle_amount
+from corematching.policies.check import normalize_amount
 from corematching.protocol import VISION, PrefillView, TokenChoice, VisionView
 
 
@@ -32,7 +32,7 @@ class VisionRule(TokenDropper):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self)
+        normalize_amount(self)
         if not isinstance(self.vision_layer, int) or self.vision_layer >= 0:
             raise ConfigError(
                 f"vision_layer={self.vision_layer!r}: give a negative whole number, -1 is the last"
@@ -59,7 +59,7 @@ class VisionRule(TokenDropper):
         raise NotImplementedError
 
     def choose(self, view: PrefillView) -> TokenChoice:
-        """Choose among the image tokens, and put the merged ones in their places."""
+        """Choose among the image tokens, and write the merged features to their indices."""
         if view.vision is None or view.hidden is None:
             raise ConfigError(
                 f"layer {view.layer} shows no vision tower: name 'vision' in the policy's needs, "
@@ -75,7 +75,7 @@ class VisionRule(TokenDropper):
         cut = torch.where(keep.any(1), cut, torch.nan)
         merged = picked & (features != vision.features).any(-1)  # (I, N)
         hidden = view.hidden.clone()
-        places = torch.zeros_like(view.image)
-        places[view.image] = merged.flatten().to(device)
-        hidden[places] = vision.project(features[merged]).to(hidden)
+        merged_tokens = torch.zeros_like(view.image)
+        merged_tokens[view.image] = merged.flatten().to(device)
+        hidden[merged_tokens] = vision.project(features[merged]).to(hidden)
         return TokenChoice(keep=keep | view.text, scores=scores, cut=cut, hidden=hidden)

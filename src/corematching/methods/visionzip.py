@@ -9,7 +9,7 @@ from torch import Tensor
 from corematching.methods.base import BaseMethod
 from corematching.methods.vision_rule import VisionRule
 from corematching.policies.amounts import count_of
-from corematching.policies.check import settle_amount
+from corematching.policies.check import normalize_amount
 from corematching.policies.vision_merging import attend_to_patches, zip_tokens
 from corematching.protocol import VisionView
 
@@ -60,7 +60,7 @@ class VisionZip(BaseMethod, name="visionzip"):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self, 64 / 576)
+        normalize_amount(self, 64 / 576)
         super().__post_init__()
 
     def make_tokens(self) -> VisionZipRule:

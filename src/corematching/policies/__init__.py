@@ -1,4 +1,4 @@
-"""What to keep: tensors in, tensors out, no model in sight."""
+"""Scores, budgets, schedules and rules: tensors in, tensors out, without a model."""
 
 import warnings
 from typing import Any, cast

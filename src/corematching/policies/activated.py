@@ -1,6 +1,6 @@
-"""Which intermediate neurons a token activates.
+"""The intermediate neurons that a token activates.
 
-Every function takes activations (B, T, F), what enters ``down_proj``, in any float dtype, and gives
+Every function takes activations (B, T, F), the input of ``down_proj`` in any float dtype, and gives
 a (B, T, F) bool mask. Neurons that tie with the last one chosen are all in, so that the result does
 not depend on the order of the neurons; a neuron at exactly zero is never activated.
 """
@@ -20,9 +20,9 @@ def activate_by_sign(activations: Tensor) -> Tensor:
     return activations > 0
 
 
-def activate_by_magnitude(activations: Tensor, share: float) -> Tensor:
-    """The top ``share`` of the F neurons by ``|a|``, token by token."""
-    count = count_of(share, activations.shape[-1])
+def activate_by_magnitude(activations: Tensor, ratio: float) -> Tensor:
+    """The top ``ratio`` of the F neurons by ``|a|``, token by token."""
+    count = count_of(ratio, activations.shape[-1])
     counts = torch.full((*activations.shape[:-1], 1), count, device=activations.device)
     return mark_largest(activations, counts, most=count, absolute=True)
 
@@ -63,19 +63,19 @@ def find_kth_largest(values: Tensor, k: int) -> Tensor:
 
     On the CPU through NumPy, whose partition is some ten times as fast as ``torch.kthvalue``.
     """
-    place = values.shape[-1] - k
+    rank = values.shape[-1] - k
     if values.device.type != "cpu":
-        return values.kthvalue(place + 1, dim=-1, keepdim=True).values
-    parted = np.partition(values.detach().float().numpy(), place, axis=-1)
-    return torch.from_numpy(parted[..., place : place + 1]).to(values.dtype)
+        return values.kthvalue(rank + 1, dim=-1, keepdim=True).values
+    parted = np.partition(values.detach().float().numpy(), rank, axis=-1)
+    return torch.from_numpy(parted[..., rank : rank + 1]).to(values.dtype)
 
 
-def activate(activations: Tensor, by: str, share: float) -> Tensor:
-    """The activated neurons by a rule's name: ``sign`` (ignores ``share``) or ``magnitude``."""
-    return ACTIVATED_BY[by](activations, share)
+def activate(activations: Tensor, by: str, ratio: float) -> Tensor:
+    """The activated neurons by a rule's name: ``sign`` (ignores ``ratio``) or ``magnitude``."""
+    return ACTIVATED_BY[by](activations, ratio)
 
 
 ACTIVATED_BY = {
-    "sign": lambda activations, share: activate_by_sign(activations),
+    "sign": lambda activations, ratio: activate_by_sign(activations),
     "magnitude": activate_by_magnitude,
 }

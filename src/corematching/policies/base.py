@@ -13,7 +13,7 @@ from corematching.protocol import ACTIVATIONS, PrefillView
 
 
 class TokenScore(Component, kind="token score"):
-    """How much each image token matters. Override `score`.
+    """The importance of each image token. Override `score`.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class TokenScore(Component, kind="token score"):
 
 
 class NeuronScore(Component, kind="neuron score"):
-    """How much each intermediate neuron matters to a sample. Override `score`.
+    """The importance of each intermediate neuron to a sample. Override `score`.
 
     Attributes
     ----------

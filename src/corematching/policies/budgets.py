@@ -1,4 +1,4 @@
-"""How many image tokens are kept: scores and image mask in, keep mask out."""
+"""The number of image tokens kept: scores and image mask in, keep mask out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from corematching.policies.check import (
     check_number,
     check_tokens_count,
     check_tokens_ratio,
-    settle_amount,
+    normalize_amount,
 )
 from corematching.policies.component import Component
 
@@ -68,15 +68,15 @@ class Budget(Component, kind="budget"):
         check_number("cover", self.cover, least=0)
         if self.cover >= 1:
             raise ConfigError(f"cover={self.cover}: give a ratio in [0, 1)")
-        settle_amount(self, prefix="min")
-        settle_amount(self, prefix="max")
+        normalize_amount(self, prefix="min")
+        normalize_amount(self, prefix="max")
         for unit in ("ratio", "tokens"):
             least, most = (getattr(self, f"{end}_{unit}") for end in ("min", "max"))
             if least is not None and most is not None and least > most:
                 raise ConfigError(f"min_{unit}={least} is above max_{unit}={most}: swap them")
 
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
-        """How many image tokens each sample keeps, before the least and the most.
+        """The number of image tokens that each sample keeps, before `bound`.
 
         Parameters
         ----------

@@ -39,7 +39,7 @@ def check_tokens_count(ratio_name: str, tokens_name: str, value: Any) -> int:
     raise ConfigError(f"{tokens_name}={value!r}: give a whole number of at least 1{instead}")
 
 
-def settle_amount(
+def normalize_amount(
     owner: Any, default: Any = None, prefix: str = "keep", several: bool = False
 ) -> None:
     """Check the parameters ``keep_ratio`` and ``keep_tokens`` of a frozen dataclass.

@@ -1,4 +1,4 @@
-"""What stands in for the dropped neurons."""
+"""The stand-in for dropped neurons: their mean."""
 
 from __future__ import annotations
 

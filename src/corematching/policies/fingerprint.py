@@ -16,7 +16,7 @@ PROBES = 16
 def fingerprint(view: PrefillView) -> Tensor:
     """A hash of what a sample shows, the same in any row of any batch.
 
-    Hashed is the channel in which a token's input embedding is largest, with its place: for every
+    Hashed is the channel in which a token's input embedding is largest, with its index: for every
     text token, and for `PROBES` image tokens at equal distances, of which the mean image
     token is subtracted first. A largest channel does not move with the rounding by which a batch
     differs from its single samples (but for near ties), so that equal inputs get equal numbers.
@@ -35,10 +35,10 @@ def fingerprint(view: PrefillView) -> Tensor:
     image, text = view.image, view.text
     total = image.sum(1, keepdim=True)
     mean = embeddings.masked_fill(~image.unsqueeze(-1), 0).sum(1) / total.clamp(min=1)
-    place = torch.where(image, image.cumsum(1), text.cumsum(1))  # from 1 on
+    index = torch.where(image, image.cumsum(1), text.cumsum(1))  # from 1 on
     step = total.div(PROBES, rounding_mode="floor").clamp(min=1)
-    probes = image & ((place - 1) % step == 0)
+    probes = image & ((index - 1) % step == 0)
     centred = torch.where(image.unsqueeze(-1), embeddings - mean.unsqueeze(1), embeddings)
-    words = hash_words(image.long(), place, centred.argmax(-1))
+    words = hash_words(image.long(), index, centred.argmax(-1))
     words = words.masked_fill(~(probes | text), 0)
     return hash_words(words.sum(1))

@@ -1,8 +1,8 @@
 """Greedy choices of a set of tokens, in which each pick depends on those before it.
 
 Every function takes ``among`` (B, T) bool, the tokens to choose from, and ``counts`` (B,) long, how
-many to pick; it gives (B, T) long, the place of each token in the order of picking, and ``T`` for
-tokens that were not picked. A set of k tokens is what stands at the places below k.
+many to pick; it gives (B, T) long, the rank of each token in the order of picking, and ``T`` for
+tokens that were not picked. A set of k tokens has the ranks below k.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def order_by_distance(distance: Tensor, among: Tensor, counts: Tensor) -> Tensor
     order = torch.full_like(among, size, dtype=torch.long)
     free = among.clone()
     rows = torch.arange(len(among), device=among.device)
-    for place in range(_most(counts)):
+    for rank in range(_most(counts)):
         pick = torch.where(free, nearest, -torch.inf).argmax(1)
-        going = free.any(1) & (place < counts)
-        order[rows, pick] = torch.where(going, place, order[rows, pick])
+        going = free.any(1) & (rank < counts)
+        order[rows, pick] = torch.where(going, rank, order[rows, pick])
         free[rows, pick] &= ~going
-        nearest = others[rows, pick] if place == 0 else nearest.minimum(others[rows, pick])
+        nearest = others[rows, pick] if rank == 0 else nearest.minimum(others[rows, pick])
     return order
 
 
@@ -86,17 +86,17 @@ def order_by_volume(kernel: Tensor, among: Tensor, counts: Tensor) -> Tensor:
     rows = torch.arange(len(among), device=among.device)
     steps = _most(counts)
     factor = kernel.new_zeros(len(among), steps, size)  # (B, steps, T)
-    for place in range(steps):
+    for rank in range(steps):
         left = torch.where(gain > floor.unsqueeze(1), gain, 0)
         pick = torch.where(free, left, -torch.inf).argmax(1)
-        going = free.any(1) & (place < counts)
-        order[rows, pick] = torch.where(going, place, order[rows, pick])
+        going = free.any(1) & (rank < counts)
+        order[rows, pick] = torch.where(going, rank, order[rows, pick])
         free[rows, pick] &= ~going
-        done = factor[:, :place]
+        done = factor[:, :rank]
         known = torch.einsum("bs,bst->bt", done[rows, :, pick], done)
         row = (kernel[rows, pick] - known) / gain[rows, pick].clamp(min=TINY).sqrt().unsqueeze(1)
         row = torch.where((left[rows, pick] > 0).unsqueeze(1), row, 0)
-        factor[:, place] = row
+        factor[:, rank] = row
         gain = (gain - row.square()).clamp(min=0)
     return order
 

@@ -1,4 +1,4 @@
-"""What a kept token counts for: itself, and the dropped ones that are most like it."""
+"""The weight of a kept token: itself, and the dropped ones that are most like it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor |
     Returns
     -------
     Tensor
-        (B, T) float32; of dropped tokens what they counted for so far. The sum over kept tokens and
+        (B, T) float32; of dropped tokens their weight so far. The sum over kept tokens and
         text is the sum over all tokens before.
     """
     before = torch.ones_like(keep, dtype=torch.float32) if weights is None else weights.float()
@@ -53,6 +53,6 @@ def _list_all(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return list_rows(tokens, count_most(tokens))
 
 
-def _take_floats(features: Tensor, places: Tensor) -> Tensor:
-    """(B, K, d) float32, the features (B, T, d) at these places (B, K)."""
-    return take_rows(features, places).float()
+def _take_floats(features: Tensor, indices: Tensor) -> Tensor:
+    """(B, K, d) float32, the features (B, T, d) at these indices (B, K)."""
+    return take_rows(features, indices).float()

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def recycle_dropped(
-    hidden: Tensor, scores: Tensor, dropped: Tensor, share: float = 0.3, per_cluster: int = 10
+    hidden: Tensor, scores: Tensor, dropped: Tensor, ratio: float = 0.3, per_cluster: int = 10
 ) -> tuple[Tensor, Tensor]:
     """Merge the best of the dropped tokens into cluster centres.
 
-    Of n dropped tokens the ``m = floor(share * n) + 1`` with the highest scores are clustered into
+    Of n dropped tokens the ``m = floor(ratio * n) + 1`` with the highest scores are clustered into
     ``floor(m / per_cluster) + 1`` clusters, and each centre becomes its cluster's mean (SparseVLM,
     arXiv:2410.04417, with the counts of its released code, which puts the merged tokens behind the
-    image; here each stays in its centre's place).
+    image; here each stays at its centre's index).
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def recycle_dropped(
         if not len(pool):
             continue
         order = scores[sample, pool].argsort(descending=True, stable=True)
-        pool = pool[order[: int(len(pool) * share) + 1]]
+        pool = pool[order[: int(len(pool) * ratio) + 1]]
         features = hidden[sample, pool].float()
         heads, members = cluster_by_density(features, len(pool) // per_cluster + 1)
         means = torch.zeros_like(features[heads]).index_add_(0, members, features)
@@ -68,9 +68,9 @@ def cluster_by_density(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     distance = torch.cdist(features, features) / features.shape[1] ** 0.5
     nearest = distance.topk(count, dim=1, largest=False).values
     density = (-nearest.square().mean(1)).exp()
-    place = torch.arange(len(features), device=features.device)
+    index = torch.arange(len(features), device=features.device)
     denser = density.unsqueeze(0) > density.unsqueeze(1)
-    denser |= (density.unsqueeze(0) == density.unsqueeze(1)) & (place < place.unsqueeze(1))
+    denser |= (density.unsqueeze(0) == density.unsqueeze(1)) & (index < index.unsqueeze(1))
     separation = torch.where(denser, distance, distance.max()).amin(1)
     heads = (separation * density).argsort(descending=True, stable=True)[:count]
     members = distance[:, heads].argmin(1)

@@ -1,4 +1,4 @@
-"""How many neurons each layer keeps."""
+"""The number of neurons that each layer keeps."""
 
 from __future__ import annotations
 

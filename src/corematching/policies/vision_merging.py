@@ -24,7 +24,7 @@ def zip_tokens(
     the n others, in the picture's order, ``contextual`` ones at a stride of ``n // contextual`` are
     targets; each remaining one goes to the target with the most similar key (cosine of the keys
     averaged over heads), and a target gets the mean of those that came to it added, as in the
-    released code. The class token, which that code keeps as one token more, has no place among
+    released code. The class token, which that code keeps as one token more, is not among
     the image tokens and is left out.
 
     Parameters
@@ -84,7 +84,7 @@ def prune_and_merge(
     arXiv:2403.15388. The top tokens by attention are kept, as many as `count_outliers` finds; then
     ``x_i += sum_j a_j x_j`` over the tokens j with the most similar keys (cosine), kept ones
     included. The one token more that the released code makes of all dropped ones is left out: it
-    has no place among the image tokens.
+    is not among the image tokens.
 
     Parameters
     ----------
@@ -106,8 +106,8 @@ def prune_and_merge(
     """
     total = features.shape[1]
     order = attention.float().argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(total, device=order.device).expand_as(order)
-    keep = torch.empty_like(order).scatter_(1, order, places) < counts.unsqueeze(1)
+    ranks = torch.arange(total, device=order.device).expand_as(order)
+    keep = torch.empty_like(order).scatter_(1, order, ranks) < counts.unsqueeze(1)
     unit = torch.nn.functional.normalize(keys.float(), dim=-1)
     itself = torch.eye(total, dtype=torch.bool, device=keys.device)
     similarity = (unit @ unit.transpose(1, 2)).masked_fill(itself, -torch.inf)
@@ -119,7 +119,7 @@ def prune_and_merge(
 
 
 def attend_to_patches(queries: Tensor, keys: Tensor, scaling: float, classes: int) -> Tensor:
-    """How much attention each patch gets from the class token, or else from the average patch.
+    """The attention to each patch from the class token, or else from the average patch.
 
     VisionZip reads every head; PruMerge one softmax over the whole width, `join_heads` before this.
 
@@ -150,7 +150,7 @@ def join_heads(heads: Tensor) -> Tensor:
 def count_outliers(attention: Tensor) -> Tensor:
     """PruMerge's number of tokens: entries above ``Q3 + 1.5 (Q3 - Q1)``, at least one.
 
-    The paper keeps ``int(N r)`` of N tokens, r being the share of such entries.
+    The paper keeps ``int(N r)`` of N tokens, r being the ratio of such entries.
 
     Parameters
     ----------

@@ -55,7 +55,7 @@ def test_a_layer_is_examined_under_each_rule():
     found = examine_layer(make_layer(), [paper])
     scored = found.rules["paper"]
     assert scored.scores.tolist() == [2, 1, 0]
-    assert scored.kept.tolist() == [True, True, True] and scored.share == 1  # no knee
+    assert scored.kept.tolist() == [True, True, True] and scored.ratio == 1  # no knee
     assert scored.budgeted == 3
     assert scored.correlations["cosine"] == pytest.approx(1)
     assert scored.correlations["attention"] == pytest.approx(np.sqrt(3) / 2)  # ranks 3, 1.5, 1.5

@@ -16,7 +16,7 @@ from corematching.lab.bench import (
     run_bench,
     write_markdown,
 )
-from corematching.lab.bench.contenders import Turn
+from corematching.lab.bench.contenders import Measurement
 from corematching.lab.bench.machine import Ceilings
 from corematching.methods import method_from_text
 from tests.lab.bench.conftest import IDLE_PEER
@@ -77,14 +77,16 @@ def test_board(bench, workload, write_peers, tmp_path):
     assert (tmp_path / "roofline.png").stat().st_size > 1000
 
 
-def test_contenders_take_turns(bench, workload, write_peers):
+def test_contenders_are_measured_in_turn(bench, workload, write_peers):
     seen = []
     bench(progress=lambda text, done, total: seen.append(text))
-    turns = [text for text in seen if text in ("dense", SPARSE)]
-    assert turns == ["dense", SPARSE] * 2
+    measured = [text for text in seen if text in ("dense", SPARSE)]
+    assert measured == ["dense", SPARSE] * 2
 
 
-def test_a_turn_begins_with_a_request_that_does_not_count(workload, write_peers, monkeypatch):
+def test_a_measurement_begins_with_a_request_that_does_not_count(
+    workload, write_peers, monkeypatch
+):
     asked, answer = [], MethodContender._answer
 
     def note(self, number, new_tokens):
@@ -99,7 +101,7 @@ def test_a_turn_begins_with_a_request_that_does_not_count(workload, write_peers,
     for contender, first in ((ours, 0), (peer, 1_000_000)):
         contender.start()
         asked.clear()
-        contender.take_turn(3)
+        contender.measure(3)
         contender.stop()
         assert asked == [(first, 1), (6, 1), (7, TOKENS)]
 
@@ -151,7 +153,7 @@ def test_busy_machine_is_refused_before_anything_runs(bench):
 
 
 def test_tpot_by_hand():
-    assert Turn(ttft=2.0, wall=14.0, peak=0).tpot(new_tokens=4) == 4.0
+    assert Measurement(ttft=2.0, wall=14.0, peak=0).tpot(new_tokens=4) == 4.0
 
 
 @pytest.mark.parametrize(

@@ -183,12 +183,12 @@ class TestAnswers:
         alone = [responder.answer([chat], settings)[0].text for chat in chats]
         assert together == alone and len(set(together)) > 1
 
-    def test_shares_are_counted(self, subject):
+    def test_ratios_are_counted(self, subject):
         responder = Responder(subject.model, subject.processor, read_method(SPARSE))
         responder.answer([user_turn("What?", [RED])], read_settings({"max_new_tokens": 3}))
-        shares = responder.totals.shares()
-        assert shares["image_tokens_kept"] == 0.25
-        assert 0 < shares["prefill_flops_share"] < 1 and 0 < shares["kv_bytes_share"] < 1
+        ratios = responder.totals.ratios()
+        assert ratios["image_tokens_kept"] == 0.25
+        assert 0 < ratios["prefill_flops_share"] < 1 and 0 < ratios["kv_bytes_share"] < 1
 
     @pytest.mark.parametrize("method", ["dense", SPARSE])
     def test_an_answer_scores_what_it_was_given(self, subject, method, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the layers of a model show: a page about one picture, and a study over many questions.
+"""The layers of a model: a page about one picture, and a study over many questions.
 
 >>> analysis = analyze_picture(subject, picture, question, default_rules())  # doctest: +SKIP
 >>> save_page(Path("report.html"), build_picture_page(analysis))  # doctest: +SKIP

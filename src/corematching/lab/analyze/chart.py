@@ -29,8 +29,8 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         low, high = self._bend(self.low), self._bend(self.high)
-        share = (self._bend(value) - low) / (high - low) if high > low else 0.5
-        return round(self.start + share * (self.end - self.start), 1)
+        ratio = (self._bend(value) - low) / (high - low) if high > low else 0.5
+        return round(self.start + ratio * (self.end - self.start), 1)
 
     def _bend(self, value: float) -> float:
         return math.copysign(abs(value) ** self.power, value)
@@ -48,7 +48,7 @@ class Chart:
     width, height : int
         Pixels at natural size; the page scales it.
     percent : bool
-        Whether the y axis shows shares.
+        Whether the y axis shows ratios.
     x_power : float
         Power of the x axis; see `Scale`.
     """
@@ -162,7 +162,7 @@ def label_ticks(low: float, high: float, percent: bool = False) -> list[tuple[fl
 
 
 def write_number(value: float) -> str:
-    """A number in at most four places, large and small ones with a power of ten."""
+    """A number in at most four digits, large and small ones with a power of ten."""
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, power = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(power)}".replace("-", "−")

@@ -37,9 +37,9 @@ def encode_heat(scores: NDArray[np.float64], grid: Grid) -> str:
 
     rows, columns = grid
     low, high = float(scores.min()), float(scores.max())
-    shares = (scores - low) / (high - low) if high > low else np.full_like(scores, 0.5)
+    ratios = (scores - low) / (high - low) if high > low else np.full_like(scores, 0.5)
     pixels = np.zeros((rows * columns, 4), dtype=np.uint8)
-    pixels[: len(scores)] = colormaps[COLOURS](shares, bytes=True)
+    pixels[: len(scores)] = colormaps[COLOURS](ratios, bytes=True)
     data = io.BytesIO()
     Image.fromarray(pixels.reshape(rows, columns, 4)).save(data, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"

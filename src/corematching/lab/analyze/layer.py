@@ -1,4 +1,4 @@
-"""What one decoder layer shows about one picture and question."""
+"""One decoder layer's scores, core tokens and core neurons for a picture and a question."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Scored:
     correlations: dict[str, float | None]
 
     @property
-    def share(self) -> float:
-        """Share of the image tokens above the knee."""
+    def ratio(self) -> float:
+        """Ratio of the image tokens above the knee."""
         return float(self.kept.mean())
 
 
@@ -65,9 +65,9 @@ class Neurons:
     activated : dict
         Mean of ``|Gamma(x)|`` over the tokens, by "image" and "text".
     inside : dict
-        Mean share of a token's own core neurons that are the sentence's, by "image" and "text".
+        Mean ratio of a token's own core neurons that are the sentence's, by "image" and "text".
     shared : float
-        Share of the core neurons of the image tokens that are also those of the text tokens.
+        Ratio of the core neurons of the image tokens that are also those of the text tokens.
     """
 
     width: int
@@ -103,7 +103,7 @@ class LayerFindings:
             name: {
                 "image_tokens": len(scored.scores),
                 "above_knee": int(scored.kept.sum()),
-                "knee_share": scored.share,
+                "knee_share": scored.ratio,
                 "budget_keeps": scored.budgeted,
                 "rank_correlations": scored.correlations,
             }
@@ -131,7 +131,7 @@ def examine_layer(view: PrefillView, rules: Sequence[Rule]) -> LayerFindings:
 
 
 def measure_influence(view: PrefillView) -> dict[str, Floats]:
-    """What each image token contributes to the last token's attention output.
+    """The contribution of each image token to the last token's attention output.
 
     With ``c_j = sum_h A_h[last, j] W_O,h V_h,j`` and ``o = sum_j c_j`` over all tokens:
     ``attention`` is the mean of ``A_h[last, j]`` over the heads, ``cosine`` the one between ``c_j``

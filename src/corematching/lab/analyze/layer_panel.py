@@ -52,7 +52,7 @@ def draw_panel(analysis: PictureAnalysis, findings: LayerFindings) -> str:
 def _draw_chosen(analysis: PictureAnalysis, rule: Rule, findings: LayerFindings) -> str:
     scored = findings.rules[rule.name]
     total, above = len(scored.scores), int(scored.kept.sum())
-    counts = f"{above} of {total} patches above the knee ({write_percent(scored.share)})"
+    counts = f"{above} of {total} patches above the knee ({write_percent(scored.ratio)})"
     if scored.budgeted != above:
         counts += f"; its own budget keeps {scored.budgeted}"
     return (
@@ -120,16 +120,16 @@ def _list_neurons(neurons: Neurons) -> str:
     ]
     for group, mean in neurons.activated.items():
         rows.append((f"Activated by {_article(group)} token, mean", f"{mean:,.0f}", mean / width))
-    for group, share in neurons.inside.items():
-        rows.append((f"Own core neurons of {_article(group)} token in the sentence's", "", share))
+    for group, ratio in neurons.inside.items():
+        rows.append((f"Own core neurons of {_article(group)} token in the sentence's", "", ratio))
     rows.append(("Core neurons of the picture alone in the text's", "", neurons.shared))
     cells = "".join(
         f"<tr><td>{name}</td><td>{count}</td>"
-        f"<td>{'' if share is None else write_percent(share)}</td></tr>"
-        for name, count, share in rows
+        f"<td>{'' if ratio is None else write_percent(ratio)}</td></tr>"
+        for name, count, ratio in rows
     )
     return (
-        "<table><thead><tr><th></th><th>neurons</th><th>share</th></tr></thead>"
+        "<table><thead><tr><th></th><th>neurons</th><th>ratio</th></tr></thead>"
         f"<tbody>{cells}</tbody></table>"
     )
 

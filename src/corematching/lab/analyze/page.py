@@ -55,9 +55,9 @@ def list_terms(terms: Mapping[str, str]) -> str:
     return f'<dl class="terms">{"".join(items)}</dl>'
 
 
-def write_percent(share: float, digits: int = 0) -> str:
+def write_percent(ratio: float, digits: int = 0) -> str:
     """0.125 -> 12 %."""
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * ratio:.{digits}f} %"
 
 
 def write_signed(value: float | None) -> str:

@@ -20,7 +20,7 @@ from corematching.protocol import PrefillView
 
 @dataclass
 class PictureAnalysis:
-    """What every layer shows about one picture and question.
+    """The findings of every layer about one picture and question.
 
     Attributes
     ----------
@@ -130,7 +130,7 @@ def analyze_picture(
 def find_grid(
     inputs: Mapping[str, Any], processor: Any, tokens: int, square: bool = True
 ) -> Grid | None:
-    """How one picture's tokens lie on it: as the processor says, else as a square, else None.
+    """The grid of one picture's tokens: the processor's, else a square, else None.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ def build_picture_page(analysis: PictureAnalysis, command: str = "") -> str:
 
 
 def define_picture(analysis: PictureAnalysis) -> str:
-    """What every heat map refers to, once: picture, filter and hatching, in units of patches."""
+    """The definitions that all heat maps use: picture, filter and hatching, in units of patches."""
     image = ""
     if analysis.grid is not None:
         rows, columns = analysis.grid
@@ -119,15 +119,15 @@ def _draw_kept(analysis: PictureAnalysis) -> str:
             chart.mark_x(cut, rule.name, f"{rule.title.lower()} drops here")
 
         def read(findings: LayerFindings, name: str = rule.name) -> float:
-            return findings.rules[name].share
+            return findings.rules[name].ratio
 
         _add_line(chart, analysis, rule.name, rule.title, read)
     key = draw_key([(rule.name, rule.title) for rule in analysis.rules])
-    return draw_figure(key + chart.render("Share of image tokens above the knee, by layer"), KEPT)
+    return draw_figure(key + chart.render("Ratio of image tokens above the knee, by layer"), KEPT)
 
 
 def _draw_neurons(analysis: PictureAnalysis) -> str:
-    chart = _by_layer(analysis, (0, 1), "share of neurons")
+    chart = _by_layer(analysis, (0, 1), "ratio of neurons")
     chart.percent = True
     key = []
     for group, kind in GROUPS.items():
@@ -224,11 +224,11 @@ alike.</p>"""
 
 KEPT = """<b>What the knee keeps.</b> Scores sorted from high to low often fall steeply and then
 flatten; the knee is where the curve is farthest from the straight line between its ends. The curves
-show the share of patches above it. A rule whose knee moves much from layer to layer has no clear
+show the ratio of patches above it. A rule whose knee moves much from layer to layer has no clear
 border between core and rest."""
 
 NEURONS = """<b>Whose are the core neurons?</b> Solid: of the neurons that a token uses most, the
-share that are the sentence's core neurons. Dashed: the share of all neurons that a token activates.
+ratio that are the sentence's core neurons. Dashed: the ratio of all neurons that a token activates.
 Where the image line is near 100 % and the text line is far below, the core neurons are those of the
 patches, which outnumber the words."""
 

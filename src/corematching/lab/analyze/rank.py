@@ -61,7 +61,7 @@ def correlate_ranks(values: ArrayLike, others: ArrayLike) -> float | None:
 
 
 def measure_recovery(chosen: Sequence[int], wanted: Sequence[int]) -> float:
-    """``|chosen & wanted| / |wanted|``, the share of one choice that another one contains.
+    """``|chosen & wanted| / |wanted|``, the ratio of one choice that another one contains.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Whether core tokens lead back to the core neurons, and core neurons to the core tokens."""
+"""Recovery of core neurons from core tokens, and of core tokens from core neurons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corematching.protocol import PrefillView
 
 @dataclass(frozen=True)
 class Recovery:
-    """One layer of one prompt under one rule; every figure is a share in [0, 1].
+    """One layer of one prompt under one rule; every figure is a ratio in [0, 1].
 
     Attributes
     ----------
@@ -51,11 +51,11 @@ def recover(view: PrefillView, rule: Rule, scores: Tensor, generator: torch.Gene
         Draws the random tokens and neurons, one set of each.
     """
     assert view.activations is not None
-    width, places = view.activations.shape[-1], view.image[0].nonzero()[:, 0]
+    width, indices = view.activations.shape[-1], view.image[0].nonzero()[:, 0]
     kept = rule.budget(scores, view.image)[0]  # (T,)
     core_tokens = kept.nonzero()[:, 0]
     core_neurons = choose_neurons(view, rule)
-    some_tokens = draw(places, len(core_tokens), generator)
+    some_tokens = draw(indices, len(core_tokens), generator)
     some_neurons = draw(torch.arange(width), len(core_neurons), generator)
     tokens, neurons = core_tokens.tolist(), core_neurons.tolist()
 
@@ -67,7 +67,7 @@ def recover(view: PrefillView, rule: Rule, scores: Tensor, generator: torch.Gene
         return measure_recovery(found.tolist(), tokens)
 
     return Recovery(
-        tokens_kept=len(tokens) / len(places),
+        tokens_kept=len(tokens) / len(indices),
         neurons_from_core=find_neurons(core_tokens),
         neurons_from_random=find_neurons(some_tokens),
         tokens_from_core=find_tokens(core_neurons),
@@ -82,7 +82,7 @@ def choose_neurons(view: PrefillView, rule: Rule) -> Tensor:
 
 
 def choose_tokens(view: PrefillView, rule: Rule, count: int) -> Tensor:
-    """(count,) places of the image tokens that score highest on the neurons of the view."""
+    """(count,) indices of the image tokens that score highest on the neurons of the view."""
     scores = rule.token_score(view)
     return pick_top(torch.where(view.image, scores, -torch.inf), count)[0]
 
@@ -93,17 +93,17 @@ def see_tokens(view: PrefillView, chosen: Tensor) -> PrefillView:
     Parameters
     ----------
     chosen : Tensor
-        (K,) long, places of image tokens.
+        (K,) long, indices of image tokens.
     """
     assert view.activations is not None
     stays = view.text[0].index_fill(0, chosen.to(view.valid.device), True)
-    places = stays.nonzero()[:, 0]
+    indices = stays.nonzero()[:, 0]
     return PrefillView(
         layer=view.layer,
         num_layers=view.num_layers,
-        valid=view.valid[:, places],
-        image=view.image[:, places],
-        activations=view.activations[:, places],
+        valid=view.valid[:, indices],
+        image=view.image[:, indices],
+        activations=view.activations[:, indices],
         down_proj=view.down_proj,
     )
 

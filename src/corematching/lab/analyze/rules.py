@@ -12,7 +12,7 @@ from corematching.policies import Budget, NeuronScore, TokenScore
 
 @dataclass(frozen=True)
 class Rule:
-    """How a method ranks image tokens and neurons, apart from where in the model it does so.
+    """A method's rankings of image tokens and neurons, for any layer.
 
     Attributes
     ----------

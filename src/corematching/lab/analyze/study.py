@@ -31,7 +31,7 @@ Layers = dict[int, dict[str, Row]]
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What to ask.
+    """The questions and layers of a study.
 
     Attributes
     ----------

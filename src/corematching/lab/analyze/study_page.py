@@ -136,7 +136,7 @@ def _draw_direction(
     for name, kind in ((other, "gone"), (core, rule)):
         _add_line(chart, study, rule, name, kind)
     key = draw_key([(rule, f"from {source}"), ("gone", f"from as many {control}")])
-    drawn = chart.render(f"Share of the {found}, from {source} and from {control}, by layer")
+    drawn = chart.render(f"Ratio of the {found}, from {source} and from {control}, by layer")
     return draw_figure(
         key + drawn, f"<b>{source.capitalize()} → {found.removesuffix(' found again')}.</b>"
     )
@@ -212,8 +212,8 @@ neurons to the core tokens, the two are said to reinforce each other.</p>
 core tokens are hidden; how many of the core neurons of the whole prompt are chosen again?
 <b>From neurons to tokens:</b> all neurons but the core neurons are hidden; how many of the core
 tokens are chosen again? Beside each stands the control: as many tokens, or neurons, drawn at
-random. A high share says little by itself, for most choices share much; what counts is whether core
-beats random. That is a hard test: a fair sample of the tokens resembles them all.</p>"""
+random. A high ratio says little by itself, for most choices overlap much; what counts is whether
+core beats random. That is a hard test: a fair sample of the tokens resembles them all.</p>"""
 
 AGAINST = """<p class="soft">Spearman's rank correlation over the patches of a picture between the
 token score and what each patch contributes to the last token's attention output: the attention
@@ -221,14 +221,14 @@ itself, the angle (cosine) to the whole, and the product of both. Lines are mean
 questions.</p>"""
 
 TERMS = {
-    "Core neurons": "The share β of the neurons that the rule's neuron score ranks highest over "
+    "Core neurons": "The ratio β of the neurons that the rule's neuron score ranks highest over "
     "all tokens, in every layer (paper: those in most tokens' top 20 % of positive activations, "
     "40 % of the neurons).",
     "Core tokens": "The image tokens that the rule keeps when it scores the layer with all neurons "
     "(paper: those above the knee of the overlap with the core neurons).",
-    "From core tokens": "The neuron score sees the text and the core tokens only; the share of the "
+    "From core tokens": "The neuron score sees the text and the core tokens only; the ratio of the "
     "core neurons among the neurons that it then ranks highest, as many as before.",
-    "From core neurons": "The token score sees the core neurons only; the share of the core tokens "
+    "From core neurons": "The token score sees the core neurons only; the ratio of the core tokens "
     "among the image tokens that it then ranks highest, as many as before.",
     "Random": "One draw for each question and layer, of as many image tokens or neurons.",
     "Interval": "95 % bootstrap interval over pictures; differences are paired by question.",

@@ -1,4 +1,4 @@
-"""From the turns' times to the figures of a run."""
+"""From the measurements' times to the figures of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from corematching.errors import CoreMatchingError
-from corematching.lab.bench.contenders import Turn
+from corematching.lab.bench.contenders import Measurement
 from corematching.lab.bench.machine import Ceilings
 from corematching.lab.bench.statistics import compare_pairs, summarise
 
@@ -26,8 +26,8 @@ def make_board(
     Parameters
     ----------
     entries : sequence of dict
-        Of each contender: ``name``, ``kind`` (``ours`` or ``peer``), ``turns``, and what it says of
-        itself. The first one is our dense model.
+        Of each contender: ``name``, ``kind`` (``ours`` or ``peer``), ``measurements``, and its own
+        description. The first one is our dense model.
     ceilings : Ceilings
     new_tokens, batch : int
     facts : dict
@@ -37,7 +37,7 @@ def make_board(
     -------
     dict
         ``contenders``: seconds as median, p10, p90 and values; memory in bytes; what was reached in
-        FLOP/s and bytes/s and its share of the ceilings. ``comparisons``: how many times longer
+        FLOP/s and bytes/s and its ratio to the ceilings. ``comparisons``: how many times longer
         ``against`` took than ``of``, pair by pair.
     """
     dense = entries[0]
@@ -60,34 +60,34 @@ def _measure(
     new_tokens: int,
     batch: int,
 ) -> dict[str, Any]:
-    turns: list[Turn] = entry["turns"]
-    ttft = summarise([turn.ttft for turn in turns])
-    tpot = summarise([turn.tpot(new_tokens) for turn in turns])
+    measurements: list[Measurement] = entry["measurements"]
+    ttft = summarise([measurement.ttft for measurement in measurements])
+    tpot = summarise([measurement.tpot(new_tokens) for measurement in measurements])
     costs = entry.get("costs") or dense["costs"]  # a peer runs the whole model
     return {
         "name": entry["name"],
         "kind": entry["kind"],
         "ttft": ttft,
         "tpot": tpot,
-        "wall": summarise([turn.wall for turn in turns]),
-        "parts": {part: _summarise_part(turns, part) for part in PARTS},
+        "wall": summarise([measurement.wall for measurement in measurements]),
+        "parts": {part: _summarise_part(measurements, part) for part in PARTS},
         "tokens_per_second": batch / tpot["median"],
-        "peak_bytes": max(turn.peak for turn in turns),
+        "peak_bytes": max(measurement.peak for measurement in measurements),
         "costs": costs,
         "reached": reach(costs, ttft["median"], tpot["median"], ceilings),
         **{key: entry[key] for key in ("method", "version", "note", "report") if key in entry},
     }
 
 
-def _summarise_part(turns: Sequence[Turn], part: str) -> dict[str, Any] | None:
-    values = [getattr(turn, part) for turn in turns]
+def _summarise_part(measurements: Sequence[Measurement], part: str) -> dict[str, Any] | None:
+    values = [getattr(measurement, part) for measurement in measurements]
     return None if None in values else summarise(values)
 
 
 def reach(
     costs: dict[str, Any], ttft: float, tpot: float, ceilings: Ceilings
 ) -> dict[str, float | None]:
-    """FLOP/s up to the first token and bytes/s per further token, and their share of the ceilings.
+    """FLOP/s up to the first token and bytes/s per further token, and their ratio to the ceilings.
 
     ``floor_tpot`` is what the step's bytes take at the copy's pace.
     """

@@ -18,8 +18,8 @@ from corematching.methods import BaseMethod
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One contender's turn: a request for one token and one for all of them.
+class Measurement:
+    """The times of a request for one token and one for all of them.
 
     Attributes
     ----------
@@ -55,15 +55,15 @@ class Contender(Protocol):
         """Get ready and warm up."""
         ...
 
-    def take_turn(self, number: int) -> Turn:
+    def measure(self, number: int) -> Measurement:
         """Answer requests ``2 * number`` and ``2 * number + 1``, after one that does not count.
 
-        The turn before has filled the caches, and its threads may still wait for work.
+        The measurement before has filled the caches, and its threads may still wait for work.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What ran, as plain values; after the last turn."""
+        """The settings that were measured, as plain values; after the last measurement."""
         ...
 
     def stop(self) -> None:
@@ -111,13 +111,13 @@ class MethodContender:
             self._answer(0, tokens)
         self.held = max(self.memory.used - before, 0)
 
-    def take_turn(self, number: int) -> Turn:
+    def measure(self, number: int) -> Measurement:
         self.memory.reset()
         self._answer(0, 1)
         ttft, preprocessing = self._answer(2 * number, 1)
         report = self._run.report
         wall, _ = self._answer(2 * number + 1, self.new_tokens)
-        return Turn(
+        return Measurement(
             ttft=ttft,
             wall=wall,
             peak=self.memory.peak - self.others_hold,

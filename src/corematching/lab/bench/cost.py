@@ -1,4 +1,4 @@
-"""What one request has to read and compute at least."""
+"""The least bytes and FLOPs of one request."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from corematching.errors import CoreMatchingError, InputError, unknown_name
-from corematching.lab.bench.contenders import Turn
+from corematching.lab.bench.contenders import Measurement
 from corematching.lab.bench.workload import Workload
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ WARM_UP = 1_000_000
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's file says about its engine.
+    """An adapter's file and its description of the engine.
 
     Attributes
     ----------
@@ -113,7 +113,7 @@ def read_adapters(folder: Path) -> dict[str, Adapter]:
 
 
 def read_adapter(path: Path) -> Adapter | None:
-    """What an adapter's file says; None if it is none."""
+    """The adapter in a file; None if there is none."""
     constants: dict[str, Any] = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -188,11 +188,11 @@ class PeerContender:
         for tokens in (self.new_tokens, 1, self.new_tokens):
             self._ask(WARM_UP, tokens)
 
-    def take_turn(self, number: int) -> Turn:
+    def measure(self, number: int) -> Measurement:
         self._ask(WARM_UP, 1)
         ttft = self._ask(2 * number, 1)
         wall = self._ask(2 * number + 1, self.new_tokens)
-        return Turn(ttft=ttft, wall=wall, peak=self._peak)
+        return Measurement(ttft=ttft, wall=wall, peak=self._peak)
 
     def describe(self) -> dict[str, Any]:
         return {"version": self._version, "note": self.adapter.note}

@@ -13,7 +13,7 @@ import torch
 
 from corematching.errors import ConfigError
 from corematching.lab.bench.board import make_board
-from corematching.lab.bench.contenders import Contender, MethodContender, Turn
+from corematching.lab.bench.contenders import Contender, Measurement, MethodContender
 from corematching.lab.bench.machine import CpuMeter, measure_ceilings, probe_others, require_quiet
 from corematching.lab.bench.peers import PeerContender, PeerError
 from corematching.lab.bench.workload import Workload
@@ -22,14 +22,14 @@ from corematching.lab.evaluate.machine import describe_machine
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called with the current step, the number of turns so far, and that of all."""
+"""Called with the current step, the number of measurements so far, and that of all."""
 SETTLE_SECONDS = 0.25
-"""After a turn, so that the last engine's waiting threads go to sleep before the next one's."""
+"""After a measurement: the last engine's waiting threads go to sleep before the next one's."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to measure.
+    """Settings of a run.
 
     Attributes
     ----------
@@ -122,10 +122,10 @@ def _measure(
                 ready.append(contender)
         _tell_memory(ours)
         meter = CpuMeter()
-        turns = take_turns(ready, rounds, failed, progress)
+        measured = measure_rounds(ready, rounds, failed, progress)
         busy = meter.ratio()
         entries = [
-            {"name": c.name, "kind": c.kind, "turns": turns[c.name], **c.describe()}
+            {"name": c.name, "kind": c.kind, "measurements": measured[c.name], **c.describe()}
             for c in ready
             if c.name not in failed
         ]
@@ -149,11 +149,11 @@ def _list_facts(workload: Workload, plan: Plan) -> dict[str, Any]:
     }
 
 
-def take_turns(
+def measure_rounds(
     contenders: Sequence[Contender], rounds: int, failed: dict[str, str], progress: Progress
-) -> dict[str, list[Turn]]:
+) -> dict[str, list[Measurement]]:
     """Every contender once per round, in the same order, on the same pictures within a round."""
-    turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
+    measurements: dict[str, list[Measurement]] = {contender.name: [] for contender in contenders}
     total = rounds * len(contenders)
     for number in range(rounds):
         for index, contender in enumerate(contenders):
@@ -162,12 +162,12 @@ def take_turns(
                 continue
 
             def take(contender: Contender = contender, number: int = number) -> None:
-                turns[contender.name].append(contender.take_turn(number + 1))
+                measurements[contender.name].append(contender.measure(number + 1))
 
             _try(contender, take, failed)
             time.sleep(SETTLE_SECONDS)
     progress("done", total, total)
-    return turns
+    return measurements
 
 
 def _try(contender: Contender, work: Callable[[], None], failed: dict[str, str]) -> bool:

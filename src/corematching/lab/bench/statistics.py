@@ -17,7 +17,7 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
 
 
 def compare_pairs(ours: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
-    """How many times longer the others took, pair by pair: above 1, ours is faster.
+    """The ratio of the others' times to ours, pair by pair: above 1, ours is faster.
 
     The i-th values of both were measured right after each other, so what slows the whole machine
     slows both and leaves their ratio alone.

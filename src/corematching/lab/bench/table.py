@@ -52,7 +52,7 @@ def write_title(board: dict[str, Any]) -> str:
 
 
 def describe_run(board: dict[str, Any]) -> str:
-    """What was asked, where, and how quiet it was there."""
+    """The model, the request and the machine."""
     ceilings, others = board["ceilings"], board["others_cpu"]
     return (
         f"{board['machine']}, {board['threads']} threads, on {board['device']}: "
@@ -94,7 +94,7 @@ def ratio_row(pair: dict[str, Any]) -> list[str]:
 
 
 def list_notes(board: dict[str, Any]) -> Iterator[str]:
-    """What has to be said beside the figures."""
+    """The remarks beside the figures."""
     for entry in board["contenders"]:
         if min(entry["tpot"]["values"]) <= 0:
             yield (
@@ -112,7 +112,7 @@ def list_notes(board: dict[str, Any]) -> Iterator[str]:
 
 
 def describe_kept(report: dict[str, Any]) -> str:
-    """The kept shares, and what ran the decode steps."""
+    """The kept ratios, and the engine of the decode steps."""
     text = (
         f"{report['token_retention_ratio']:.0%} of the image tokens, "
         f"{report['neuron_retention_ratio']:.0%} of the neurons"

@@ -1,4 +1,4 @@
-"""What is asked: a prompt with a picture that is a different one at every request."""
+"""Requests: one prompt, with a different picture each time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Workload(Protocol):
         ...
 
     def open(self, number: int) -> Any:
-        """What stands in memory before a request's clock runs."""
+        """The inputs of a request, in memory before its clock runs."""
         ...
 
     def prepare(self, opened: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a method loses, measured on a task beside the dense model.
+"""The accuracy that a method loses on a task, beside the dense model.
 
 >>> board = evaluate(subject, SceneQA.load(), make_methods(["corematching"]), out)  # doctest: +SKIP
 """

@@ -56,7 +56,7 @@ class Subject:
 
     @cached_property
     def digest(self) -> str:
-        """Changes when the weights do: a hash over a sample of every parameter."""
+        """A hash of a sample of every parameter, which changes when the weights do."""
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             flat = parameter.detach().flatten()
@@ -79,7 +79,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model said to a batch.
+    """The answers of a model to a batch.
 
     Attributes
     ----------
@@ -187,7 +187,7 @@ def split_batches(
 
     Answers of one family are of like length, so that few samples wait for a longer one.
     """
-    order = {family: place for place, family in enumerate(task.families)}
+    order = {family: index for index, family in enumerate(task.families)}
     lengths = [len(subject.tokenizer(task.prompt(question))["input_ids"]) for question in questions]
     ranked = sorted(
         zip(questions, lengths, strict=True),

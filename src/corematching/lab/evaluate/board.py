@@ -47,9 +47,9 @@ def make_board(
     -------
     dict
         ``command``; ``settings``; ``methods``, a list with dense first. Each method has ``method``
-        (the text that names it), ``parameters``, ``accuracy``, ``of_dense`` (its share of the dense
+        (the text that names it), ``parameters``, ``accuracy``, ``of_dense`` (its ratio to the dense
         accuracy, None where that is 0) and ``families``, with intervals; ``agreement`` with the
-        dense answers, ``kl``, ``tokens_kept`` (mean, p5, p95), ``layer_tokens`` (the share that a
+        dense answers, ``kl``, ``tokens_kept`` (mean, p5, p95), ``layer_tokens`` (the ratio that a
         layer computes, averaged over the layers; None where it was not counted),
         ``neurons_kept``, ``batches`` and the means per question of FLOPs, KV bytes, seconds and
         tokens.
@@ -68,8 +68,8 @@ def make_board(
     board = {"command": command, "settings": run.settings, "methods": entries}
     write_whole(run.path / "board.json", json.dumps(board, indent=2, allow_nan=False) + "\n")
     write_whole(run.path / "board.md", render(board, task.families))
-    for name, share in PICTURES.items():
-        draw_curves(entries, share, run.path / name, run.settings["model"])
+    for name, axis in PICTURES.items():
+        draw_curves(entries, axis, run.path / name, run.settings["model"])
     return board
 
 
@@ -158,12 +158,12 @@ def render(board: dict[str, Any], families: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
-NOTES = """Intervals are 95 % bootstrap intervals over pictures. "Same" is the share of answers that
+NOTES = """Intervals are 95 % bootstrap intervals over pictures. "Same" is the ratio of answers that
 match the dense one after normalisation; KL is that of the answer's first token, dense from sparse,
 in nats, over the dense model's likeliest words with the rest as one; neurons are thinned out from
 the second token on, so a method that drops no image tokens has none. Tokens are the image tokens
 that reach the last layer, "by layer" those that a layer computes, averaged over the layers; neurons
-are those that a decode step computes (with per-token thresholds, the share of the FFN that they are
+are those that a decode step computes (with per-token thresholds, the ratio of the FFN that they are
 calibrated for). FLOPs, bytes and seconds are means per question; seconds are those of a batch
 divided by its size, and missing ("-") where methods shared their prompts."""
 
@@ -238,8 +238,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.1f}"
 
 
 def _milliseconds(seconds: float) -> str:

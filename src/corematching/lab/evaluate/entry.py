@@ -1,4 +1,4 @@
-"""One answer of a run, and how it is read back."""
+"""One answer of a run, written and read back."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-SHARES = ("tokens_kept", "neurons_kept", "layer_tokens")
-FLOATS = (*SHARES, "kl", "vision_seconds", "prefill_seconds", "decode_seconds")
+RATIOS = ("tokens_kept", "neurons_kept", "layer_tokens")
+FLOATS = (*RATIOS, "kl", "vision_seconds", "prefill_seconds", "decode_seconds")
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and what it cost.
+    """One answer and its cost.
 
     Attributes
     ----------
@@ -25,7 +25,7 @@ class Answer:
     kl : float
         Of the first token, dense from sparse, in nats.
     tokens_kept, neurons_kept : float
-        Shares of the image tokens and of the neurons of a decode step.
+        Ratios of the image tokens and of the neurons of a decode step.
     prefill_flops, dense_prefill_flops, decode_flops, dense_decode_flops : int
     kv_bytes, dense_kv_bytes : int
         As the report has them.
@@ -35,7 +35,7 @@ class Answer:
     batch : int
         Size of its batch.
     layer_tokens : float or None
-        Share of the image tokens that a layer computes, averaged over the layers; None in answers
+        Ratio of the image tokens that a layer computes, averaged over the layers; None in answers
         of versions that did not count it.
 
     Raises
@@ -77,7 +77,7 @@ def _fits(name: str, value: Any) -> bool:
     if name in ("text", "correct"):
         return type(value) is (str if name == "text" else bool)
     if name in FLOATS:
-        high = 1 + ROUNDING if name in SHARES else math.inf
+        high = 1 + ROUNDING if name in RATIOS else math.inf
         return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= high
     return type(value) is int and (1 if name == "batch" else 0) <= value < 1 << 62
 

@@ -94,7 +94,7 @@ class Crew:
         count = len(self._workers)
         try:
             futures = [
-                self._workers[assignment.place % count].submit(_answer, assignment)
+                self._workers[assignment.index % count].submit(_answer, assignment)
                 for assignment in assignments
             ]
             for future in as_completed(futures):

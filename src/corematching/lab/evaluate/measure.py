@@ -1,4 +1,4 @@
-"""What an answer is worth: accuracy with its interval, and distance from the dense model.
+"""The quality of answers: accuracy with its interval, and distance from the dense model.
 
 Shapes: N questions, B samples of a batch, V words of the vocabulary, K of them singled out.
 """

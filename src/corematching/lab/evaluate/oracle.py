@@ -15,7 +15,7 @@ from corematching.lab.evaluate.task import Area
 from corematching.methods import BaseMethod, GateThreshold, TokenRule, TopNeurons
 from corematching.policies.base import TokenScore
 from corematching.policies.budgets import Budget, budget_of
-from corematching.policies.check import check_ratio, settle_amount
+from corematching.policies.check import check_ratio, normalize_amount
 from corematching.protocol import PrefillView
 
 LEAST_COVER = 0.25
@@ -26,7 +26,7 @@ class BoxCoverage(TokenScore, name="boxes"):
     """Patches that the boxes of the scene cover first, innermost of every box first.
 
     A covered patch scores in (0, 1], 1 minus its rank within its box over the patches of the box,
-    so that a budget takes the same share of every object; a patch of the background scores minus
+    so that a budget takes the same ratio of every object; a patch of the background scores minus
     its distance to the nearest box, in picture widths. A box covers the patches of which it fills a
     quarter, and the one of which it fills most. The image tokens must be one square grid over the
     whole picture. `show` names the scenes of the next batch.
@@ -39,7 +39,7 @@ class BoxCoverage(TokenScore, name="boxes"):
     )
 
     def show(self, scenes: Sequence[Sequence[Area]]) -> None:
-        """Name the boxes of each sample of the next batch, as shares of the picture."""
+        """Name the boxes of each sample of the next batch, in fractions of the picture."""
         self.scenes[:] = scenes
 
     def score(self, view: PrefillView) -> Tensor:
@@ -87,7 +87,7 @@ def rank_patches(areas: Sequence[Area], side: int) -> Tensor:
     for left, top, right, bottom in areas:
         across = _overlap(edges, 1 / side, left, right)
         down = _overlap(edges, 1 / side, top, bottom)
-        cover = down[:, None] * across[None, :] * side * side  # (side, side), share of each patch
+        cover = down[:, None] * across[None, :] * side * side  # (side, side), ratio of each patch
         x = middles - (left + right) / 2
         y = middles - (top + bottom) / 2
         beside = ((middles - middles.clamp(left, right)) ** 2)[None, :]
@@ -103,7 +103,7 @@ def rank_patches(areas: Sequence[Area], side: int) -> Tensor:
 
 
 def _overlap(edges: Tensor, width: float, start: float, stop: float) -> Tensor:
-    """How much of each cell ``[edge, edge + width]`` lies in ``[start, stop]``."""
+    """The length of each cell ``[edge, edge + width]`` that lies in ``[start, stop]``."""
     return ((edges + width).clamp(max=stop) - edges.clamp(min=start)).clamp(min=0)
 
 
@@ -133,7 +133,7 @@ class Oracle(BaseMethod, name="oracle"):
     def __post_init__(self) -> None:
         if not isinstance(self.layer, int | float):
             raise ConfigError(f"layer={self.layer!r}: the oracle drops tokens once, give one layer")
-        settle_amount(self)
+        normalize_amount(self)
         check_ratio("neuron_ratio", self.neuron_ratio)
         super().__post_init__()
 

@@ -1,4 +1,4 @@
-"""How a task is run."""
+"""The settings of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Plan:
-    """How to run.
+    """Settings of a run.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Pictures: accuracy over what is kept, one curve per method, dense as a line."""
+"""Pictures: accuracy against the ratio kept, one curve per method, dense as a line."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ AXES = {
     ),
     "neurons_kept": ("neurons kept [%]", ("neuron_ratio", "active_ratio", "ratio", "beta")),
 }
-"""Share -> what the axis says, and the parameters of a method that move along it, old ones too."""
+"""Ratio -> the axis label, and the parameters of a method that move along it, old ones too."""
 FIRST = {"top": "ratio", "gate": "active_ratio", "ratio": "keep_ratio", "count": "keep_tokens"}
-"""What the first value of a rule or a budget is, where it comes without a name."""
+"""The parameter that the first value of a rule or a budget is, if it has no name."""
 WHOLE = 99.95
 STILL = 0.05
 MARKERS = "osD^vP*Xph<>"
 
 
-def draw_curves(entries: Sequence[dict[str, Any]], share: str, path: Path, model: str) -> None:
-    """Draw accuracy with its interval over a share.
+def draw_curves(entries: Sequence[dict[str, Any]], ratio: str, path: Path, model: str) -> None:
+    """Draw accuracy with its interval against a ratio.
 
     Parameters
     ----------
     entries : sequence of dict
         Of the board, dense first.
-    share : str
+    ratio : str
         ``tokens_kept`` or ``neurons_kept``.
     path : Path
         A PNG file.
@@ -43,7 +43,7 @@ def draw_curves(entries: Sequence[dict[str, Any]], share: str, path: Path, model
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    axis, _ = AXES[share]
+    axis, _ = AXES[ratio]
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -51,7 +51,7 @@ def draw_curves(entries: Sequence[dict[str, Any]], share: str, path: Path, model
         dense = entries[0]["accuracy"]
         axes.axhline(100 * dense["value"], color="black", linestyle="--", label="dense")
         axes.axhspan(100 * dense["low"], 100 * dense["high"], color="black", alpha=0.08)
-    curves = group_curves(entries[1:], share)
+    curves = group_curves(entries[1:], ratio)
     for index, (name, curve) in enumerate(curves.items()):
         x, y, low, high = zip(*curve, strict=True)
         axes.errorbar(
@@ -77,9 +77,9 @@ def draw_curves(entries: Sequence[dict[str, Any]], share: str, path: Path, model
 
 
 def group_curves(
-    entries: Sequence[dict[str, Any]], share: str
+    entries: Sequence[dict[str, Any]], ratio: str
 ) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Points (share, accuracy, interval below, interval above) in %, by curve, rising.
+    """Points (ratio, accuracy, interval below, interval above) in %, by curve, rising.
 
     A curve's name is the method's text without the parameters that move along the axis. Methods
     that keep all of it have no place on the axis, nor have those that only moved along the other
@@ -87,19 +87,19 @@ def group_curves(
     """
     curves: dict[str, list[tuple[float, float, float, float]]] = {}
     for entry in entries:
-        x = _place(entry, share)
-        if x > WHOLE or _moves_elsewhere(entry, entries, share):
+        x = _position(entry, ratio)
+        if x > WHOLE or _moves_elsewhere(entry, entries, ratio):
             continue
         accuracy = entry["accuracy"]
         y, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
         point = (x, y, max(0.0, y - low), max(0.0, high - y))
-        curves.setdefault(name_curve(entry["method"], share), []).append(point)
+        curves.setdefault(name_curve(entry["method"], ratio), []).append(point)
     return {name: sorted(points) for name, points in curves.items()}
 
 
-def name_curve(text: str, share: str) -> str:
+def name_curve(text: str, ratio: str) -> str:
     """``random:keep_ratio=0.1,layer=2`` -> ``random:layer=2`` over the image tokens."""
-    return _without(text, AXES[share][1])
+    return _without(text, AXES[ratio][1])
 
 
 def _without(text: str, parameters: Sequence[str]) -> str:
@@ -135,13 +135,13 @@ def _bare(value: Any, parameters: Sequence[str]) -> str:
     return write_value(strip(value))
 
 
-def _place(entry: dict[str, Any], share: str) -> float:
-    """Where a method stands on the axis, in %."""
-    kept = entry[share]
+def _position(entry: dict[str, Any], ratio: str) -> float:
+    """The position of a method on the axis, in %."""
+    kept = entry[ratio]
     return 100 * float(kept["mean"] if isinstance(kept, dict) else kept)
 
 
-def _moves_elsewhere(entry: dict[str, Any], entries: Sequence[dict[str, Any]], share: str) -> bool:
+def _moves_elsewhere(entry: dict[str, Any], entries: Sequence[dict[str, Any]], ratio: str) -> bool:
     """Whether a method comes several times, at one place of this axis and at several of another.
 
     With its own amounts it stands for the others.
@@ -153,7 +153,7 @@ def _moves_elsewhere(entry: dict[str, Any], entries: Sequence[dict[str, Any]], s
     family = [other for other in entries if _without(other["method"], every) == bare]
 
     def spread(axis: str) -> float:
-        places = [_place(other, axis) for other in family]
-        return max(places) - min(places)
+        positions = [_position(other, axis) for other in family]
+        return max(positions) - min(positions)
 
-    return spread(share) < STILL and any(spread(axis) >= STILL for axis in AXES)
+    return spread(ratio) < STILL and any(spread(axis) >= STILL for axis in AXES)

@@ -35,7 +35,7 @@ class Assignment:
     ----------
     text : str
         The method.
-    place : int
+    index : int
         The batch's number.
     batch : sequence of Question
     dense : Distribution or None
@@ -43,14 +43,14 @@ class Assignment:
     """
 
     text: str
-    place: int
+    index: int
     batch: Sequence[Question]
     dense: Distribution | None
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a method answered.
+    """The answers of a method to an assignment.
 
     Attributes
     ----------
@@ -107,9 +107,9 @@ class Respondent:
         """Put a batch to a method."""
         batch, inputs = assignment.batch, self._encode(assignment)
         shared = self.plan.share and assignment.text != DENSE
-        if shared and assignment.place != self._recorded:
+        if shared and assignment.index != self._recorded:
             self._record(inputs)
-            self._recorded = assignment.place
+            self._recorded = assignment.index
         run = self._put_on(assignment.text)
         show_scenes(run.method, self.task, batch)
         with self._replaying(run) if shared else nullcontext():
@@ -132,7 +132,7 @@ class Respondent:
         return Reply(assignment.text, answers, first)
 
     def _record(self, inputs: Any) -> None:
-        """See what all methods have in common of a batch's prompts."""
+        """Record the part of a batch's prompts that is the same for all methods."""
         policies = [method.neurons for method in self.methods.values() if method.neurons]
         needs = {need for policy in policies for need in policy.needs}
         self._recording = None
@@ -154,13 +154,13 @@ class Respondent:
 
     def _encode(self, assignment: Assignment) -> Any:
         """The batch's inputs, which are the same for every method."""
-        if assignment.place in self._inputs:
-            return self._inputs[assignment.place]
+        if assignment.index in self._inputs:
+            return self._inputs[assignment.index]
         inputs = encode_batch(self.subject, self.task, assignment.batch)
         size = sum(value.nbytes for value in inputs.values() if hasattr(value, "nbytes"))
         if size <= self._room:
             self._room -= size
-            self._inputs[assignment.place] = inputs
+            self._inputs[assignment.index] = inputs
         return inputs
 
 
@@ -171,7 +171,7 @@ def grade(
     distances: Sequence[float],
     timed: bool = True,
 ) -> list[Answer]:
-    """What was said, whether it is right, and what it cost; prompts that were shared took 0 s."""
+    """The answers with their grades and costs; prompts that methods share took 0 s."""
     report, size = said.report, len(batch)
     vision, prefill = (report.vision_seconds, report.prefill_seconds) if timed else (0.0, 0.0)
     return [

@@ -38,7 +38,7 @@ def make_methods(
     texts : sequence of str
         As `method_from_text` reads them.
     budgets : sequence of float, optional
-        Shares to keep: every method but dense is made at each of them; see `text_at_budget`.
+        Ratios to keep: every method but dense is made at each of them; see `text_at_budget`.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def make_methods(
     """
     if budgets:
         others = [text for text in texts if text != DENSE]
-        texts = [text_at_budget(text, share) for text in others for share in budgets]
+        texts = [text_at_budget(text, ratio) for text in others for ratio in budgets]
     return {text: method_from_text(text) for text in dict.fromkeys((DENSE, *texts))}
 
 
@@ -76,7 +76,7 @@ def evaluate(
     directory : Path
         Where the answers are kept.
     plan : Plan
-        How to run.
+        Settings of the run.
     progress : callable, optional
         Called after each batch.
     command : str
@@ -203,12 +203,12 @@ class Survey:
             if self._done[text]:
                 self._tell(text)
             assignments += [
-                Assignment(text, place, batch, references[place])
-                for place, batch in enumerate(self.batches)
+                Assignment(text, index, batch, references[index])
+                for index, batch in enumerate(self.batches)
                 if not all(question.id in known for question in batch)
             ]
         if self.by_batch:
-            assignments.sort(key=lambda assignment: assignment.place)
+            assignments.sort(key=lambda assignment: assignment.index)
         for reply in self._answer(assignments):
             self._keep(reply)
         for text in self._files.keys() & set(texts):

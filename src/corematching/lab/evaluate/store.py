@@ -32,7 +32,7 @@ TOP_LOG_PROB = 1e-3
 
 
 class RunDirectory:
-    """Where a run's answers are kept.
+    """The directory of a run's answers.
 
     Parameters
     ----------

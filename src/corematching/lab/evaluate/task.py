@@ -65,9 +65,9 @@ class Task(Protocol[Q]):
         ...
 
     def areas(self, question: Q, size: tuple[int, int]) -> Sequence[Area]:
-        """What stands where in a picture of ``size`` (width, height) pixels, for the oracle.
+        """The objects of a picture of ``size`` (width, height) pixels, for the oracle.
 
-        (left, top, right, bottom) of each object, as shares of the picture; empty if not known.
+        (left, top, right, bottom) of each object, in fractions of the picture; empty if not known.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""How often a neuron is among a token's largest."""
+"""The number of tokens in which a neuron is among the largest."""
 
 from __future__ import annotations
 

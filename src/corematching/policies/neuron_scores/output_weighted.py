@@ -1,4 +1,4 @@
-"""How much a neuron writes into the residual stream."""
+"""The size of a neuron's output in the residual stream."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corematching.policies.base import TokenScore
-from corematching.policies.check import settle_amount
+from corematching.policies.check import normalize_amount
 from corematching.policies.features import read_embeddings, read_features
 from corematching.policies.greedy import (
     cosine_similarity,
@@ -53,7 +53,7 @@ class CDPrunerScore(TokenScore, name="cdpruner"):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self, 64 / 576)
+        normalize_amount(self, 64 / 576)
         check_token_set(self.token_set)
 
     def score(self, view: PrefillView) -> Tensor:

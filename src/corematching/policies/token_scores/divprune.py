@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from corematching.policies.base import TokenScore
-from corematching.policies.check import settle_amount
+from corematching.policies.check import normalize_amount
 from corematching.policies.features import read_features
 from corematching.policies.greedy import (
     cosine_similarity,
@@ -21,7 +21,7 @@ from corematching.protocol import EMBEDDINGS, PrefillView
 
 @dataclass(frozen=True)
 class DivPruneScore(TokenScore, name="divprune"):
-    """Place in the greedy max-min choice over the projected features, first picks highest.
+    """Rank in the greedy max-min choice over the projected features, first picks highest.
 
     "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
     arXiv:2503.02175: the set of image tokens whose smallest distance ``1 - cos`` is largest, picked
@@ -40,7 +40,7 @@ class DivPruneScore(TokenScore, name="divprune"):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self, 0.098)
+        normalize_amount(self, 0.098)
 
     def score(self, view: PrefillView) -> Tensor:
         features = read_features(view)

@@ -15,7 +15,7 @@ from corematching.protocol import CONTRIBUTIONS, PrefillView
 
 @dataclass(frozen=True)
 class ProjectionScore(TokenScore, name="projection"):
-    """A token's share of the last token's attention output: attention times projection.
+    """A token's part of the last token's attention output: attention times projection.
 
     With ``c_j`` token j's term of that output (attention score and value path, through the output
     projection) and ``o = sum_j c_j``, the score is ``<c_j, o> / ||o||``: how far the token moves

@@ -18,7 +18,7 @@ from corematching.protocol import EMBEDDINGS, PrefillView
 class RandomTokens(TokenScore, name="random"):
     """A random score that is another one for each picture and question, whatever the batch.
 
-    It hangs on the seed, the layer, the sample's `fingerprint` and the token's place among the
+    It depends on the seed, the layer, the sample's `fingerprint` and the token's index among the
     image tokens: the same input always gets the same choice, alone, in any batch and in every beam.
     """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corematching.policies.base import TokenScore
-from corematching.policies.check import settle_amount
+from corematching.policies.check import normalize_amount
 from corematching.policies.greedy import resolve_amount
 from corematching.protocol import PrefillView
 
@@ -32,7 +32,7 @@ class StrideScore(TokenScore, name="stride"):
     )
 
     def __post_init__(self) -> None:
-        settle_amount(self, 0.2)
+        normalize_amount(self, 0.2)
 
     def score(self, view: PrefillView) -> Tensor:
         totals = view.image.sum(1, keepdim=True)
@@ -40,5 +40,5 @@ class StrideScore(TokenScore, name="stride"):
         i = torch.arange(view.image.shape[1], device=view.image.device)
         ticks = ((2 * i + 1) * totals).div(2 * counts.clamp(min=1), rounding_mode="floor")
         ticks = ticks.masked_fill(i >= counts, -1)  # (B, T)
-        place = view.image.cumsum(1) - 1
-        return (place.unsqueeze(2) == ticks.unsqueeze(1)).any(2).float()
+        index = view.image.cumsum(1) - 1
+        return (index.unsqueeze(2) == ticks.unsqueeze(1)).any(2).float()

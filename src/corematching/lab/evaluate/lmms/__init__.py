@@ -11,7 +11,7 @@ MODEL = "corematching"
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry asks of a plug-in: the names of our two classes."""
+    """The manifest for lmms-eval's registry: the names of our two classes."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     path = f"{__name__}.model"

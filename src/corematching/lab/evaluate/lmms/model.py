@@ -21,7 +21,7 @@ from corematching.named_models import load_named
 
 
 class CoreMatchingModel(lmms):
-    """What both have in common.
+    """The base of both classes.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class CoreMatchingModel(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.device
 
     def clean(self) -> None:
@@ -154,7 +154,7 @@ class CoreMatchingModel(lmms):
             total_elapsed_time=totals.seconds,
             total_gen_tokens=totals.new_tokens,
             avg_speed=totals.new_tokens / totals.seconds if totals.seconds else 0.0,
-            additional_metrics=totals.shares(),
+            additional_metrics=totals.ratios(),
         )
 
 

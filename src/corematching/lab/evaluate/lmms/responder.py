@@ -20,12 +20,12 @@ from corematching.report import Report
 
 @dataclass(frozen=True)
 class Response:
-    """What the model said.
+    """The answer of the model to one request.
 
     Attributes
     ----------
     text : str
-        Without what follows a text that ends it.
+        Up to a text that ends it.
     prompt_tokens, new_tokens : int
         Padding not counted.
     """
@@ -56,13 +56,13 @@ class Totals:
                 for key in (name, f"dense_{name}"):
                     self.counts[key] = self.counts.get(key, 0) + getattr(sample, key)
 
-    def shares(self) -> dict[str, float]:
-        """What was left of the dense run: image tokens (mean per prompt), FLOPs, KV bytes."""
-        shares = {"image_tokens_kept": self.kept / self.pictures} if self.pictures else {}
+    def ratios(self) -> dict[str, float]:
+        """Ratios to the dense run: image tokens (mean per prompt), FLOPs, KV bytes."""
+        ratios = {"image_tokens_kept": self.kept / self.pictures} if self.pictures else {}
         for name in ("prefill_flops", "kv_bytes"):
             if self.counts.get(f"dense_{name}"):
-                shares[f"{name}_share"] = self.counts[name] / self.counts[f"dense_{name}"]
-        return shares
+                ratios[f"{name}_share"] = self.counts[name] / self.counts[f"dense_{name}"]
+        return ratios
 
 
 class Responder:
@@ -110,7 +110,7 @@ class Responder:
     def score(
         self, chats: Sequence[Sequence[Turn]], continuations: Sequence[str]
     ) -> list[tuple[float, bool]]:
-        """How likely the model, with the method on it, continues a batch so.
+        """The log-probability of continuations of a batch, with the method on the model.
 
         The prompt is one prefill and the continuation is decoded token by token, as an answer is,
         so that tokens are dropped and neurons chosen as they are for an answer.

@@ -53,7 +53,7 @@ def read_batch_size(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate.
+    """Settings of generate().
 
     Attributes
     ----------
