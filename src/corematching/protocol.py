@@ -18,8 +18,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from corematching.errors import ConfigError
-
 T = TypeVar("T")
 
 ACTIVATIONS = "activations"
@@ -347,20 +345,3 @@ class Method(Protocol):
     def neurons(self) -> NeuronPolicy | None: ...
 
     def to_dict(self) -> dict[str, Any]: ...
-
-
-def check_policies(method: Method) -> None:
-    """Refuse a method whose policies do not subclass those of this file.
-
-    Raises
-    ------
-    ConfigError
-        Naming the class to subclass.
-    """
-    pairs = ("tokens", method.tokens, TokenPolicy), ("neurons", method.neurons, NeuronPolicy)
-    for name, policy, base in pairs:
-        if policy is not None and not isinstance(policy, base):
-            raise ConfigError(
-                f"{name} is a {type(policy).__name__}, which is no {base.__name__}: let the class "
-                f"subclass corematching.protocol.{base.__name__}"
-            )

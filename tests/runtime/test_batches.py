@@ -16,6 +16,7 @@ from corematching.policies.budgets import Knee, Ratio
 from corematching.policies.neuron_scores import GriffinScore, PaperScore
 from corematching.policies.schedules import DenseEnds
 from corematching.policies.token_scores import TextOverlap
+from corematching.protocol import TokenPolicy
 from tests.models import LAYERS, WIDTH, build, image_mask, make_inputs
 from tests.runtime.test_families import single
 
@@ -127,14 +128,22 @@ def test_means_are_over_each_sample_s_own_tokens(active, engine, batch):
             close(choice.mean[sample], torch.where(dropped[sample], mean, 0.0), 1e-5)
 
 
-class Recorder:
+class Recorder(TokenPolicy):
     """Shows the views that a token policy gets, and what it answers."""
 
     def __init__(self, inner):
         self.inner, self.seen = inner, []
 
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
+    @property
+    def needs(self):
+        return self.inner.needs
+
+    @property
+    def proportional(self):
+        return self.inner.proportional
+
+    def drop_after(self, num_layers):
+        return self.inner.drop_after(num_layers)
 
     def choose(self, view):
         choice = self.inner.choose(view)

@@ -6,8 +6,9 @@ from torch import nn
 
 from corematching.backends.choice_checks import check_settled
 from corematching.errors import AlreadyInstalledError, InputError
+from corematching.model.spec import check_policies
 from corematching.offload.offload import find_offload
-from corematching.protocol import Method, check_policies
+from corematching.protocol import Method
 from corematching.report import Report
 from corematching.runtime.choices import Choices, read_choices
 from corematching.runtime.flops import build_report
