@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from corematching.backends.kernels import triton_programs, triton_prompt
+from corematching.backends.cuda import triton_programs, triton_statistics
 
 SHARED_MEMORY = 163 * 1024  # bytes that one program may use on compute capability 8.0
 
@@ -89,6 +89,6 @@ PROMPTS = {
 def test_what_chooses_from_a_prompt_compiles(name, capability):
     pointers, constants, warps = PROMPTS[name]
     config = triton.Config({}, num_warps=warps)
-    built = build(getattr(triton_prompt, name), capability, pointers, constants, config)
+    built = build(getattr(triton_statistics, name), capability, pointers, constants, config)
     assert built.asm["cubin"]
     assert built.metadata.shared <= SHARED_MEMORY

@@ -10,7 +10,7 @@ from corematching.backends.cuda.triton_statistics import (
     sum_rows,
     weigh_marks,
 )
-from corematching.backends.kernels import triton_prompt
+from corematching.backends.cuda import triton_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,6 +117,6 @@ def test_what_cannot_be_read_is_left_to_pytorch(monkeypatch):
     assert sum_rows(draw(1, 4, 3).transpose(1, 2), tokens, "values") is None
     assert sum_rows(draw(1, 3, 4).double(), tokens, "values") is None
     assert find_size(draw(1, 4, 3).transpose(1, 2), tokens, None, tokens.sum(1)) is None
-    monkeypatch.setattr(triton_prompt, "WIDEST", 8)
+    monkeypatch.setattr(triton_statistics, "WIDEST", 8)
     assert pick_highest(draw(1, 9), 2) is None
     assert mark_highest(draw(1, 1, 9), torch.ones(1, 1, 1, dtype=torch.long), True) is None

@@ -43,7 +43,7 @@ def _list_fitting(configs: list[Any], _: dict[str, Any], **meta: Any) -> list[An
 
 
 @triton.jit
-def _activate(z, ACTIVATION: tl.constexpr):
+def _activate(z: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     if ACTIVATION == "silu":
         out = z * tl.sigmoid(z)
     elif ACTIVATION == "gelu":
@@ -57,7 +57,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _dot(left, right, total):
+def _dot(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
     if WIDEN:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")
@@ -65,9 +65,19 @@ def _dot(left, right, total):
 
 @triton.jit
 def _project(
-    x, weight, bias, rows, live, samples, batch, width, stride,
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    rows: tl.tensor,
+    live: tl.tensor,
+    samples: tl.tensor,
+    batch: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:
     """(BLOCK_B, BLOCK_R) float32: the rows' products with the samples, read where ``live``."""
     starts = rows.to(tl.int64) * stride
     if BLOCK_B == 1:
@@ -107,11 +117,13 @@ def _project(
 @_tune
 @triton.jit
 def neurons_kernel(
-    x, up, gate, rows, members, up_bias, gate_bias, gate_thresholds, output_thresholds, out,
-    batch, group, width, num_rows, up_stride, gate_stride,
+    x: tl.tensor, up: tl.tensor, gate: tl.tensor, rows: tl.tensor, members: tl.tensor,
+    up_bias: tl.tensor, gate_bias: tl.tensor, gate_thresholds: tl.tensor,
+    output_thresholds: tl.tensor, out: tl.tensor, batch: tl.tensor, group: tl.tensor,
+    width: tl.tensor, num_rows: tl.tensor, up_stride: tl.tensor, gate_stride: tl.tensor,
     GATED: tl.constexpr, ALIVE_FIRST: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """``act(gate(x)) * up(x)`` of BLOCK_R listed neurons for BLOCK_B samples."""
     places = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     samples = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -159,10 +171,21 @@ def neurons_kernel(
 @_tune
 @triton.jit
 def down_kernel(
-    neurons, down, rows, parts, batch, width, num_rows, rows_per_split, stride,
-    GATED: tl.constexpr, ALIVE_FIRST: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    neurons: tl.tensor,
+    down: tl.tensor,
+    rows: tl.tensor,
+    parts: tl.tensor,
+    batch: tl.tensor,
+    width: tl.tensor,
+    num_rows: tl.tensor,
+    rows_per_split: tl.tensor,
+    stride: tl.tensor,
+    GATED: tl.constexpr,
+    ALIVE_FIRST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
     """One split's share of ``down(neurons)``; rows whose neurons are all 0 are not read."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
@@ -203,9 +226,16 @@ def down_kernel(
 
 @triton.jit
 def sum_kernel(
-    parts, bias, out, batch, width, samples_per_bias, splits,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    parts: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    batch: tl.tensor,
+    width: tl.tensor,
+    samples_per_bias: tl.tensor,
+    splits: tl.tensor,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
     """The splits' sum, plus the sample's bias."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     sample = tl.program_id(1)

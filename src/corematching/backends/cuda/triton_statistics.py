@@ -142,7 +142,9 @@ def _on(values: Tensor) -> Any:
 
 
 @triton.jit
-def _invert_squares_kernel(values, tokens, factors, width, BLOCK: tl.constexpr):
+def _invert_squares_kernel(
+    values: tl.tensor, tokens: tl.tensor, factors: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     """1 / ||a(t)||^2 of each token that counts."""
     row = tl.program_id(0).to(tl.int64)
     counts = tl.load(tokens + row) != 0
@@ -157,9 +159,16 @@ def _invert_squares_kernel(values, tokens, factors, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sum_rows_kernel(
-    values, tokens, factors, out, length, width,
-    KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+    values: tl.tensor,
+    tokens: tl.tensor,
+    factors: tl.tensor,
+    out: tl.tensor,
+    length: tl.tensor,
+    width: tl.tensor,
+    KIND: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+) -> None:
     """BLOCK_F columns of one sample."""
     columns = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     sample = tl.program_id(1).to(tl.int64)
@@ -184,7 +193,14 @@ def _sum_rows_kernel(
 
 
 @triton.jit
-def _weigh_marks_kernel(marks, weights, out, length, width, BLOCK: tl.constexpr):
+def _weigh_marks_kernel(
+    marks: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    length: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """The sum of one token's marked weights."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
@@ -197,9 +213,15 @@ def _weigh_marks_kernel(marks, weights, out, length, width, BLOCK: tl.constexpr)
 
 @triton.jit
 def _mark_highest_kernel(
-    bits, counts, marks, width,
-    ABSOLUTE: tl.constexpr, BITS: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    bits: tl.tensor,
+    counts: tl.tensor,
+    marks: tl.tensor,
+    width: tl.tensor,
+    ABSOLUTE: tl.constexpr,
+    BITS: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     """One token: the bits of floats above 0 are in the floats' order; what is below counts 0."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -217,7 +239,9 @@ def _mark_highest_kernel(
 
 
 @triton.jit
-def _pick_highest_kernel(scores, places, width, count, BLOCK: tl.constexpr):
+def _pick_highest_kernel(
+    scores: tl.tensor, places: tl.tensor, width: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     """One row: the bits of its ``count``-th highest score, then what reaches it."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -243,9 +267,18 @@ def _pick_highest_kernel(scores, places, width, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count_digits_kernel(
-    bits, tokens, neurons, known, found, width, listed,
-    SHIFT: tl.constexpr, NUMBER: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    bits: tl.tensor,
+    tokens: tl.tensor,
+    neurons: tl.tensor,
+    known: tl.tensor,
+    found: tl.tensor,
+    width: tl.tensor,
+    listed: tl.tensor,
+    SHIFT: tl.constexpr,
+    NUMBER: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     """How often each digit follows the higher ones that are known, over one token's neurons."""
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1)
@@ -262,7 +295,9 @@ def _count_digits_kernel(
 
 
 @triton.jit
-def _narrow_kernel(found, known, missing, NUMBER: tl.constexpr):
+def _narrow_kernel(
+    found: tl.tensor, known: tl.tensor, missing: tl.tensor, NUMBER: tl.constexpr
+) -> None:
     """One digit more of what is known, and the rank among those that begin with it."""
     sample = tl.program_id(0)
     digits = tl.arange(0, 1 << NUMBER)
