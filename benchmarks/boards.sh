@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The boards of docs/fidelity.md in one call, on a GPU that several processes share: the main board,
+# The boards of docs/results in one call, on a GPU that several processes share: the main board,
 # the rivals at four ratios of the image tokens, the neurons at four ratios. The main board and the
 # rivals run at once, the neurons when the main board is done.
 #

@@ -13,10 +13,11 @@ is done in front of the first decode step. Medians; run it on a machine that doe
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,30 +28,31 @@ from corematching import CoreMatching, load_demo
 from corematching.cache.masks import take
 from corematching.demo.example import read_example
 from corematching.methods import Sparsifier
-from corematching.protocol import NeuronChoice, PrefillView, TokenChoice
+from corematching.protocol import NeuronChoice, NeuronPolicy, PrefillView, TokenChoice, TokenPolicy
 
 METHODS = {"default": CoreMatching, "paper": CoreMatching.paper}
 SYSTEM_TOKENS = 35
 
 
 class Timed:
-    """A policy that adds up the seconds of its choices, and of what they leave for later."""
+    """A copy of a policy that adds up the seconds of its choices, and of their later parts."""
 
-    def __init__(self, policy: Any) -> None:
-        self.policy, self.seconds, self.later = policy, 0.0, 0.0
+    def __init__(self, policy: TokenPolicy | NeuronPolicy) -> None:
+        self.policy, self.seconds, self.later = copy.copy(policy), 0.0, 0.0
+        self._choose: Callable[..., TokenChoice | NeuronChoice] = policy.choose
+        object.__setattr__(self.policy, "choose", self._time_choice)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.policy, name)
-
-    def choose(self, *args: Any) -> TokenChoice | NeuronChoice:
+    def _time_choice(self, *args: Any) -> TokenChoice | NeuronChoice:
         start = time.perf_counter()
-        choice = self.policy.choose(*args)
+        choice = self._choose(*args)
         self.seconds += time.perf_counter() - start
-        if getattr(choice, "later", None) is not None:
-            choice.later = functools.partial(self._settle, choice.later)
+        if isinstance(choice, NeuronChoice) and choice.later is not None:
+            choice.later = functools.partial(self._time_later, choice.later)
         return choice
 
-    def _settle(self, later: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _time_later(
+        self, later: Callable[[], Mapping[str, torch.Tensor | None]]
+    ) -> Mapping[str, torch.Tensor | None]:
         start = time.perf_counter()
         found = later()
         self.later += time.perf_counter() - start
@@ -118,7 +120,7 @@ def measure_layer(args: argparse.Namespace) -> None:
         rules = {
             "neurons": lambda method=method, count=count: method.neurons.choose(
                 view, count
-            ).settle(),
+            ).materialize(),
             "tokens": lambda method=method: method.tokens.choose(view),
         }
         for part, rule in rules.items():
@@ -145,14 +147,17 @@ def measure_prefill(args: argparse.Namespace) -> None:
     rows = []
     for _ in range(args.repeats + 1):
         tokens, neurons = Timed(method.tokens), Timed(method.neurons)
-        with torch.inference_mode(), Sparsifier(tokens=tokens, neurons=neurons)(model) as run:
+        with (
+            torch.inference_mode(),
+            Sparsifier(tokens=tokens.policy, neurons=neurons.policy)(model) as run,
+        ):
             model.generate(**inputs, max_new_tokens=2, do_sample=False)
             prefill = run.report.prefill_seconds
         rows.append((prefill, tokens.seconds, neurons.seconds, neurons.later))
     for column, name in enumerate(("prefill", "tokens", "neurons", "later")):
         seconds = statistics.median(row[column] for row in rows[1:])
-        share = statistics.median(row[column] / row[0] for row in rows[1:])
-        print(f"{name:8} {seconds * 1e3:8.1f} ms  {share:6.1%} of the prefill")
+        ratio = statistics.median(row[column] / row[0] for row in rows[1:])
+        print(f"{name:8} {seconds * 1e3:8.1f} ms  {ratio:6.1%} of the prefill")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from corematching.cli.entry import run_command
-from corematching.cli.loading import LoadedModel
 from corematching.cli.prompt import build_inputs
 from corematching.errors import InputError
 from corematching.inputs import check_room, longest_prompt, max_positions, plain_text
 from corematching.lab.evaluate import Subject
+from corematching.named_models import LoadedModel
 from tests.cli.conftest import picture, tiny_lm, tiny_vlm  # noqa: F401
 from tests.demo.scene_fakes import byte_tokenizer
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from corematching.report import Report, SampleReport
+from corematching.report_table import write_bytes, write_count, write_flops, write_seconds
 from corematching.runtime import attach, detach
 from tests.models import build, image_mask, make_inputs
 from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod, generate
@@ -185,3 +190,57 @@ def test_ratios_of_nothing_are_one():
     assert sample.token_retention_ratio == sample.kv_ratio == report.token_retention_ratio == 1
     assert sample.layer_token_ratio == report.layer_token_ratio == 1
     assert report.neuron_retention_ratio == 1 and report.tpot_seconds == 0
+
+
+def test_the_table_shows_all_samples():
+    report, _, _, _ = run_once(batch=2, neurons=True)
+    lines = [re.split(r"  +", line) for line in str(report).splitlines()]
+    assert lines[0] == ["2 samples", "dense", "sparse", "sparse / dense"]
+    cells = {label: values for label, *values in lines[1:]}
+    kept = sum(sample.kept_tokens for sample in report.samples)
+    assert cells["image tokens"] == ["32", str(kept), f"{100 * kept / 32:.0f} %"]
+    assert cells["neurons per step"] == ["384", str(sum(report.neurons)), "55 %"]
+    assert cells["TTFT"][0] == cells["TPOT"][0] == "-" and len(cells["TPOT"]) == 2
+    assert cells["KV cache"][-1] == f"{100 * report.kv_ratio:.0f} %"
+    assert cells["prefill FLOPs"][0].endswith(" MFLOP")
+    assert list(cells)[3] == "FLOPs per step" and len(cells) == 7
+
+
+def test_the_table_takes_measured_times():
+    report = Report({}, "m", "t", "float32", "cpu", "sdpa", 1, [], [4], [4], 0.1, 0, 0, 0)
+    report.samples = [SampleReport(0, 0, [], [], None, [], [], [], 3, 0, 1, 1, 1, 1, 0, 0)]
+    assert str(report).splitlines()[-1].split() == ["TPOT", "-", "-"], "no step has run"
+    drawn = report.table(SimpleNamespace(ttft=0.5, tpot=None), SimpleNamespace(ttft=2, tpot=0.04))
+    last = drawn.splitlines()[-2:]
+    assert last[0].split() == ["TTFT", "2.00", "s", "500.0", "ms", "25", "%"]
+    assert last[1].split() == ["TPOT", "40.0", "ms", "-"]
+    assert all(line == line.rstrip() for line in drawn.splitlines())
+
+
+def test_units_of_the_table():
+    assert write_flops(999) == "999 FLOP" and write_flops(1.5e12) == "1.5 TFLOP"
+    assert write_flops(3e18) == "3000 PFLOP"
+    assert write_bytes(0) == "0 B" and write_bytes(3 << 29) == "1.5 GiB"
+    assert write_count(1234567) == "1,234,567"
+    assert write_seconds(0.0123) == "12.3 ms" and write_seconds(1.234) == "1.23 s"
+
+
+def test_a_report_s_text_is_short():
+    report, _, _, _ = run_once(neurons=True)
+    kept = report.samples[0].kept_tokens
+    assert repr(report) == (
+        f"Report(test on LlavaForConditionalGeneration: 1 sample, image tokens {kept / 16:.0%}, "
+        f"neurons 55%, kernel {report.kernel})"
+    )
+    assert repr(report.samples[0]).startswith(f"SampleReport({kept} of 16 image tokens, ")
+
+
+def test_a_table_needs_no_rich():
+    code = (
+        "import sys; sys.modules['rich'] = None\n"
+        "from corematching.report import Report\n"
+        "print(Report({}, 'm', 't', 'float32', 'cpu', 'sdpa', 1, [], [2], [4], 0.1, 0, 0, 0))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "neurons per step       4         2            50 %" in done.stdout

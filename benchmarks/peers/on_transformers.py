@@ -67,6 +67,6 @@ class TransformersPeer:
             import torch
 
             return torch.cuda.max_memory_allocated()
-        from corematching.lab.bench.machine import read_peak_resident
+        from corematching.memory_meter import ProcessMemory
 
-        return read_peak_resident()
+        return ProcessMemory.read().highest

@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from corematching.demo import load_demo
+    from corematching.errors import (
+        AlreadyInstalledError,
+        BusyMachineError,
+        ConfigError,
+        CoreMatchingError,
+        InputError,
+        InvalidTensorError,
+        MemoryCapError,
+        UnsupportedModelError,
+    )
     from corematching.methods import (
         CATS,
         TEAL,
@@ -67,14 +77,30 @@ if TYPE_CHECKING:
         neuron_score_by_name,
         score_by_name,
     )
-    from corematching.protocol import NeuronChoice, PrefillView, TokenChoice
-    from corematching.report import Report
-    from corematching.runtime import Run, load
+    from corematching.protocol import (
+        NeuronChoice,
+        NeuronPolicy,
+        PrefillView,
+        TokenChoice,
+        TokenPolicy,
+    )
+    from corematching.report import Report, SampleReport
+    from corematching.runtime import Choices, Run, load
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "demo": ("load_demo",),
+    "errors": (
+        "AlreadyInstalledError",
+        "BusyMachineError",
+        "ConfigError",
+        "CoreMatchingError",
+        "InputError",
+        "InvalidTensorError",
+        "MemoryCapError",
+        "UnsupportedModelError",
+    ),
     "methods": (
         "BaseMethod",
         "CATS",
@@ -133,9 +159,9 @@ _EXPORTS = {
         "neuron_score_by_name",
         "score_by_name",
     ),
-    "protocol": ("NeuronChoice", "PrefillView", "TokenChoice"),
-    "report": ("Report",),
-    "runtime": ("Run", "load"),
+    "protocol": ("NeuronChoice", "NeuronPolicy", "PrefillView", "TokenChoice", "TokenPolicy"),
+    "report": ("Report", "SampleReport"),
+    "runtime": ("Choices", "Run", "load"),
 }
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -150,13 +176,18 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "CATS",
     "TEAL",
+    "AlreadyInstalledError",
     "Attention",
     "BaseMethod",
     "Budget",
+    "BusyMachineError",
     "CDPruner",
+    "Choices",
+    "ConfigError",
     "CoreInfer",
     "CoreInferScore",
     "CoreMatching",
+    "CoreMatchingError",
     "CoreOverlap",
     "Count",
     "Dense",
@@ -166,9 +197,13 @@ __all__ = [
     "GateThreshold",
     "Griffin",
     "GriffinScore",
+    "InputError",
+    "InvalidTensorError",
     "Knee",
     "Magnitude",
+    "MemoryCapError",
     "NeuronChoice",
+    "NeuronPolicy",
     "NeuronRule",
     "NeuronScore",
     "Norm",
@@ -188,6 +223,7 @@ __all__ = [
     "ReleasedCode",
     "Report",
     "Run",
+    "SampleReport",
     "Schedule",
     "SparseVLM",
     "Sparsifier",
@@ -196,10 +232,12 @@ __all__ = [
     "TextOverlap",
     "TokenChoice",
     "TokenOverlap",
+    "TokenPolicy",
     "TokenRule",
     "TokenScore",
     "TopNeurons",
     "Uniform",
+    "UnsupportedModelError",
     "VisionZip",
     "__version__",
     "load",

@@ -36,6 +36,10 @@ class MemoryCapError(CoreMatchingError):
     """A model does not fit under the cap on memory that it was given."""
 
 
+class MissingPackageError(CoreMatchingError, ImportError):
+    """A feature needs a package that an extra of this one installs."""
+
+
 class BusyMachineError(CoreMatchingError):
     """Other programs run, so that times would mean nothing."""
 

@@ -100,7 +100,7 @@ def modernize(kind: str, name: str, params: Params, known: Collection[str]) -> t
         f"{name}: {', '.join(old)} is written {new_name}: {now or 'without it'} now; the old names "
         "end with the next version",
         OldNameWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
     return new_name, made
 
@@ -123,7 +123,7 @@ def rename(params: Params, table: Mapping[str, str], known: Collection[str]) -> 
 
 
 def unit_of(amount: Any) -> str:
-    """``ratio`` or ``tokens``, by the type of an old amount, or of the first of several."""
+    """``ratio`` or ``tokens``, by the type of an old amount, or of several."""
     items = amount if isinstance(amount, list | tuple) else [amount]
     units = {"ratio" if isinstance(item, float) else "tokens" for item in items}
     if len(units) != 1:
@@ -273,7 +273,7 @@ def list_amounts(keep: Any, taper: float, stages: int) -> list[Any]:
     """The amount of each stage."""
     if isinstance(keep, list | tuple):
         return list(keep)
-    factors = [taper ** (stage + 1 - stages) for stage in range(stages)]
+    factors = [taper**stage / taper ** (stages - 1) for stage in range(stages)]
     if isinstance(keep, float):
         return [min(1.0, keep * factor) for factor in factors]
     return [round(keep * factor) for factor in factors]

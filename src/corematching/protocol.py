@@ -10,12 +10,17 @@ d hidden size, F intermediate neurons of the FFN, H attention heads, K kept neur
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from corematching.errors import ConfigError
+
+T = TypeVar("T")
 
 ACTIVATIONS = "activations"
 ATTENTION = "attention"
@@ -30,9 +35,9 @@ NEEDS = frozenset({ACTIVATIONS, ATTENTION, CONTRIBUTIONS, EMBEDDINGS, GATE, INPU
 
 @dataclass
 class VisionView:
-    """What one layer of the vision tower's attention computed for the images of a batch.
+    """The attention of one layer of the vision tower, for the images of a batch.
 
-    Only shown by models in which one image token is one patch. Images stand in the prompts' order;
+    Only models in which one image token is one patch show it. Images stand in the prompts' order;
     their patches, in order, are the batch's image tokens in order. N patches an image, S = N plus
     the class tokens, D width of a head, c width of the features.
 
@@ -45,7 +50,7 @@ class VisionView:
     classes : int
         Class tokens, 0 or 1.
     features : Tensor
-        (I, N, c), what enters the projector.
+        (I, N, c), the input of the projector.
     project : callable
         The model's projector: (..., c) features to (..., d) input embeddings.
     """
@@ -60,7 +65,7 @@ class VisionView:
 
 @dataclass
 class PrefillView:
-    """What one decoder layer showed during the prefill, for a whole batch.
+    """One decoder layer during the prefill, for a whole batch.
 
     Attributes
     ----------
@@ -73,9 +78,9 @@ class PrefillView:
     image : Tensor
         (B, T) bool, True on image tokens; never True on padding.
     activations : Tensor or None
-        (B, T, F), what enters ``down_proj``: ``act(gate(x)) * up(x)``, or ``act(up(x))``.
+        (B, T, F), the input of ``down_proj``: ``act(gate(x)) * up(x)``, or ``act(up(x))``.
     hidden : Tensor or None
-        (B, T, d), what the layer passes on. None while the layer still runs.
+        (B, T, d), the output of the layer. None while the layer still runs.
     embeddings : Tensor or None
         (B, T, d), the model's input embeddings of the tokens still present.
     attention : callable or None
@@ -87,7 +92,7 @@ class PrefillView:
     down_proj : Tensor or None
         (d, F), the weight behind the activations.
     inputs : Tensor or None
-        (B, T, d), what enters the FFN.
+        (B, T, d), the input of the FFN.
     gate : callable or None
         The FFN's gate, computed anew for some tokens: ``gate(rows)`` with ``rows`` (B, R) long
         gives (B, R, F), ``act(gate(x))``; in an FFN without a gate ``act(up(x))``.
@@ -95,14 +100,14 @@ class PrefillView:
         (B, T) bool, the tokens that go on behind the last layer after which tokens are dropped;
         a neuron policy that reads it chooses the neurons of the layers before when this is known.
     vision : VisionView or None
-        What the vision tower computed.
+        The vision tower's attention.
     origin : Tensor or None
         (B, T) long, the columns of the whole prompt in which these tokens stood.
     weights : Tensor or None
         (B, T) float, how many of the prompt's tokens each one counts for since an earlier choice;
         None: each for itself.
     memory : dict
-        Scratch space that lives for one prefill and is shared by all its views.
+        One object of each type, shared by all views of one prefill; see `recall`.
     """
 
     layer: int
@@ -121,7 +126,7 @@ class PrefillView:
     vision: VisionView | None = None
     origin: Tensor | None = None
     weights: Tensor | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[type, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> Tensor:
@@ -134,10 +139,24 @@ class PrefillView:
         positions = torch.arange(self.valid.shape[1], device=self.valid.device)
         return (self.valid * positions).argmax(dim=1)
 
+    def recall(self, kind: type[T]) -> T:
+        """The object of a type that all views of one prefill share.
+
+        Parameters
+        ----------
+        kind : type
+            A class that a policy defines for what it wants to find again at a later layer. The
+            first call makes the object, ``kind()``.
+        """
+        if kind not in self.memory:
+            self.memory[kind] = kind()
+        found: T = self.memory[kind]
+        return found
+
 
 @dataclass
 class TokenChoice:
-    """Which tokens travel on.
+    """The tokens that travel on.
 
     Attributes
     ----------
@@ -164,14 +183,14 @@ class TokenChoice:
 
 @dataclass
 class NeuronChoice:
-    """Which intermediate neurons the decode steps compute.
+    """The intermediate neurons that the decode steps compute.
 
     Attributes
     ----------
     indices : Tensor or None
         (B, K) long, ascending. None as long as it is left for later.
     mean : Tensor or None
-        (B, F), what stands in for each dropped neuron (its mean over the prompt), 0 on kept ones;
+        (B, F), the stand-in of each dropped neuron (its mean over the prompt), 0 on kept ones;
         the runtime folds it into one bias vector, ``down_proj @ mean``. None: dropped ones count 0.
     input_threshold : Tensor or None
         (B,) float: per decoded token, entries of the FFN's input with a smaller magnitude count 0.
@@ -183,8 +202,8 @@ class NeuronChoice:
         magnitude reaches it.
     later : callable or None
         ``later()`` gives further attributes by name. It is called once, when a token is about to be
-        decoded, so that the first token, which comes from the prompt, need not wait for them. What
-        it holds on to stays in memory until then: little, or nothing at all.
+        decoded, so that the first token, which comes from the prompt, need not wait for them. It
+        holds little in memory until then.
     """
 
     indices: Tensor | None = None
@@ -194,8 +213,8 @@ class NeuronChoice:
     output_threshold: Tensor | None = None
     later: Callable[[], Mapping[str, Tensor | None]] | None = None
 
-    def settle(self) -> NeuronChoice:
-        """This choice, with what was left for later."""
+    def materialize(self) -> NeuronChoice:
+        """This choice, with the attributes of `later` filled in."""
         if self.later is not None:
             found, self.later = self.later(), None
             for name, value in found.items():
@@ -203,45 +222,118 @@ class NeuronChoice:
         return self
 
 
-@runtime_checkable
-class TokenPolicy(Protocol):
-    """Decides which image tokens go on, after one layer or several.
-
-    One that reads the vision tower has a ``vision_layer``, the layer of the tower's attention that
-    it is shown, counted from the end: -1 is the last. One whose choices carry weights has
-    ``weighs = True``.
-    """
+class TokenPolicy(ABC):
+    """Decides which image tokens go on, after one layer or several."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """The parts of the view that `choose` reads, out of `NEEDS`."""
-        ...
+        """The parts of the view that `choose` reads, out of `NEEDS`; default: activations."""
+        return frozenset({ACTIVATIONS})
 
+    @property
+    def proportional(self) -> bool:
+        """Whether choices carry weights; default: no."""
+        return False
+
+    @property
+    def vision_layer(self) -> int:
+        """The layer of the vision tower that a policy which needs `VISION` is shown.
+
+        Counted from the end; default: -1, the last.
+        """
+        return -1
+
+    @abstractmethod
     def drop_after(self, num_layers: int) -> tuple[int, ...]:
-        """Layers after which tokens are dropped, ascending, each in [-1, num_layers - 2]."""
+        """Layers after which tokens are dropped.
+
+        Parameters
+        ----------
+        num_layers : int
+            Decoder layers of the model.
+
+        Returns
+        -------
+        tuple of int
+            Ascending, each in [-1, num_layers - 2]; -1 is the input of layer 0.
+        """
         ...
 
+    @abstractmethod
     def choose(self, view: PrefillView) -> TokenChoice:
-        """Choose among the tokens still present."""
+        """Choose among the tokens still present.
+
+        Parameters
+        ----------
+        view : PrefillView
+            The layer that has just run; it has the parts that `needs` names.
+
+        Returns
+        -------
+        TokenChoice
+            For the tokens of the view.
+        """
         ...
 
 
-@runtime_checkable
-class NeuronPolicy(Protocol):
-    """Decides which intermediate neurons each layer computes in the decode.
+class NeuronPolicy(ABC):
+    """Decides which intermediate neurons each layer computes in the decode."""
 
-    May have ``needs``, like a `TokenPolicy`; without, it is shown the activations. One whose
-    choices carry thresholds has ``per_token = True``: its layers are then taken over even where it
-    keeps all ``width`` neurons. Its ``decode_share`` is the share of the kept neurons' weights that
-    a decoded token reads, as calibrated; reports count by it.
-    """
+    @property
+    def needs(self) -> frozenset[str]:
+        """The parts of the view that `choose` reads, out of `NEEDS`; default: activations."""
+        return frozenset({ACTIVATIONS})
 
+    @property
+    def per_token(self) -> bool:
+        """Whether choices carry thresholds; default: no.
+
+        The runtime then takes a layer over even where it keeps all ``width`` neurons.
+        """
+        return False
+
+    @property
+    def decode_ratio(self) -> float:
+        """The ratio of the kept neurons' weights that a decoded token reads; default: 1.
+
+        An estimate, by which reports count.
+        """
+        return 1.0
+
+    @abstractmethod
     def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
-        """Neurons to keep in each layer, in [1, width]; ``width`` leaves the layer dense."""
+        """Neurons to keep in each layer.
+
+        Parameters
+        ----------
+        num_layers : int
+            Decoder layers of the model.
+        width : int
+            Neurons of each layer's FFN.
+
+        Returns
+        -------
+        tuple of int
+            One count per layer, in [1, width]; ``width`` leaves the layer dense.
+        """
         ...
 
+    @abstractmethod
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
-        """Choose ``count`` neurons of the view's layer for each sample."""
+        """Choose neurons of the view's layer for each sample.
+
+        Parameters
+        ----------
+        view : PrefillView
+            The layer, while its FFN runs.
+        count : int
+            Neurons to keep, as `counts` said.
+
+        Returns
+        -------
+        NeuronChoice
+            ``count`` indices for each sample, at once or with ``later``.
+        """
         ...
 
 
@@ -255,3 +347,20 @@ class Method(Protocol):
     def neurons(self) -> NeuronPolicy | None: ...
 
     def to_dict(self) -> dict[str, Any]: ...
+
+
+def check_policies(method: Method) -> None:
+    """Refuse a method whose policies do not subclass those of this file.
+
+    Raises
+    ------
+    ConfigError
+        Naming the class to subclass.
+    """
+    pairs = ("tokens", method.tokens, TokenPolicy), ("neurons", method.neurons, NeuronPolicy)
+    for name, policy, base in pairs:
+        if policy is not None and not isinstance(policy, base):
+            raise ConfigError(
+                f"{name} is a {type(policy).__name__}, which is no {base.__name__}: let the class "
+                f"subclass corematching.protocol.{base.__name__}"
+            )

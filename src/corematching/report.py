@@ -10,102 +10,39 @@ nothing dropped.
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from corematching.report_sample import SampleReport, plain, ratio
+from corematching.report_table import (
+    TableRow,
+    draw_table,
+    write_bytes,
+    write_count,
+    write_flops,
+    write_seconds,
+)
+
+__all__ = ["MemoryReport", "PathReport", "Report", "SampleReport", "Timing"]
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
-
-
-@dataclass
-class SampleReport:
-    """One sample of a batch.
+class Timing(Protocol):
+    """How fast an answer came, in seconds.
 
     Attributes
     ----------
-    image_tokens, kept_tokens : int
-        Image tokens of the prompt, and those that reached the last layer and the KV cache.
-    keep_mask : list of bool
-        Per image token, in the prompt's order.
-    scores : list of float or None
-        Per image token, as of the last cut that still saw it; None where no cut did.
-    cut : float or None
-        The lowest kept score of the last cut; None without image tokens.
-    cut_layers : list of int
-        Layers after which tokens were dropped; -1 is the input of layer 0.
-    cuts : list of float or None
-        The lowest kept score of each cut.
-    kept_after : list of int
-        Image tokens left after each cut.
-    prompt_tokens : int
-        Tokens of the prompt, image tokens included, padding not.
-    new_tokens : int
-        Generated tokens, the end-of-sequence token included.
-    prefill_flops, dense_prefill_flops : int
-        Of the prompt's pass through the text model.
-    decode_flops, dense_decode_flops : int
-        Of the first decode step.
-    kv_bytes, dense_kv_bytes : int
-        Keys and values of the prompt in the cache; 0 without a cache.
-    layer_tokens : list of int
-        Image tokens that each decoder layer computes.
+    ttft : float
+        To the first token.
+    tpot : float or None
+        Per further token; None where there was none.
     """
 
-    image_tokens: int
-    kept_tokens: int
-    keep_mask: list[bool]
-    scores: list[float | None]
-    cut: float | None
-    cut_layers: list[int]
-    cuts: list[float | None]
-    kept_after: list[int]
-    prompt_tokens: int
-    new_tokens: int
-    prefill_flops: int
-    dense_prefill_flops: int
-    decode_flops: int
-    dense_decode_flops: int
-    kv_bytes: int
-    dense_kv_bytes: int
-    layer_tokens: list[int] = field(default_factory=list)
+    @property
+    def ttft(self) -> float: ...
 
     @property
-    def token_retention_ratio(self) -> float:
-        """Kept image tokens / image tokens; 1 without image tokens."""
-        return _ratio(self.kept_tokens, self.image_tokens)
-
-    @property
-    def layer_token_ratio(self) -> float:
-        """Image tokens that a layer computes, averaged over the layers / image tokens."""
-        return _ratio(sum(self.layer_tokens), self.image_tokens * len(self.layer_tokens))
-
-    @property
-    def prefill_flops_ratio(self) -> float:
-        """FLOPs of the prefill / dense ones."""
-        return _ratio(self.prefill_flops, self.dense_prefill_flops)
-
-    @property
-    def decode_flops_ratio(self) -> float:
-        """FLOPs of a decode step / dense ones."""
-        return _ratio(self.decode_flops, self.dense_decode_flops)
-
-    @property
-    def kv_ratio(self) -> float:
-        """KV bytes / dense ones."""
-        return _ratio(self.kv_bytes, self.dense_kv_bytes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, with the ratios."""
-        names = (
-            "token_retention_ratio",
-            "layer_token_ratio",
-            "prefill_flops_ratio",
-            "decode_flops_ratio",
-            "kv_ratio",
-        )
-        return _plain(asdict(self) | {name: getattr(self, name) for name in names})
+    def tpot(self) -> float | None: ...
 
 
 @dataclass
@@ -143,6 +80,25 @@ class MemoryReport:
 
 
 @dataclass
+class PathReport:
+    """How often the backends' own code ran, instead of the model's forwards.
+
+    Attributes
+    ----------
+    native_layers : int
+        Decoder layers of the prompt whose forward ran in compiled CPU code.
+    native_steps : int
+        Decode steps that did.
+    graph_replays : int
+        Decode steps that were replayed from a CUDA graph.
+    """
+
+    native_layers: int = 0
+    native_steps: int = 0
+    graph_replays: int = 0
+
+
+@dataclass(repr=False)
 class Report:
     """One generate() or one forward pass of a prompt.
 
@@ -186,6 +142,8 @@ class Report:
         samples' choices are then the earlier ones, and their prompt counts the new tokens only.
     memory : MemoryReport or None
         What was taken of the memory, where it had a cap.
+    path : PathReport
+        How often the backends' own code ran.
     samples : list of SampleReport
         Per sample.
     """
@@ -210,6 +168,7 @@ class Report:
     dense_decode_bytes: int = 0
     continued: bool = False
     memory: MemoryReport | None = None
+    path: PathReport = field(default_factory=PathReport)
     samples: list[SampleReport] = field(default_factory=list)
 
     @property
@@ -221,12 +180,12 @@ class Report:
     def layer_token_ratio(self) -> float:
         """Image tokens that a layer computes, averaged over layers / those of all samples."""
         computed = sum(sum(sample.layer_tokens) for sample in self.samples)
-        return _ratio(computed, self.num_layers * sum(s.image_tokens for s in self.samples))
+        return ratio(computed, self.num_layers * sum(s.image_tokens for s in self.samples))
 
     @property
     def neuron_retention_ratio(self) -> float:
         """Neurons computed in a decode step / neurons."""
-        return _ratio(sum(self.neurons), sum(self.widths))
+        return ratio(sum(self.neurons), sum(self.widths))
 
     @property
     def prefill_flops_ratio(self) -> float:
@@ -246,7 +205,7 @@ class Report:
     @property
     def decode_bytes_ratio(self) -> float:
         """Bytes of weights that a decode step read / dense ones."""
-        return _ratio(self.decode_bytes, self.dense_decode_bytes)
+        return ratio(self.decode_bytes, self.dense_decode_bytes)
 
     @property
     def ttft_seconds(self) -> float:
@@ -259,10 +218,7 @@ class Report:
         return self.decode_seconds / self.decode_steps if self.decode_steps else 0.0
 
     def _ratio(self, part: str, whole: str) -> float:
-        return _ratio(
-            sum(getattr(s, part) for s in self.samples),
-            sum(getattr(s, whole) for s in self.samples),
-        )
+        return ratio(self._sum(part), self._sum(whole))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that json can write (no NaN), with the ratios."""
@@ -279,19 +235,58 @@ class Report:
         )
         out = asdict(self) | {name: getattr(self, name) for name in names}
         out["samples"] = [sample.to_dict() for sample in self.samples]
-        return _plain(out)
+        return plain(out)
 
     def to_json(self, indent: int | None = None) -> str:
-        """The same as a JSON object."""
+        """The same as a JSON object.
+
+        Parameters
+        ----------
+        indent : int, optional
+            Spaces per level; by default all is on one line.
+        """
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
+    def table(self, sparse: Timing | None = None, dense: Timing | None = None) -> str:
+        """The run beside the dense one, all samples together, as lines of plain text.
 
-def _plain(value: Any) -> Any:
-    """Replace what JSON has no word for by None."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        Parameters
+        ----------
+        sparse : Timing, optional
+            How fast this run was. Default: the report's own times, which leave out the processor.
+        dense : Timing, optional
+            How fast the dense model was on the same prompt, where it was run.
+        """
+        steps = self.decode_steps
+        ttft = self.ttft_seconds if sparse is None else sparse.ttft
+        tpot = (self.tpot_seconds if steps else None) if sparse is None else sparse.tpot
+        rows = [
+            self._row("image tokens", "image_tokens", "kept_tokens", write_count),
+            TableRow("neurons per step", sum(self.widths), sum(self.neurons), write_count),
+            self._row("prefill FLOPs", "dense_prefill_flops", "prefill_flops", write_flops),
+            self._row("FLOPs per step", "dense_decode_flops", "decode_flops", write_flops),
+            self._row("KV cache", "dense_kv_bytes", "kv_bytes", write_bytes),
+            TableRow("TTFT", None if dense is None else dense.ttft, ttft, write_seconds),
+            TableRow("TPOT", None if dense is None else dense.tpot, tpot, write_seconds),
+        ]
+        return draw_table(self._size if len(self.samples) > 1 else "", rows)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return (
+            f"Report({self.method.get('name', '?')} on {self.model}: {self._size}, "
+            f"image tokens {self.token_retention_ratio:.0%}, "
+            f"neurons {self.neuron_retention_ratio:.0%}, kernel {self.kernel})"
+        )
+
+    @property
+    def _size(self) -> str:
+        return f"{len(self.samples)} sample{'' if len(self.samples) == 1 else 's'}"
+
+    def _row(self, label: str, dense: str, sparse: str, write: Callable[[float], str]) -> TableRow:
+        return TableRow(label, self._sum(dense), self._sum(sparse), write)
+
+    def _sum(self, name: str) -> int:
+        return sum(getattr(sample, name) for sample in self.samples)

@@ -51,7 +51,7 @@ def make_mask(kind, batch, length):
     return torch.randn(1, 1, length, length).to(BF16) if kind == "one for all" else None
 
 
-def run_in_turn(x, weights, norms, angles, mask, causal, kept):
+def run_in_turn(x, weights, norms, cos_sin, mask, causal, kept):
     products = Products("tiles")
 
     def bias(name):
@@ -60,7 +60,7 @@ def run_in_turn(x, weights, norms, angles, mask, causal, kept):
     joint = products.several(
         x, [weights[n] for n in "qkv"], [bias(n) for n in "qkv"], norms[0]
     ).view(*x.shape[:2], -1, SIZE)
-    query, key, value = rotate_apart(joint, *angles, GROUPS)
+    query, key, value = rotate_apart(joint, *cos_sin, GROUPS)
     mixed = TiledAttention().attend(query, key, value, mask, SCALING, causal).flatten(2)
     middle = products.linear(mixed, weights["o"], bias("o"), x)
     active = products.gated(
@@ -86,15 +86,15 @@ def test_as_in_turn(length, mask, biased, by_input):
     weights, norms = draw_weights(biased, by_input)
     batch = 2
     x, causal = draw(batch, length, HIDDEN), mask == "none"
-    angles = draw(batch if biased else 1, length, SIZE), draw(batch if biased else 1, length, SIZE)
+    cos_sin = draw(batch if biased else 1, length, SIZE), draw(batch if biased else 1, length, SIZE)
     mask = make_mask(mask, batch, length)
     places = torch.full((batch * length,), -1, dtype=torch.int32)
     places[1], places[-1] = 1, 0
     gates = torch.zeros(2, 2, WIDTH, dtype=BF16)
-    expected = run_in_turn(x, weights, norms, angles, mask, causal, (places, gates[0]))
+    expected = run_in_turn(x, weights, norms, cos_sin, mask, causal, (places, gates[0]))
     layer = PromptLayer(weights, norms, SIZE, "silu", SCALING, Scratch())
     middle = torch.empty_like(x)
-    done = layer.run(x, angles, mask, causal, middle, (places, gates[1]))
+    done = layer.run(x, cos_sin, mask, causal, middle, (places, gates[1]))
     assert done.middle is middle
     for ours, theirs in zip((*done[1:], gates[1]), (*expected, gates[0]), strict=True):
         assert torch.equal(ours, theirs)
@@ -103,10 +103,10 @@ def test_as_in_turn(length, mask, biased, by_input):
 
 def test_gates_need_not_be_kept_and_angles_may_lie_anyhow():
     weights, norms = draw_weights(False, False)
-    x, angles = draw(1, 40, HIDDEN), (draw(1, 40, SIZE), draw(1, SIZE, 40).transpose(1, 2))
-    expected = run_in_turn(x, weights, norms, angles, None, True, None)
+    x, cos_sin = draw(1, 40, HIDDEN), (draw(1, 40, SIZE), draw(1, SIZE, 40).transpose(1, 2))
+    expected = run_in_turn(x, weights, norms, cos_sin, None, True, None)
     layer = PromptLayer(weights, norms, SIZE, "silu", SCALING, Scratch())
-    assert torch.equal(layer.run(x, angles, None, True).out, expected[-1])
+    assert torch.equal(layer.run(x, cos_sin, None, True).out, expected[-1])
 
 
 @pytest.mark.parametrize("length", [5, 40])

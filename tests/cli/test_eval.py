@@ -115,7 +115,10 @@ def test_a_text_model_is_refused(measure, tiny_lm):
         (("--method", "oracle:keep"), "write it as param=value"),
         (("--split", "/no/such"), "pass the folder of a SceneQA split"),
         (("--method", "released-code", "--budget", "0.1"), "run it without --budget"),
-        (("--method", "fastv:keep_ratio=0.3", "--budget", "0.1"), "which it states"),
+        (
+            ("--method", "fastv:keep_ratio=0.3", "--budget", "0.1"),
+            "it states keep_ratio",
+        ),
         (("--budget", "1.5"), "keep_ratio=1.5: give a ratio"),
         (("--limit", "0"), "limit"),
         (("--batch", "0"), "batch"),

@@ -22,6 +22,11 @@ PAGES = [
 ]
 
 
+ADVICE = re.compile(
+    r"\((?:CoreMatching: )?((?:neurons|tokens|score|firing|keep\w*)=\w+(?:\(\))?)\)"
+)
+
+
 def read_strings(path):
     """Every string of a module that a user may see: joined parts, without docstrings' quotes."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -38,10 +43,7 @@ def read_advice():
     found = {}
     for path in sorted((ROOT / "src").rglob("*.py")):
         for text in read_strings(path):
-            for advice in re.findall(
-                r"\((?:CoreMatching: )?((?:neurons|tokens|score|firing|keep\w*)=\w+(?:\(\))?)\)",
-                text,
-            ):
+            for advice in ADVICE.findall(text):
                 found.setdefault(advice, path.name)
             for advice in re.findall(r"such as (CoreMatching\(.*?\)\))", text):
                 found.setdefault(advice, path.name)

@@ -17,22 +17,23 @@ from corematching import (
 from corematching.errors import ConfigError
 from corematching.methods import Sparsifier, gate_threshold, method_from_dict, method_from_text
 from corematching.protocol import ACTIVATIONS, GATE, KEPT, NeuronPolicy
+from tests.chosen import neurons_of
 from tests.models import build, make_inputs
 from tests.policies.views import make_view, show_rows
 
 
 def test_on_by_default_and_not_in_the_paper():
     for method in (CoreMatching(), method_from_text("corematching")):
-        assert isinstance(method.neurons, GateThreshold) and method.neurons.decode_share < 0.75
+        assert isinstance(method.neurons, GateThreshold) and method.neurons.decode_ratio < 0.75
     for method in (CoreMatching.paper(), method_from_text("random")):
-        assert type(method.neurons) is NeuronRule and not hasattr(method.neurons, "decode_share")
-    assert not hasattr(TopNeurons(), "decode_share")
+        assert type(method.neurons) is NeuronRule and method.neurons.decode_ratio == 1
+    assert TopNeurons().decode_ratio == 1
 
 
 def test_policy():
     method = method_from_text("corematching:neurons=gate(0.25,among=top(0.5))")
     rule, plain = method.neurons, TopNeurons(0.5)
-    assert isinstance(rule, NeuronPolicy) and rule.per_token and rule.decode_share == 0.5
+    assert isinstance(rule, NeuronPolicy) and rule.per_token and rule.decode_ratio == 0.5
     assert rule == GateThreshold(0.25, among=plain)
     assert rule.counts(32, 96) == plain.counts(32, 96)
     assert GateThreshold().counts(3, 96) == (96,) * 3
@@ -56,15 +57,15 @@ def test_by_hand():
     rule = gate(Magnitude(top_ratio=0.5), 0.5, active_ratio=0.5)
     choice = rule.choose(view, 2)
     assert choice.gate_threshold is None  # it waits for the first token
-    assert choice.settle() is choice and choice.later is None
+    assert choice.materialize() is choice and choice.later is None
     assert choice.indices.tolist() == [[1, 3]] and choice.mean is None
     fires = values[0, :2, [1, 3]].abs() >= choice.gate_threshold
     assert fires.tolist() == [[False, False], [True, True]]
     assert choice.input_threshold is None and choice.output_threshold is None
     # the image token's gates (99, 99) count too: the largest half are 99, 99, 7
     every = gate(Magnitude(top_ratio=0.5), 0.5, active_ratio=0.5, token_set="all")
-    assert 5 < float(every.choose(view, 2).settle().gate_threshold) <= 7
-    full = gate(Magnitude(top_ratio=0.5), 0.5, active_ratio=1.0).choose(view, 2).settle()
+    assert 5 < float(every.choose(view, 2).materialize().gate_threshold) <= 7
+    full = gate(Magnitude(top_ratio=0.5), 0.5, active_ratio=1.0).choose(view, 2).materialize()
     assert full.gate_threshold.tolist() == [0]
 
 
@@ -84,7 +85,7 @@ def test_a_layer_that_keeps_all_is_gated_without_a_score():
     values = torch.tensor([[[1.0, -2, 3, -4]], [[-8.0, 7, 6, 5]]])
     view = make_view(["t", "t"], torch.zeros(2, 1, 4), gate=show_rows(values))
     for rule in (gate(Unused(), 1.0, active_ratio=0.5), GateThreshold(0.5)):
-        check_halves(rule.choose(view, 4).settle(), values)
+        check_halves(rule.choose(view, 4).materialize(), values)
 
 
 def check_halves(choice, gate):
@@ -152,7 +153,7 @@ def test_decoding_is_what_masks_give(engine):
     )
     with torch.no_grad(), method(model, engine=engine) as work:
         ours = model.generate(**inputs, **SETTINGS)
-        choices = work._engine.records[-1].selection.neurons
+        choices = neurons_of(work)
         report = work.report
     assert [choices[i].indices.shape[1] for i in range(4)] == [96, 48, 48, 96]
     assert report.neurons == [round(0.6 * count) for count in (96, 48, 48, 96)]
@@ -199,7 +200,7 @@ def test_bytes_are_those_of_the_gate_and_of_what_fired():
     )
     with torch.no_grad(), method(model) as work:
         model.generate(**inputs, **SETTINGS)
-        choices, report = work._engine.records[-1].selection.neurons, work.report
+        choices, report = neurons_of(work), work.report
     if not report.kernel.startswith("native"):
         pytest.skip("no compiled kernels here")
     assert report.decode_steps == 3

@@ -17,6 +17,7 @@ from corematching import (
 from corematching.errors import ConfigError
 from corematching.policies import Norm
 from corematching.protocol import ACTIVATIONS, GATE, KEPT
+from tests.chosen import neurons_of
 from tests.models import build, image_mask, make_inputs
 
 
@@ -45,7 +46,7 @@ def test_layers_before_the_cut_are_ranked_over_core_tokens(after):
     for method in methods:
         with torch.no_grad(), method(model) as work:
             model(**inputs)
-            found.append(work._engine.records[-1].selection.neurons)
+            found.append(neurons_of(work))
             masks = [torch.tensor(sample.keep_mask) for sample in work.report.samples]
     handle.remove()
     alive = inputs["attention_mask"].bool()
@@ -71,4 +72,4 @@ def test_a_prompt_without_an_image_keeps_all():
     neurons = TopNeurons(score=GriffinScore(token_set="kept"))
     with torch.no_grad(), CoreMatching(layer=1, neurons=neurons)(model) as work:
         model(**inputs)
-        assert work._engine.records[-1].selection.neurons
+        assert neurons_of(work)

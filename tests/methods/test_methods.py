@@ -75,7 +75,7 @@ def test_default_is_not_the_paper_and_says_how():
     ours = CoreMatching()
     assert ours != CoreMatching.paper()
     assert isinstance(ours.tokens.score, TextOverlap) and ours.neurons == GateThreshold(0.6)
-    assert ours.neurons.decode_share < 1 and TopNeurons().rule.compensate
+    assert ours.neurons.decode_ratio < 1 and TopNeurons().rule.compensate
     assert ours.tokens.proportional and not CoreMatching.paper().tokens.proportional
 
 
@@ -209,7 +209,7 @@ def test_every_named_method_chooses(name):  # the oracle needs the scenes that a
         assert not (choice.keep & ~view.valid).any()
         assert (choice.keep & view.image).any(1).all()
     if method.neurons is not None:
-        indices = method.neurons.choose(view, 12).settle().indices
+        indices = method.neurons.choose(view, 12).materialize().indices
         assert indices.shape == (2, 12)
         assert (indices.diff(dim=1) > 0).all() and indices.max() < 32
 

@@ -11,7 +11,7 @@ from corematching.methods import method_from_dict, method_from_text, text_at_bud
 from corematching.methods.corematching import ONE_CUT, STAGES
 from corematching.methods.staged import StagedRule
 from corematching.policies import TextOverlap
-from tests.models import FAMILIES, build, image_mask, make_inputs
+from tests.models import FAMILIES, build, make_inputs
 from tests.policies.views import make_view
 
 IMAGES = FAMILIES["llava"].image_tokens
@@ -138,30 +138,25 @@ def test_rising_amounts_of_two_kinds_keep_what_is_left():
 def run(model, inputs, method):
     with torch.no_grad(), method(model) as work:
         tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-        stages = work._engine.records[-1].selection.stages
-    return tokens[:, -3:], work.report, stages
+    return tokens[:, -3:], work
 
 
 def test_a_run_reports_like_pyramiddrop():
     model = build("llava")
     inputs = make_inputs("llava", model, batch=2)
-    _, theirs, _ = run(
-        model, inputs, method_from_text("pyramiddrop:keep_tokens=[8,4,2],layer=[0,1,2]")
-    )
+    _, rival = run(model, inputs, method_from_text("pyramiddrop:keep_tokens=[8,4,2],layer=[0,1,2]"))
     ours = method_from_text("corematching:layer=[0,1,2],keep_tokens=2,neurons=none")
-    _, report, stages = run(model, inputs, ours)
-    for sample, other in zip(report.samples, theirs.samples, strict=True):
+    _, work = run(model, inputs, ours)
+    for sample, other in zip(work.report.samples, rival.report.samples, strict=True):
         assert dict(zip(sample.cut_layers, sample.kept_after, strict=True)) == {0: 8, 1: 4, 2: 2}
         assert sample.layer_tokens == other.layer_tokens == [IMAGES, 8, 4, 2]
         assert sample.kept_tokens == 2 and sample.token_retention_ratio == 2 / IMAGES
         assert sample.prefill_flops == other.prefill_flops < sample.dense_prefill_flops
         assert sample.kv_bytes == other.kv_bytes
-    image = image_mask("llava", inputs)
-    for stage, count in zip(stages, (8, 4, 2), strict=True):  # half of each lies evenly
-        kept = stage.choice.keep & image.gather(1, stage.origin)
-        for row in range(2):
-            places = image[row].cumsum(0)[stage.origin[row][kept[row]]] - 1
-            runs = {int(place) * (count // 2) // IMAGES for place in places}
+    for choices in work.choices:
+        for cut, count in zip(choices.cuts, (8, 4, 2), strict=True):  # half of each lies evenly
+            places = cut.prompt_mask[choices.image].nonzero()[:, 0].tolist()
+            runs = {place * (count // 2) // IMAGES for place in places}
             assert len(places) == count and runs == set(range(count // 2))
 
 
@@ -169,14 +164,14 @@ def test_a_batch_chooses_as_its_singles():
     model = build("llava")
     inputs = make_inputs("llava", model, batch=2)
     method = CoreMatching(layer=(0, 2), keep_ratio=(0.5, 0.25), neurons=GateThreshold(0.5))
-    tokens, report, _ = run(model, inputs, method)
+    tokens, work = run(model, inputs, method)
     for row in range(2):
         start = int((inputs["attention_mask"][row] == 0).sum())
         single = {key: value[row : row + 1] for key, value in inputs.items()}
         single["input_ids"] = single["input_ids"][:, start:]
         single["attention_mask"] = single["attention_mask"][:, start:]
-        alone, other, _ = run(model, single, method)
-        assert other.samples[0].keep_mask == report.samples[row].keep_mask
+        alone, other = run(model, single, method)
+        assert other.report.samples[0].keep_mask == work.report.samples[row].keep_mask
         assert alone[0].equal(tokens[row])
 
 

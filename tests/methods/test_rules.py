@@ -93,9 +93,11 @@ def test_neuron_rule_by_hand():
     view = make_view(["tit"], a)
     bare = NeuronRule(GriffinScore(), Uniform(0.5, multiple=1)).choose(view, 2)
     assert bare.indices is None  # the ranking waits for the first token
-    bare.settle()
+    bare.materialize()
     assert bare.indices.tolist() == [[0, 2]] and bare.mean is None
-    with_mean = NeuronRule(GriffinScore(), Uniform(0.5), compensate=True).choose(view, 2).settle()
+    with_mean = (
+        NeuronRule(GriffinScore(), Uniform(0.5), compensate=True).choose(view, 2).materialize()
+    )
     assert with_mean.mean is not None
     torch.testing.assert_close(with_mean.mean, torch.tensor([[0.0, -4 / 3, 0.0, 0.0]]))
 

@@ -51,9 +51,9 @@ def test_every_method_has_a_budget(name):
     ("text", "message"),
     [
         ("released-code", "run it without --budget"),
-        ("fastv:keep_ratio=0.5", "besides keep_ratio, which it states: leave that out"),
-        ("random:keep_ratio=0.5,neuron_ratio=1.0", "besides keep_ratio and neuron_ratio"),
-        ("corematching:keep_ratio=0.5,neurons=gate", "besides keep_ratio and neurons"),
+        ("fastv:keep_ratio=0.5", "it states keep_ratio, leave that out"),
+        ("random:keep_ratio=0.5,neuron_ratio=1.0", "it states keep_ratio and neuron_ratio"),
+        ("corematching:keep_ratio=0.5,neurons=gate", "it states keep_ratio and neurons"),
         ("fastw", "did you mean 'fastv'"),
         ("fastv:kep_ratio=0.2", "did you mean 'keep_ratio'"),
     ],

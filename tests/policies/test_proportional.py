@@ -64,16 +64,16 @@ def test_nothing_is_lost(seed, batch, length):
 def test_rules_weigh_only_if_told():
     view = make_view(["tiiiiit"], hidden=FEATURES)
     rule = TokenRule(StrideScore(0.4), Ratio(0.4), (0,))
-    assert not rule.weighs and rule.choose(view).weights is None
+    assert not rule.proportional and rule.choose(view).weights is None
     rule = TokenRule(StrideScore(0.4), Ratio(0.4), (0,), proportional=True)
     choice = rule.choose(view)
-    assert rule.weighs and choice.weights is not None
+    assert rule.proportional and choice.weights is not None
     assert float((choice.weights * choice.keep).sum()) == 7
 
 
 def test_the_published_rule_does_not_weigh():
-    assert CoreMatching().tokens.weighs and not CoreMatching.paper().tokens.weighs
+    assert CoreMatching().tokens.proportional and not CoreMatching.paper().tokens.proportional
     staged = CoreMatching(layer=(0.3, 0.6), keep_ratio=(0.5, 0.2)).tokens
-    assert isinstance(staged, StagedRule) and staged.weighs
+    assert isinstance(staged, StagedRule) and staged.proportional
     with pytest.raises(ConfigError, match="proportional"):
         CoreMatching(proportional=1)

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corematching.protocol import NeuronChoice, PrefillView, TokenChoice
+from corematching.protocol import (
+    NeuronChoice,
+    NeuronPolicy,
+    PrefillView,
+    TokenChoice,
+    TokenPolicy,
+)
 from tests.models import FAMILIES, FIRST_TEXT_ID, LAST_TEXT_ID, VOCAB, build, image_mask
 from tests.runtime.reference import Reference, continue_greedily
 
@@ -22,7 +28,7 @@ STEPS = 4
 
 
 @dataclass
-class RandomTokens:
+class RandomTokens(TokenPolicy):
     """Keeps each image token with probability ``share`` at each of ``layers``.
 
     ``weighed``: what is kept counts for 1 to 4 tokens, and for others after each layer; text too.
@@ -45,7 +51,7 @@ class RandomTokens:
         return (draws[:stages] < self.share).all(0)
 
     @property
-    def weighs(self) -> bool:
+    def proportional(self) -> bool:
         return self.weighed and self.share <= 1
 
     def weights(self, sample: int, images: int, stage: int) -> Tensor:
@@ -69,7 +75,7 @@ class RandomTokens:
             here = self.weights(sample, images, stage)[before.cpu()].to(device)
             weights[sample, view.image[sample]] = here
         cut = torch.full((len(original),), 0.5, device=device)
-        return TokenChoice(keep, scores, cut, weights=weights if self.weighs else None)
+        return TokenChoice(keep, scores, cut, weights=weights if self.proportional else None)
 
     def kept_after(self, image: Tensor) -> dict[int, Tensor]:
         """The same choices in the original prompt, (B, T) image mask to layer -> (B, T) keep."""
@@ -85,7 +91,7 @@ class RandomTokens:
     def weights_after(self, image: Tensor) -> dict[int, Tensor]:
         """The same weights in the original prompt, layer -> (B, T)."""
         found = {}
-        for stage, layer in enumerate(self.layers if self.weighs else ()):
+        for stage, layer in enumerate(self.layers if self.proportional else ()):
             weights = torch.ones(image.shape)
             for sample in range(image.shape[0]):
                 count = int(image[sample].sum())
@@ -95,7 +101,7 @@ class RandomTokens:
 
 
 @dataclass
-class RandomNeurons:
+class RandomNeurons(NeuronPolicy):
     """Keeps a random 40 % of the neurons of every layer but the first."""
 
     seeds: tuple[int, ...]

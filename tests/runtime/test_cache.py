@@ -22,8 +22,8 @@ from corematching.cache.layers import (
     store,
     widen_sliding_layers,
 )
-from corematching.cache.memory import Memory
-from corematching.cache.remembering import memory_of, remember
+from corematching.cache.pruned_cache import pruned_prompt_of, remember
+from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.errors import UnsupportedModelError
 from corematching.protocol import NeuronChoice
 from corematching.runtime import attach, detach
@@ -107,7 +107,7 @@ def test_compacting_a_sliding_layer_keeps_its_count():
 def test_positions_count_dropped_tokens_and_masks_do_not(make):
     cache = filled(make())
     compact(cache, 2, ORDER)
-    remember(cache, Memory(torch.ones(2, 3, dtype=torch.bool), 6, 3))
+    remember(cache, PrunedPrompt(torch.ones(2, 3, dtype=torch.bool), 6, 3))
     assert isinstance(cache, DynamicCache if make is DynamicCache else StaticCache)
     assert int(cache.get_seq_length()) == 6 and int(cache.get_query_offset()) == 3
     expected = 4 if make is DynamicCache else 10
@@ -117,7 +117,7 @@ def test_positions_count_dropped_tokens_and_masks_do_not(make):
 def test_a_copy_counts_on_its_own():
     cache = filled(DynamicCache())
     compact(cache, 2, ORDER)
-    remember(cache, Memory(torch.ones(2, 3, dtype=torch.bool), 6, 3))
+    remember(cache, PrunedPrompt(torch.ones(2, 3, dtype=torch.bool), 6, 3))
     other = copy.deepcopy(cache)
     filled(cache, length=1)
     assert (cache.get_seq_length(), other.get_seq_length()) == (7, 6)
@@ -128,7 +128,7 @@ def test_the_memory_follows_the_samples():
     cache = filled(DynamicCache())
     valid = torch.tensor([[True] * 3, [False, True, True]])
     choice = NeuronChoice(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1.0], [2.0]]))
-    remember(cache, Memory(valid, 6, 0, {1: choice}))
+    remember(cache, PrunedPrompt(valid, 6, 0, {1: choice}))
     cache.reorder_cache(torch.tensor([1, 1]))
     assert cache.memory.valid[:, 0].tolist() == [False, False]
     assert cache.memory.choice(1).indices.tolist() == [[2, 3], [2, 3]]
@@ -141,11 +141,11 @@ def test_the_memory_follows_the_samples():
 @pytest.mark.parametrize("make", [DynamicCache, static_cache])
 def test_a_reset_cache_is_fresh(make):
     cache = filled(make())
-    remember(cache, Memory(torch.ones(2, 6, dtype=torch.bool), 6, 3))
+    remember(cache, PrunedPrompt(torch.ones(2, 6, dtype=torch.bool), 6, 3))
     assert not is_fresh(cache, 5)
     cache.reset()
     assert is_fresh(cache, 5) and int(cache.get_seq_length()) == 0
-    assert memory_of(cache).neurons == {}
+    assert pruned_prompt_of(cache).neurons == {}
 
 
 def test_a_static_cache_can_be_used_again():
@@ -164,11 +164,11 @@ def test_a_static_cache_can_be_used_again():
 
 def test_short_masks():
     valid = torch.tensor([[True] * 3, [False, True, True]])
-    memory = Memory(valid, 6, 3)
+    memory = PrunedPrompt(valid, 6, 3)
     whole = torch.ones(2, 8, dtype=torch.long)
     assert short_mask(memory, whole, 8).tolist() == [[1] * 5, [0, 1, 1, 1, 1]]
     assert short_mask(memory, None, 6).tolist() == [[1] * 3, [0, 1, 1]]
-    assert short_mask(Memory(valid[:1], 6, 3), None, 8) is None
+    assert short_mask(PrunedPrompt(valid[:1], 6, 3), None, 8) is None
 
 
 def test_sliding_layers_are_widened_where_the_prompt_overflows_them():

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from corematching.cache.remembering import memory_of
+from corematching.cache.pruned_cache import pruned_prompt_of
 from corematching.errors import ConfigError, InputError, UnsupportedModelError
 from corematching.runtime import attach, detach
-from tests.models import build, make_inputs
+from tests.models import IMAGE_ID, build, make_inputs
 from tests.runtime.families import RandomNeurons, TestMethod, assert_same, generate
 from tests.runtime.turns import ENGINES, by_hand, call, layer_by_layer, talking
 
@@ -70,6 +70,38 @@ def test_rows_and_columns_change_together(engine):
         turns.cut(1, by_hand(lambda x: x[:, :, :-1]))
         turns.check()
         turns.check_answer()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps_without_a_mask_follow_rows_and_columns(engine):
+    """Nothing but the cache says then that a step is another one than the one before it."""
+    with talking("means", engine, lengths=[9, 9, 9]) as turns:
+        turns.masked = False
+        turns.check()
+        turns.cut(1, call("crop", -1))
+        turns.move([2, 0, 1], call("reorder_cache", torch.tensor([2, 0, 1])))
+        turns.check()
+
+
+def test_every_row_may_be_cropped_as_far_as_it_is_whole():
+    """The image ends in another column of each row."""
+    with talking("weights", "torch", lengths=[9, 14, 11]) as turns:
+        far = [_whole_length(turns, row) for row in range(3)]
+        assert len(set(far)) > 1
+        for row, most in enumerate(far):
+            cache = copy.deepcopy(turns.cache)
+            cache.batch_select_indices([row])
+            with pytest.raises(InputError, match="from which tokens were dropped"):
+                cache.crop(-most - 1)
+            cache.crop(-most)
+
+
+def _whole_length(turns, row):
+    """Tokens of a row behind the last one that was dropped."""
+    image = turns.inputs["input_ids"][row] == IMAGE_ID
+    kept = image.clone()
+    kept[image] = turns.run.method.tokens.alive(row, int(image.sum()), 2)
+    return len(image) - 1 - int((image & ~kept).nonzero().max())
 
 
 @pytest.mark.parametrize("kind", ["means", "counts"])
@@ -138,7 +170,7 @@ def test_an_emptied_cache_takes_any_prompt(empty, engine):
             turns.run.method.tokens.seeds = (1, 2)
             expected = generate(turns.model if images else turns.single, inputs)
             assert_same(generate(turns.model, inputs, past_key_values=cache), expected)
-            assert memory_of(cache).is_blank == (not images)
+            assert pruned_prompt_of(cache).is_blank == (not images)
             cache.reset()
 
 
@@ -153,7 +185,7 @@ def saved(cache):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["torch", "auto"])
 @pytest.mark.parametrize("make", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("kind", ["means", "late"])
 def test_copies_go_on_by_themselves(kind, make, engine):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
 
-from corematching.errors import ConfigError, InputError, UnsupportedModelError
-from corematching.runtime import attach, detach
-from tests.models import build, make_inputs
-from tests.runtime.families import RandomNeurons, TestMethod
+from tests.models import build, image_mask, make_inputs
+from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod
+from tests.runtime.reference import hidden_tokens, overwritten_neurons
 from tests.runtime.turns import (
     BATCH,
     ENGINES,
     KINDS,
-    answer,
+    assert_close,
     at_work,
     by_hand,
     call,
@@ -58,14 +56,14 @@ def run_a_move(kind, move, engine):
             turns.check(length)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "native"])
 @pytest.mark.parametrize("move", MOVES)
 def test_steps_follow_the_rows(move, engine):
     run_a_move("means", move, engine)
 
 
-@pytest.mark.parametrize("engine", ["torch", "auto", "replayed"])
-@pytest.mark.parametrize("move", ["select a tensor", "repeat", "reorder", "by hand"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("move", ["select a tensor", "repeat by hand"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "means"])
 def test_every_kind_of_choice_follows_the_rows(kind, move, engine):
     run_a_move(kind, move, engine)
@@ -108,7 +106,7 @@ def test_moves_follow_each_other(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("move", ["select by a mask", "repeat", "slice by hand"])
+@pytest.mark.parametrize("move", ["select by a mask", "slice by hand"])
 @pytest.mark.parametrize("kind", ["means", "product"])
 def test_generate_goes_on_from_moved_rows(kind, move, engine):
     with talking(kind, engine) as turns:
@@ -121,8 +119,6 @@ def test_generate_goes_on_from_moved_rows(kind, move, engine):
 @pytest.mark.parametrize("name", ["llava_mistral_window", "gemma3_window", "gemma3"])
 def test_sliding_windows_follow_the_rows(name, engine):
     """They keep some layers' latest tokens only; some of the caches have layers of both kinds."""
-    if engine == "native":
-        pytest.skip("it decodes in PyTorch")
     for move in ("select repeatedly", "by hand"):
         with talking("means", engine, name) as turns:
             turns.feed()
@@ -152,7 +148,7 @@ def test_beams_that_chose_alike_take_no_neurons_again():
     with at_work(model, TestMethod(None, RandomNeurons((1, 1, 2, 2), True)), "torch") as run:
         with torch.no_grad():
             cache = model(**wide, use_cache=True).past_key_values
-        ffn, token = run._engine.sparse[1], torch.full((4, 1), 9)
+        ffn, token = run._session.sparse[1], torch.full((4, 1), 9)
         taken = []
 
         def step(order):
@@ -175,148 +171,80 @@ def test_beams_that_chose_alike_take_no_neurons_again():
         assert taken == [0, 0, 1, 0]
 
 
-WRONG_MOVES = {
-    "a row beyond the last": (InputError, call("batch_select_indices", torch.tensor([0, 3]))),
-    "a mask of another length": (
-        InputError,
-        call("batch_select_indices", torch.tensor([True, False])),
-    ),
-    "no row": (InputError, call("batch_select_indices", torch.tensor([], dtype=torch.long))),
-    "a number": (InputError, call("batch_select_indices", 1)),
-    "two dimensions": (InputError, call("batch_select_indices", torch.tensor([[0, 1]]))),
-    "halves": (InputError, call("batch_select_indices", torch.tensor([0.5]))),
-    "beams beyond the last": (InputError, call("reorder_cache", torch.tensor([5, 0, 0]))),
-    "no repetition": (ConfigError, call("batch_repeat_interleave", 0)),
-    "repetitions of other rows": (
-        ConfigError,
-        call("batch_repeat_interleave", torch.tensor([1, 2])),
-    ),
-}
-
-
-@pytest.mark.parametrize("engine", ["torch", "auto"])
-@pytest.mark.parametrize("wrong", WRONG_MOVES)
-def test_what_is_no_row_is_refused_and_changes_nothing(wrong, engine):
-    error, change = WRONG_MOVES[wrong]
-    with talking("means", engine) as turns:
-        turns.feed()
-        with pytest.raises(error):
-            change(turns.cache)
-        turns.check()
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_beams_equal_the_references_beams(name):
+    model, seeds = build(name), (1, 1, 1, 2, 2, 2)
+    inputs = make_inputs(name, model, batch=2)
+    method = TestMethod(RandomTokens((1,), seeds, share=0.5), RandomNeurons(seeds, True))
+    options = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
+    dense, prompt = build(name, "eager"), inputs["input_ids"].shape[1]
+    image, valid = (
+        x.repeat_interleave(3, dim=0) for x in (image_mask(name, inputs), inputs["attention_mask"])
+    )
+    choices = method.tokens.kept_after(image), method.tokens.weights_after(image)
+    with (
+        hidden_tokens(dense, valid, *choices),
+        overwritten_neurons(dense, prompt, method.neurons.masks(dense)),
+    ):
+        expected = dense.generate(**inputs, **options, use_cache=False)
+    with at_work(model, method, "auto") as run:
+        assert torch.equal(model.generate(**inputs, **options), expected)
+    assert [s.image_tokens for s in run.report.samples] == [16, 16]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", ["means", "neurons", "weights"])
-def test_a_step_of_other_rows_is_refused_and_changes_nothing(kind, engine):
-    with talking(kind, engine) as turns, torch.no_grad():
-        turns.feed()
-        for rows in (1, 2, 6):
-            for length in (1, 2):
-                with pytest.raises(InputError, match=f"{rows} rows of new tokens .* cache of 3"):
-                    turns.model(
-                        input_ids=torch.full((rows, length), 9), past_key_values=turns.cache
-                    )
-        with pytest.raises(InputError, match="6 rows of new tokens do not fit a cache of 3"):
-            ids, mask = turns.draw(2), torch.cat([turns.mask, torch.ones(3, 2).long()], 1)
-            answer(turns.model, ids, mask, turns.cache, 2, num_beams=2)
-        turns.check()
-
-
-def test_a_mask_of_other_rows_is_refused_and_changes_nothing():
-    with talking("means", "auto") as turns, torch.no_grad():
-        turns.feed()
-        turns.move([1], call("batch_select_indices", [1]))
-        wide = torch.ones(3, turns.mask.shape[1] + 1, dtype=torch.long)
-        with pytest.raises(InputError, match="mask of 3 rows does not fit a cache of 1"):
-            turns.model(input_ids=turns.draw(), attention_mask=wide, past_key_values=turns.cache)
-        turns.check()
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_keys_of_nobody_are_refused(engine):
-    """Other prompts' keys, or a prompt's keys moved along."""
-    for change in (lambda x: x + 1, lambda x: x.roll(1, 2), lambda x: torch.cat([x, x + 1])):
-        with talking("means", engine) as turns:
-            turns.feed()
-            by_hand(change)(turns.cache)
-            with pytest.raises(InputError, match="cannot be told"):
-                turns.feed()
-
-
-def test_keys_of_one_row_may_change_where_nothing_depends_on_them():
-    """One prompt without weights or filler: its columns may be edited, as without a method."""
-    with talking("neurons", "torch", batch=1) as turns:
-        turns.feed()
-        by_hand(lambda x: x * 1.5)(turns.cache)
-        turns.feed()
-
-
-def test_ffns_refuse_rows_that_they_have_no_neurons_for():
-    """Also where somebody calls the decoder without the model around it."""
-    model = build("llava")
-    for engine in ("torch", "auto"):
-        with at_work(model, make_method("neurons"), engine), torch.no_grad():
-            cache = model(**make_inputs("llava", model, batch=3), use_cache=True).past_key_values
-            decoder = model.get_decoder()
-            decoder(input_ids=torch.full((3, 1), 9), past_key_values=cache)
-            other = DynamicCache(config=model.config)
-            with pytest.raises(InputError, match="chosen for 3 samples, and tokens of 1 rows"):
-                decoder(input_ids=torch.full((1, 1), 9), past_key_values=other)
-
-
-def static(model):
-    return StaticCache(config=model.config, max_cache_len=64)
-
-
-@pytest.mark.parametrize("kind", ["means", "counts", "limits"])
-def test_static_caches_are_reordered_and_refuse_other_moves(kind):
-    with talking(kind, "auto", cache=static) as turns:
-        turns.feed()
-        for name, argument in (
-            ("batch_select_indices", torch.tensor([0])),
-            ("batch_repeat_interleave", 2),
-            ("crop", -1),
-        ):
-            with pytest.raises(UnsupportedModelError, match=f"{name}.*use a DynamicCache"):
-                getattr(turns.cache, name)(argument)
-        turns.move([2, 0, 0], call("reorder_cache", torch.tensor([2, 0, 0])))
-        turns.check()
-        turns.check(2)
-        by_hand(lambda x: x[:2])(turns.cache)
-        with pytest.raises(InputError, match="cannot be told"):
-            turns.feed()
-
-
-def test_compiled_steps_refuse_rows_that_they_have_no_neurons_for():
-    torch._dynamo.reset()
-    with talking("means", "auto", cache=static) as turns:
-        step = torch.compile(turns.model, backend="aot_eager", fullgraph=True)
-        turns.check()
-        turns.check(1, step)
-        turns.move([2, 0, 0], call("reorder_cache", torch.tensor([2, 0, 0])))
-        with pytest.raises(RuntimeError, match="a compiled step cannot take neurons"):
-            turns.feed(1, step)
-        turns.check()
-        turns.check(1, step)
-        with torch.no_grad():
-            turns.model(**turns.inputs, use_cache=True)
-        with pytest.raises(RuntimeError, match="a compiled step cannot take neurons"):
-            turns.feed(1, step)
-
-
-def test_neurons_of_another_method_are_refused():
+def test_beams_follow_the_row_that_they_come_from(engine):
+    """All of them come from the first row, whatever the others would have chosen."""
     model = build("llava")
     inputs = make_inputs("llava", model)
-    attach(model, TestMethod(None, RandomNeurons((1,), share=0.4)))
-    with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
-    detach(model)
-    attach(model, TestMethod(None, RandomNeurons((1,), share=0.6)))
-    try:
-        with torch.no_grad(), pytest.raises(InputError, match="the method that read the prompt"):
-            model(input_ids=torch.tensor([[9]]), past_key_values=cache)
-    finally:
-        detach(model)
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    found = []
+    for seeds in ((1, 1, 1), (1, 2, 3)):
+        with at_work(model, TestMethod(None, RandomNeurons(seeds, True)), engine):
+            found.append(model.generate(**inputs, **options))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_move_inside_generate(engine):
+    """Where a decoding loop of the caller's own does it."""
+    moves = [None, None, None, [1, 1, 0], None, [2, 0, 1], [0, 0, 0], None]
+    ids = torch.randint(5, 50, (len(moves), BATCH, 1), generator=torch.Generator().manual_seed(1))
+
+    def decode(model, input_ids, kwargs):
+        cache, mask, logits = kwargs["past_key_values"], torch.ones_like(input_ids), []
+        prompt = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+        model(**prompt)
+        for rows, new in zip(moves, ids, strict=True):
+            if rows is not None:
+                cache.reorder_cache(torch.tensor(rows))
+            mask = torch.cat([mask, torch.ones(BATCH, 1, dtype=torch.long)], 1)
+            step = model.prepare_inputs_for_generation(
+                new, past_key_values=cache, attention_mask=mask, use_cache=True
+            )
+            logits.append(model(**step).logits[:, -1])
+        return torch.stack(logits)
+
+    with talking("means", "torch", lengths=[9, 9, 9]) as turns:
+        turns.masked, expected = False, []
+        for rows, new in zip(moves, ids, strict=True):
+            if rows is not None:
+                turns.move(rows, call("reorder_cache", torch.tensor(rows)))
+            turns.draw = lambda length, new=new: new
+            expected.append(turns.feed())
+        inputs = turns.inputs
+    model = build("llava")
+    with at_work(model, make_method("means"), engine):
+        found = []
+
+        def keep(model, input_ids, **kwargs):
+            for name in ("logits_processor", "stopping_criteria", "generation_config"):
+                del kwargs[name]
+            found.append(decode(model, input_ids, kwargs))
+            return input_ids
+
+        model.generate(**inputs, custom_generate=keep, max_new_tokens=20)
+    assert_close(found[0], torch.stack(expected))
 
 
 def test_reports_of_a_further_turn_follow_the_rows():

@@ -8,37 +8,37 @@ import torch
 from corematching import CoreMatching
 from corematching.backends.cpu.native import find_library, find_unit, list_dtypes
 from corematching.methods import gate_threshold
-from corematching.model.gates import Gates, make_wish
+from corematching.model.gate_store import GateStore, make_gate_request
 from tests import models
 
 TEXT = torch.tensor([[True, False, True, True], [False, False, True, True]])
 
 
 def test_a_wish_lists_the_tokens_and_their_places():
-    wish = make_wish(TEXT)
-    assert wish.rows.tolist() == [[0, 2, 3], [2, 3, 0]]  # the last one fills up
-    assert wish.places.tolist() == [0, -1, 1, 2, 5, -1, 3, 4]
-    none = make_wish(torch.zeros(2, 4, dtype=torch.bool))
+    request = make_gate_request(TEXT)
+    assert request.rows.tolist() == [[0, 2, 3], [2, 3, 0]]  # the last one fills up
+    assert request.places.tolist() == [0, -1, 1, 2, 5, -1, 3, 4]
+    none = make_gate_request(torch.zeros(2, 4, dtype=torch.bool))
     assert none.rows.shape == (2, 0) and none.places.eq(-1).all()
 
 
 def test_only_who_asked_finds_what_was_kept():
-    gates, mlp, wish, x = Gates(), object(), make_wish(TEXT), torch.randn(2, 4, 3)
-    assert gates.make_room(mlp, x, 5) is None and gates.find(mlp, x, wish.rows) is None
-    gates.ask(mlp, wish)
-    assert gates.find(mlp, x, wish.rows) is None  # nothing has run yet
+    gates, mlp, request, x = GateStore(), object(), make_gate_request(TEXT), torch.randn(2, 4, 3)
+    assert gates.make_room(mlp, x, 5) is None and gates.find(mlp, x, request.rows) is None
+    gates.ask(mlp, request)
+    assert gates.find(mlp, x, request.rows) is None  # nothing has run yet
     assert gates.make_room(object(), x, 5) is None
     assert gates.make_room(mlp, x[:, :2], 5) is None
     places, kept = gates.make_room(mlp, x, 5)
-    assert places is wish.places and kept.shape == (2, 3, 5)
-    assert gates.find(mlp, x, wish.rows.clone()) is kept
-    assert gates.find(mlp, x, wish.rows[:, :2]) is None
-    assert gates.find(mlp, x.clone(), wish.rows) is None
-    assert gates.find(object(), x, wish.rows) is None
-    rows = wish.rows.clone()
-    assert wish.lists(rows) and wish.lists(rows) and not wish.lists(rows + 1)
+    assert places is request.places and kept.shape == (2, 3, 5)
+    assert gates.find(mlp, x, request.rows.clone()) is kept
+    assert gates.find(mlp, x, request.rows[:, :2]) is None
+    assert gates.find(mlp, x.clone(), request.rows) is None
+    assert gates.find(object(), x, request.rows) is None
+    rows = request.rows.clone()
+    assert request.lists(rows) and request.lists(rows) and not request.lists(rows + 1)
     gates.forget()
-    assert gates.make_room(mlp, x, 5) is None and gates.find(mlp, x, wish.rows) is None
+    assert gates.make_room(mlp, x, 5) is None and gates.find(mlp, x, request.rows) is None
 
 
 @pytest.mark.skipif(find_library() is None, reason="no C compiler")
@@ -52,14 +52,14 @@ def test_thresholds_are_those_of_a_gate_computed_anew(dtype, monkeypatch):
     monkeypatch.setattr(
         gate_threshold, "find_cut", lambda *args: seen.append(own(*args)) or seen[-1]
     )
-    kept, find = [], Gates.find
+    kept, find = [], GateStore.find
 
     def count(self, *args):
         kept.append(find(self, *args))
         return kept[-1]
 
     for patched in (count, lambda *_: None):
-        monkeypatch.setattr(Gates, "find", patched)
+        monkeypatch.setattr(GateStore, "find", patched)
         with CoreMatching(keep=0.3, layer=1)(model), torch.no_grad():
             model(**inputs)
     layers = len(models.build("llava").model.language_model.layers)

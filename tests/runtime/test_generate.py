@@ -79,27 +79,6 @@ def test_no_image_uses_sparse_neurons_only(attached):
     assert run.report.samples[0].image_tokens == 0 and run.report.drop_layers == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_beams_equal_the_references_beams(name, attached):
-    model, method, inputs = make(name, batch=2)
-    seeds = (1, 1, 1, 2, 2, 2)
-    method.tokens.seeds = method.neurons.seeds = seeds
-    options = {"num_beams": 3, "max_new_tokens": STEPS, "do_sample": False}
-    dense, prompt = build(name, "eager"), inputs["input_ids"].shape[1]
-    image, valid = (
-        x.repeat_interleave(3, dim=0) for x in (image_mask(name, inputs), inputs["attention_mask"])
-    )
-    choices = method.tokens.kept_after(image), method.tokens.weights_after(image)
-    with (
-        hidden_tokens(dense, valid, *choices),
-        overwritten_neurons(dense, prompt, method.neurons.masks(dense)),
-    ):
-        expected = dense.generate(**inputs, **options, use_cache=False)
-    run = attached(model, method)
-    assert torch.equal(model.generate(**inputs, **options), expected)
-    assert [s.image_tokens for s in run.report.samples] == [16, 16]
-
-
 def test_several_sequences_of_one_prompt(attached):
     model, method, inputs = make()
     method.tokens.seeds = method.neurons.seeds = (1, 1, 1)
@@ -355,41 +334,5 @@ def test_refuses_what_cannot_work_before_anything_runs(attached):
         model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
     with pytest.raises(UnsupportedModelError, match="assisted"):
         model.generate(**inputs, max_new_tokens=2, prompt_lookup_num_tokens=2)
-    with pytest.raises(UnsupportedModelError, match="leave use_cache at True"):
-        model.generate(**inputs, max_new_tokens=2, use_cache=False)
     assert run.reports == []
     assert generate(model, inputs).tokens.shape == (1, STEPS)
-
-
-@pytest.mark.parametrize("name", ["llava", "llava_mistral_window"])
-def test_a_prompt_does_not_run_twice_in_one_answer(name, attached):
-    """Neither where generate() runs a loop that has no cache."""
-
-    def replay(model, input_ids, **kwargs):
-        inputs = {k: v for k, v in kwargs.items() if k in ("attention_mask", "pixel_values")}
-        for _ in range(2):
-            model(input_ids=input_ids, **inputs, use_cache=False)
-
-    model, method, inputs = make(name)
-    attached(model, method)
-    with pytest.raises(UnsupportedModelError, match="leave use_cache at True"):
-        model.generate(**inputs, custom_generate=replay, max_new_tokens=2)
-    assert generate(model, inputs).tokens.shape == (1, STEPS)
-
-
-@pytest.mark.parametrize("neurons", [True, False])
-def test_a_prompt_without_a_cache_is_scored(neurons, attached):
-    model, method, inputs = make("llava_mistral_window", batch=2, neurons=neurons)
-    attached(model, method)
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        for _ in range(2):
-            assert torch.equal(model(**inputs, use_cache=False).logits, expected)
-        assert model(**inputs, use_cache=False).past_key_values is None
-
-
-def test_dense_models_may_run_without_a_cache(attached):
-    model, _, inputs = make()
-    expected = generate(model, inputs, use_cache=False)
-    attached(model, TestMethod())
-    assert_same(generate(model, inputs, use_cache=False), expected)

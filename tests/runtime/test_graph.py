@@ -7,10 +7,9 @@ import logging
 import pytest
 import torch
 
-from corematching.backends.backend import find_graph
 from corematching.backends.cuda import graph as graph_module
+from corematching.backends.cuda.backend import CudaBackend
 from corematching.backends.cuda.frame import show_columns
-from corematching.backends.cuda.graph import CudaGraph, GraphSteps
 from corematching.methods import method_from_text
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
@@ -21,6 +20,7 @@ from tests.runtime.families import (
     assert_same,
     generate,
 )
+from tests.runtime.replaying import replaying
 
 WHOLE = ["llama", "qwen2", "qwen3", "mistral", "llava", "llava_onevision", "qwen2_vl", "qwen3_vl"]
 SLIDING = ["gemma2", "gemma3", "mistral_window", "llava_mistral_window"]
@@ -50,15 +50,12 @@ class Replaying:
 
     def __enter__(self):
         self.run = attach(self.model, self.method, "torch")
-        engine = self.run._engine
-        self.steps = GraphSteps(engine.parts, engine.sparse, self.make_recorder)
-        engine.backend.graph = self.steps
-        self.steps.install()
+        self._block = replaying(self.run, self.make_recorder)
+        self.steps = self._block.__enter__()
         return self
 
-    def __exit__(self, *_):
-        self.steps.remove()
-        self.run._engine.backend.graph = None
+    def __exit__(self, *error):
+        self._block.__exit__(*error)
         detach(self.model)
 
 
@@ -91,7 +88,8 @@ def test_replayed_steps_equal_pytorch(name, batch, attention):
             assert_same(generate(model, inputs, STEPS), expected, tolerance=1e-5)
         assert at_work.run.report.kernel == "torch, CUDA graph"
         assert at_work.steps.captures == 1, "the next prompt fits into the same tensors"
-        assert at_work.steps.count == 3 * (STEPS - 1) - 1, "all steps but the very first"
+        replays = [report.path.graph_replays for report in at_work.run.reports]
+        assert replays == [STEPS - 2, STEPS - 1, STEPS - 1], "all steps but the very first"
     assert "forward" not in vars(model.get_decoder())
 
 
@@ -103,7 +101,8 @@ def test_sliding_windows_run_as_usual(name):
     expected = plainly(model, method, lambda m: generate(m, inputs, STEPS))
     with Replaying(model, method) as at_work:
         assert_same(generate(model, inputs, STEPS), expected, tolerance=0)
-        assert at_work.steps.count == 0 and at_work.run.report.kernel == "torch"
+        report = at_work.run.report
+        assert report.path.graph_replays == 0 and report.kernel == "torch"
 
 
 def test_each_prompt_has_its_own_choices():
@@ -231,7 +230,7 @@ def test_a_cpu_has_no_graphs():
     model = build("llava")
     run = attach(model, make_method())
     try:
-        assert find_graph(run._engine.parts, run._engine.sparse) is None
+        assert "CUDA" in CudaBackend.supports(run._session.parts)
     finally:
         detach(model)
 
@@ -247,8 +246,7 @@ def test_on_a_gpu(name):
     try:
         for _ in range(3):
             assert_same(generate(model, inputs, STEPS), expected, tolerance=1e-3)
-        steps = run._engine.backend.graph
-        assert steps is not None and steps.make_recorder is CudaGraph
-        assert steps.captures == 1 and steps.count == 3 * (STEPS - 1) - 1
+        replays = [report.path.graph_replays for report in run.reports]
+        assert replays == [STEPS - 2, STEPS - 1, STEPS - 1]
     finally:
         detach(model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from corematching.model.hooks import HookWatch, promise_input
+from corematching.model.hooks import HookMonitor, promise_input
 
 
 def watched(*arguments):
@@ -16,7 +16,7 @@ def watched(*arguments):
 @pytest.mark.parametrize("hook", [watched, functools.partial(watched, 1)])
 def test_any_hook_is_seen(hook):
     module = nn.Linear(2, 2)
-    watch = HookWatch([module])
+    watch = HookMonitor([module])
     assert not watch.sees_any()
     handle = module.register_forward_hook(hook)
     assert watch.sees_any()
@@ -26,7 +26,7 @@ def test_any_hook_is_seen(hook):
 
 def test_a_named_function_is_passed_over_and_a_nameless_one_is_not():
     module = nn.Linear(2, 2)
-    watch = HookWatch([module], ignored=["watched"])
+    watch = HookMonitor([module], ignored=["watched"])
     module.register_forward_pre_hook(watched)
     assert not watch.sees_any()
     module.register_forward_hook(functools.partial(watched, 1))
@@ -34,7 +34,7 @@ def test_a_named_function_is_passed_over_and_a_nameless_one_is_not():
 
 
 def test_a_hook_on_all_modules_is_seen():
-    watch = HookWatch([])
+    watch = HookMonitor([])
     handle = nn.modules.module.register_module_forward_hook(watched)
     try:
         assert watch.sees_any()

@@ -17,7 +17,7 @@ from transformers import (
 from corematching import CoreMatching, Sparsifier
 from corematching.backends.cpu.native import PromptLayer, TiledAttention, has_tiles
 from corematching.backends.cpu.tower import TowerLayer
-from corematching.model.hooks import COUNTING, HookWatch, show_result
+from corematching.model.hooks import COUNTING, HookMonitor, show_result
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
 
@@ -36,9 +36,9 @@ def calls(monkeypatch):
         seen.append((query.shape[2], key.shape[2], mask is not None, causal))
         return own(self, query, key, value, mask, scaling, causal)
 
-    def run(self, x, angles, mask, causal, *args):
+    def run(self, x, cos_sin, mask, causal, *args):
         seen.append((x.shape[1], x.shape[1], mask is not None, causal))
-        return whole(self, x, angles, mask, causal, *args)
+        return whole(self, x, cos_sin, mask, causal, *args)
 
     monkeypatch.setattr(TiledAttention, "attend", attend)
     monkeypatch.setattr(PromptLayer, "run", run)
@@ -205,7 +205,7 @@ def test_results_are_shown_to_hooks_that_only_count():
         shapes.append((args[0].shape, out.shape))
 
     count.__name__ = COUNTING
-    watch = HookWatch([module], ignored=[COUNTING])
+    watch = HookMonitor([module], ignored=[COUNTING])
     module.register_forward_hook(count)
     assert not watch.sees_any()
     show_result(module, torch.zeros(2, 3), torch.zeros(2, 5))

@@ -16,6 +16,7 @@ from transformers import (
 from corematching import CoreMatching, Sparsifier
 from corematching.backends.cpu.layer import LlamaLayer
 from corematching.backends.cpu.native import PromptLayer, has_tiles
+from tests.chosen import neurons_of
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
 
@@ -93,7 +94,7 @@ def test_neurons_are_chosen_behind_a_layer(whole, monkeypatch):
         for expected in (3, 0):
             whole.clear()
             answers.append(model.generate(ids, max_new_tokens=4, do_sample=False))
-            chosen.append(run._engine.records[-1].selection.neurons)
+            chosen.append(neurons_of(run))
             assert len(whole) == expected
             in_parts(monkeypatch)
     assert torch.equal(*answers)

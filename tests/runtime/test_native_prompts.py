@@ -29,8 +29,9 @@ from corematching.backends.cpu.native import (
 )
 from corematching.backends.cpu.prefill import NativePrompts
 from corematching.model.ffn import FFNParts
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 from tests import models
+from tests.chosen import neurons_of
 
 by_default = pytest.mark.skipif(find_unit() is None, reason="prompts stay PyTorch's here")
 on_units = pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_unknown_ffns_keep_their_forward(unit, calls):
 def find_parts(model):
     layers = list(model.model.layers)
     attentions, ffns = [x.self_attn for x in layers], [x.mlp for x in layers]
-    return Parts(model.model, layers, attentions, ffns, [], model.config, (), None)
+    return ModelSpec(model.model, layers, attentions, ffns, [], model.config, (), None)
 
 
 class DoublingMLP(LlamaMLP):
@@ -297,7 +298,7 @@ def test_a_gate_is_seen_without_leaving_c(calls):
         with method(model, engine=engine) as run:
             calls.clear()
             logits(model, input_ids=ids)
-            found.append(run._engine.records[-1].selection.neurons)
+            found.append(neurons_of(run))
     assert calls.count("gated") == len(model.model.layers)
     for index, choice in found[0].items():
         close = choice.gate_threshold / found[1][index].gate_threshold
@@ -312,7 +313,7 @@ def test_neurons_are_chosen_from_activations_in_c(calls):
     for engine in ("torch", "auto"):
         with method(model, engine=engine) as run:
             model.generate(ids, max_new_tokens=3, do_sample=False)
-            chosen.append(run._engine.records[-1].selection.neurons)
+            chosen.append(neurons_of(run))
     assert "gated" in calls
     for index, choice in chosen[0].items():
         assert torch.equal(choice.indices, chosen[1][index].indices)

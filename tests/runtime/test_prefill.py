@@ -10,7 +10,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corematching.errors import ConfigError, InputError
-from corematching.protocol import NEEDS, VISION, NeuronChoice, TokenChoice
+from corematching.protocol import (
+    NEEDS,
+    VISION,
+    NeuronChoice,
+    NeuronPolicy,
+    TokenChoice,
+    TokenPolicy,
+)
 from corematching.runtime import attach, detach
 from corematching.runtime import token_count_bias as weights
 from tests.models import build, image_mask, make_inputs
@@ -28,7 +35,7 @@ from tests.runtime.reference import continue_greedily
 
 
 @dataclass
-class Recorder:
+class Recorder(TokenPolicy):
     """Keeps what it is shown and every token but some."""
 
     layers: tuple[int, ...] = (1,)
@@ -276,7 +283,7 @@ def test_two_dimensional_masks_of_flash_attention(put, caplog):
 
 def test_neurons_are_chosen_from_the_prompt(put):
     @dataclass
-    class Widest:
+    class Widest(NeuronPolicy):
         seen: list = field(default_factory=list)
 
         def counts(self, num_layers, width):

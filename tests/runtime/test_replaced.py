@@ -215,8 +215,10 @@ def test_a_wrapper_that_was_put_over_ours_stays_and_works():
 def test_nothing_is_read_anew_without_need(monkeypatch):
     model = build("llava")
     inputs = make_inputs("llava", model)
-    run = attach(model, both())
-    monkeypatch.setattr(run._engine, "_read_model", lambda: pytest.fail("read anew"))
+    attach(model, both())
+    monkeypatch.setattr(
+        "corematching.runtime.session.Installation", lambda *_: pytest.fail("read anew")
+    )
     generate(model, inputs)
     model.to(torch.float32)
     generate(model, inputs)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from corematching.cache.masks import add_weights, weigh_mask
-from corematching.cache.remembering import memory_of
+from corematching.cache.pruned_cache import pruned_prompt_of
 from corematching.methods import method_from_text
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
@@ -33,11 +33,11 @@ def test_a_key_that_counts_for_three_is_three_keys(additive):
 
 def test_weights_of_a_prompt_without_a_mask():
     valid = torch.ones(1, 3, dtype=torch.bool)
-    logarithms = torch.tensor([0.0, 1.0, 2.0])[None, None, None]
-    mask = weigh_mask(None, logarithms, valid, 4, True, torch.float32)[0, 0]
+    log_counts = torch.tensor([0.0, 1.0, 2.0])[None, None, None]
+    mask = weigh_mask(None, log_counts, valid, 4, True, torch.float32)[0, 0]
     low = LOWEST
     assert mask.tolist() == [[0, low, low, low], [0, 1, low, low], [0, 1, 2, low]]
-    both_ways = weigh_mask(None, logarithms, valid, 3, False, torch.float32)[0, 0]
+    both_ways = weigh_mask(None, log_counts, valid, 3, False, torch.float32)[0, 0]
     assert both_ways.tolist() == [[0, 1, 2]] * 3
 
 
@@ -54,14 +54,14 @@ def test_the_cache_remembers_weights(kind):
             cache_implementation=kind,
             return_dict_in_generate=True,
         )
-        memory = memory_of(out.past_key_values)
+        memory = pruned_prompt_of(out.past_key_values)
         alive = tokens.alive(0, 16, 2)
         expected = tokens.weights(0, 16, 1)[alive].log()
-        found = memory.logarithms[0]
+        found = memory.log_counts[0]
         torch.testing.assert_close(found[found != 0], expected)
         assert (len(found) > memory.valid.shape[1]) == (kind == "static")
         out.past_key_values.reset()
-        assert memory.logarithms is None and memory.masks is None
+        assert memory.log_counts is None and memory.masks is None
     finally:
         detach(model)
     assert all("forward" not in vars(layer) for layer in model.get_decoder().layers)

@@ -15,16 +15,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corematching.backends.cuda.graph import GraphSteps
 from corematching.methods import method_from_text
 from corematching.protocol import NeuronChoice, PrefillView
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
 from tests.runtime.families import BANNED, RandomNeurons, RandomTokens, Reference, TestMethod
+from tests.runtime.replaying import replaying
 from tests.runtime.test_graph import StandIn
 
-ENGINES = ("torch", "auto", "native", "replayed")
+ENGINES = ("torch", "auto", "replayed")
 BATCH = 3
+
+
+class Strict(StandIn):
+    """Replays only while all weights that were captured lie where they did, as a GPU would."""
+
+    def __init__(self, sparse: dict[int, Any]) -> None:
+        self.sparse = sparse
+
+    def capture(self, work: Callable[[], None]) -> None:
+        super().capture(work)
+        self.captured = self._find()
+
+    def replay(self) -> None:
+        assert self._find() == self.captured, "captured weights have moved"
+        super().replay()
+
+    def _find(self) -> list[tuple[int, ...]]:
+        return [ffn.addresses for ffn in self.sparse.values()]
 
 
 @dataclass
@@ -73,17 +91,14 @@ KINDS = ("weights", "neurons", "means", "limits", "late", "product", "counts", "
 def at_work(model: Any, method: Any, engine: str) -> Iterator[Any]:
     """A method on a model; "replayed" replays decode steps on a stand-in for a GPU."""
     run = attach(model, method, "torch" if engine == "replayed" else engine)
-    graph = None
     try:
         if engine == "replayed":
-            graph = GraphSteps(run._engine.parts, run._engine.sparse, StandIn)
-            run._engine.backend.graph = graph
-            graph.install()
-        yield run
+            sparse = run._session.sparse
+            with replaying(run, lambda: Strict(sparse)):
+                yield run
+        else:
+            yield run
     finally:
-        if graph is not None:
-            graph.remove()
-            run._engine.backend.graph = None
         detach(model)
 
 
@@ -94,10 +109,11 @@ def talking(
     name: str = "llava",
     batch: int = BATCH,
     cache: Callable[[Any], Any] | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[Turns]:
     """A conversation of some samples under a method; ``cache(model)`` gives the cache."""
     model = build(name)
-    inputs = make_inputs(name, model, batch=batch)
+    inputs = make_inputs(name, model, batch=batch, text_lengths=lengths)
     with at_work(model, make_method(kind, range(batch)), engine) as run:
         turns = Turns(model, inputs, None if cache is None else cache(model))
         turns.run, turns.kind, turns.single = run, kind, build(name)
@@ -137,6 +153,7 @@ class Turns:
         with torch.no_grad():
             out = model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
         self.cache = out.past_key_values
+        self.masked = True
         self.run: Any = None
         self.kind, self.single = "", None
         self._draws = torch.Generator().manual_seed(5)
@@ -147,14 +164,17 @@ class Turns:
         return torch.randint(5, 50, shape, generator=self._draws)
 
     def feed(self, length: int = 1, model: Any = None) -> Tensor:
-        """(B, V) logits behind ``length`` random tokens of each row."""
+        """(B, V) logits behind ``length`` random tokens of each row.
+
+        Without a mask where ``self.masked`` is False, for prompts of one length.
+        """
         ids = self.draw(length)
         mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
         positions = (mask.cumsum(1) - 1)[:, -length:]
         with torch.no_grad():
             out = (self.model if model is None else model)(
                 input_ids=ids,
-                attention_mask=mask,
+                attention_mask=mask if self.masked else None,
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,

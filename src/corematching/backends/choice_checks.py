@@ -82,7 +82,7 @@ def check_settled(ffns: Iterable[SparseFFN]) -> None:
         if choice is None:
             continue
         late = choice.later is not None
-        choice.settle()
+        choice.materialize()
         if choice.indices is None:
             raise ConfigError("a policy must choose neurons, at once or with 'later'")
         if late:

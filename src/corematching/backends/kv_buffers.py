@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from corematching.cache.remembering import memory_of
+from corematching.cache.pruned_cache import pruned_prompt_of
 
 LEAST_ROOM = 64
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ class CacheBuffers:
         for layer, keys, values in zip(cache.layers, views[::2], views[1::2], strict=True):
             layer.keys, layer.values = keys, values
         self._own[cache] = buffer, views
-        memory = memory_of(cache)
+        memory = pruned_prompt_of(cache)
         if memory is not None:
             memory.note(cache)
 

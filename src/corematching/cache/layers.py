@@ -17,8 +17,8 @@ from transformers.cache_utils import (
 )
 
 from corematching.cache.masks import take
-from corematching.cache.memory import Memory
-from corematching.cache.remembering import RememberingCache, memory_of
+from corematching.cache.pruned_cache import PrunedCache, pruned_prompt_of
+from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.errors import InputError, UnsupportedModelError
 
 DYNAMIC_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -121,7 +121,7 @@ def store(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, T
 def takes_as_is(cache: Any, index: int) -> bool:
     """Whether `store` gives back the very keys and values that it gets for this layer."""
     kind: Any = type(cache)
-    if issubclass(kind, RememberingCache):
+    if issubclass(kind, PrunedCache):
         kind = kind.__bases__[1]
     if kind.update is not Cache.update or cache.offloading or index >= len(cache.layers):
         return False
@@ -161,7 +161,7 @@ def tokens_after(cache: Any, query_length: int) -> int:
     return seen + query_length
 
 
-def short_mask(memory: Memory, mask: Tensor | None, total: int) -> Tensor | None:
+def short_mask(memory: PrunedPrompt, mask: Tensor | None, total: int) -> Tensor | None:
     """The 2D mask over what is stored, from one over the ``total`` tokens of the conversation.
 
     Returns None where nothing is padding and ``mask`` is None.
@@ -194,7 +194,7 @@ def fit_mask(kwargs: dict[str, Any], cache: Cache | None, length: int) -> dict[s
     InputError
         The mask is of another number of rows, or does not reach to the new tokens.
     """
-    memory, mask = memory_of(cache), kwargs.get("attention_mask")
+    memory, mask = pruned_prompt_of(cache), kwargs.get("attention_mask")
     if memory is None or not memory.shortened or isinstance(mask, dict):
         return kwargs
     if mask is None and memory.filler:

@@ -136,7 +136,7 @@ def shorten_mask(
 
 def weigh_mask(
     mask: Tensor | None,
-    logarithms: Tensor,
+    log_counts: Tensor,
     valid: Tensor,
     kv_length: int,
     causal: bool,
@@ -148,7 +148,7 @@ def weigh_mask(
     ----------
     mask : Tensor or None
         (B, 1, K, S), bool or additive; None for plain attention, causal or not.
-    logarithms : Tensor
+    log_counts : Tensor
         (B, 1, K or 1, K), of the keys' weights; keys behind count for themselves.
     valid : Tensor
         (B, K) bool.
@@ -168,17 +168,17 @@ def weigh_mask(
         mask = _plain_mask(valid, causal, None, dtype)
     missing = kv_length - mask.shape[-1]
     mask = F.pad(mask, (0, missing), value=_blocked_value(mask.dtype)) if missing > 0 else mask
-    return add_weights(mask, logarithms.to(mask.device), dtype)
+    return add_weights(mask, log_counts.to(mask.device), dtype)
 
 
-def add_weights(mask: Tensor, logarithms: Tensor, dtype: torch.dtype) -> Tensor:
+def add_weights(mask: Tensor, log_counts: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, 1, Q, S) bool or additive, plus (B, 1, Q or 1, up to S); what is hidden stays so."""
     lowest = torch.finfo(dtype).min
     hidden = ~mask if mask.dtype == torch.bool else mask <= lowest / 2
-    logarithms = F.pad(logarithms.to(dtype), (0, mask.shape[-1] - logarithms.shape[-1]))
+    log_counts = F.pad(log_counts.to(dtype), (0, mask.shape[-1] - log_counts.shape[-1]))
     if mask.dtype != torch.bool:
-        logarithms = mask + logarithms
-    return logarithms.masked_fill(hidden, lowest)
+        log_counts = mask + log_counts
+    return log_counts.masked_fill(hidden, lowest)
 
 
 def _plain_mask(

@@ -16,6 +16,7 @@ from corematching.cli.once import OnceCommand
 from corematching.cli.outputs import check_file
 from corematching.cli.repeat import write_command
 from corematching.errors import ConfigError, InputError, unknown_name
+from corematching.extras import require_plots
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -70,6 +71,7 @@ def analyze(
     given = {"image": image, "question": question, "model": model, "layers": layers, "out": out}
     image, question = choose_example(image, question)
     check_file(out, "--out")
+    require_plots("`corematching analyze`")
     from corematching.cli.loading import load_model
     from corematching.cli.overlay import shown_area
     from corematching.cli.run import has_square_patches
@@ -124,6 +126,7 @@ def analyze_task(
     check_file(out, "--out")
     if table is not None:
         check_file(table, "--table")
+    require_plots("`corematching analyze-task`")
     from corematching.cli.loading import load_model
     from corematching.lab.analyze import (
         StudyPlan,

@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 from transformers import TextStreamer
 
-from corematching.cli.loading import LoadedModel
 from corematching.cli.prompt import build_inputs
+from corematching.named_models import LoadedModel
 
 Writer = Callable[[str], None]
 

@@ -51,7 +51,7 @@ def run(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     engine: options.Engine = "auto",
-    memory: options.Memory = None,
+    memory: options.PrunedPrompt = None,
     method: options.MethodName = "corematching",
     score: options.Score = None,
     keep_ratio: options.KeepRatio = None,

@@ -17,6 +17,7 @@ from corematching.cli.once import OnceCommand
 from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
 from corematching.errors import ConfigError
+from corematching.extras import require_plots
 
 DEFAULT_OUT = Path("corematching-bench")
 DEFAULT_PEERS = Path("benchmarks/peers")
@@ -135,6 +136,7 @@ def bench(
     given = dict(locals())
     console.keep_bars_away(own_bars=model is None)
     logging.getLogger("corematching").addHandler(logging.NullHandler())
+    require_plots("the picture of `corematching bench`")
     if model and shape:
         raise ConfigError("--model and --shape exclude each other: leave one out")
     from corematching.lab.bench import Plan, choose_adapters, require_quiet
@@ -208,9 +210,10 @@ def open_workload(
     InputError
         Prompt and answer are longer than the model takes.
     """
-    from corematching.cli.loading import choose_device, load_model
+    from corematching.cli.loading import load_model
     from corematching.inputs import check_room, max_positions
     from corematching.lab.bench import LoadedWorkload, RandomWorkload, build_random, find_shape
+    from corematching.named_models import choose_device
 
     if shape is None:
         loaded = load_model(model, device, dtype)
@@ -234,11 +237,9 @@ def read_dtype(name: str) -> Any:
     """A shape's dtype; auto is bfloat16."""
     import torch
 
-    from corematching.cli.loading import DTYPES
-    from corematching.errors import unknown_name
+    from corematching.named_models import check_dtype
 
-    if name not in DTYPES:
-        raise unknown_name("dtype", name, DTYPES)
+    check_dtype(name)
     return torch.bfloat16 if name == "auto" else getattr(torch, name)
 
 
@@ -293,9 +294,9 @@ def peer_options(adapter: Any, workload: Any, given: dict[str, Any]) -> dict[str
 
 def find_checkpoint(model: str | None) -> str:
     """The directory of a model's weights."""
-    from corematching.cli.loading import SCENEVLM
+    from corematching.named_models import is_scenevlm
 
-    if model is None or model.lower() == SCENEVLM.lower():
+    if model is None or is_scenevlm(model):
         from corematching.demo.cache import demo_directory
 
         return str(demo_directory())

@@ -35,6 +35,13 @@ def note(message: str) -> None:
     err.print(message, style="dim", markup=False)
 
 
+def show_table(table: str) -> None:
+    """A table of plain text, its heading in bold."""
+    heading, _, lines = table.partition("\n")
+    out.print(heading, style="bold", markup=False, emoji=False, soft_wrap=True)
+    out.print(lines, markup=False, emoji=False, soft_wrap=True)
+
+
 class NoteHandler(logging.Handler):
     """Shows a log's messages as notes."""
 

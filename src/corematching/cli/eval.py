@@ -15,6 +15,7 @@ from corematching.cli import console, options
 from corematching.cli.once import OnceCommand
 from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
+from corematching.extras import require_plots
 
 if TYPE_CHECKING:
     from corematching.lab.evaluate import Subject
@@ -108,6 +109,7 @@ def evaluate(
 ) -> None:
     """Measure what methods lose on SceneQA, beside the dense model."""
     console.keep_bars_away(own_bars=model is None)
+    require_plots("the board of `corematching eval`")
     from corematching.lab.evaluate import Crew, Plan, SceneQA, make_methods
     from corematching.lab.evaluate import evaluate as run_methods
 

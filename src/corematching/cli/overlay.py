@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from corematching.errors import InputError
+from corematching.extras import require_plots
 
 DIM = 0.3
 SHOWN_SIDE = 896
@@ -66,6 +67,7 @@ def draw_overlay(
     InputError
         There is no image token, or the file cannot be written.
     """
+    require_plots("--overlay")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

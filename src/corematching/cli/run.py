@@ -14,14 +14,15 @@ from PIL import Image
 
 from corematching.cli import console
 from corematching.cli.answer import Answer, Writer, ask
-from corematching.cli.loading import LoadedModel, load_model
+from corematching.cli.loading import load_model
 from corematching.cli.method_options import build_method, build_text_method
 from corematching.cli.outputs import check_file
 from corematching.cli.overlay import Choice, draw_overlay, shown_area
 from corematching.cli.prompt import build_inputs
-from corematching.cli.table import tabulate
 from corematching.errors import ConfigError, InputError
+from corematching.extras import require_plots
 from corematching.media import read_picture
+from corematching.named_models import LoadedModel
 from corematching.report import MemoryReport
 from corematching.sizes import format_size, parse_size
 
@@ -84,7 +85,7 @@ def answer_request(request: Request) -> None:
         print(json.dumps(describe(loaded, method, dense, sparse), allow_nan=False))
     else:
         console.out.print()
-        console.out.print(tabulate(sparse.report, sparse, dense))
+        console.show_table(sparse.report.table(sparse, dense))
         if sparse.report.memory is not None:
             console.note(describe_memory(sparse.report.memory))
     if request.overlay:
@@ -95,6 +96,7 @@ def check_overlay(request: Request) -> None:
     """Refuse an overlay that cannot come out, before any work is done."""
     if request.overlay is None:
         return
+    require_plots("--overlay")
     if not request.images:
         raise InputError("--overlay needs a picture: give one with --image")
     check_file(request.overlay, "--overlay")

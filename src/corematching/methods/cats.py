@@ -21,7 +21,7 @@ class CatsRule(ThresholdRule, name="cats-rule"):
         return frozenset({ACTIVATIONS, GATE})
 
     @property
-    def decode_share(self) -> float:
+    def decode_ratio(self) -> float:
         """The whole gate, and up and down where it passes."""
         return (1 + 2 * self.active_ratio) / 3
 

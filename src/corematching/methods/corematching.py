@@ -43,8 +43,12 @@ class CoreMatching(BaseMethod, name="corematching"):
     (`GateThreshold`), since on long answers any choice for the whole of them (`TopNeurons`) costs
     more. `paper` gives the published rule.
 
-    ``memory``, such as ``"12GiB"``, is the most that the model may take of its device's memory; it
-    changes where weights are kept and no result, so it is no parameter of the method.
+    Parameters
+    ----------
+    memory : str or int, optional
+        The most that the model may take of its device's memory, such as ``"12GiB"``. It changes
+        where weights are kept and no result, so it is no parameter of the method. The others are
+        described at their fields.
 
     Raises
     ------
@@ -155,7 +159,13 @@ class CoreMatching(BaseMethod, name="corematching"):
         return STAGES if few else (ONE_CUT,)
 
     def make_tokens(self) -> TokenRule | StagedRule | None:
-        """The rule for image tokens; None without a score."""
+        """The rule for image tokens; None without a score.
+
+        Raises
+        ------
+        ConfigError
+            A budget for one layer is given for several.
+        """
         if self.score is None:
             return None
         score, proportional = cast(TokenScore, self.score), bool(self.proportional)

@@ -64,7 +64,7 @@ class GateThreshold(NeuronDropper, name="gate"):
         return (self.among.needs if self.among else frozenset()) | {ACTIVATIONS, GATE}
 
     @property
-    def decode_share(self) -> float:
+    def decode_ratio(self) -> float:
         """The gate of every neuron in reach, and up and down of those that pass."""
         return (1 + 2 * self.active_ratio) / 3
 
@@ -90,12 +90,12 @@ class GateThreshold(NeuronDropper, name="gate"):
             if core is None:
                 cut = find_cut(gate, present, self.active_ratio)
                 return {"indices": every, "gate_threshold": cut}
-            among = core.settle().indices
+            among = core.materialize().indices
             cut = find_cut(gate, present, self.active_ratio, among)
             return {"indices": among, "mean": core.mean, "gate_threshold": cut}
 
         choice = NeuronChoice(later=find)
-        return choice if gate.numel() <= MOST_KEPT else choice.settle()
+        return choice if gate.numel() <= MOST_KEPT else choice.materialize()
 
     def _choose_core(self, view: PrefillView, count: int) -> NeuronChoice | None:
         """The neurons in reach; None where that is all of the layer."""

@@ -12,7 +12,7 @@ from corematching.errors import ConfigError
 from corematching.methods.base import BaseMethod
 from corematching.policies.amounts import layers_of
 from corematching.policies.base import NeuronScore, TokenScore, read_activations
-from corematching.policies.budgets import Budget
+from corematching.policies.budgets import Budget, Picture
 from corematching.policies.check import check_bool, check_depth
 from corematching.policies.compensation import average_dropped
 from corematching.policies.component import REGISTRY, Component
@@ -32,11 +32,11 @@ from corematching.protocol import (
 )
 
 
-class TokenDropper(Component, kind="token policy"):
+class TokenDropper(Component, TokenPolicy, kind="token policy"):
     """Base class of token policies that have a name and parameters."""
 
 
-class NeuronDropper(Component, kind="neuron policy"):
+class NeuronDropper(Component, NeuronPolicy, kind="neuron policy"):
     """Base class of neuron policies that have a name and parameters."""
 
 
@@ -74,11 +74,6 @@ class TokenRule(TokenDropper, name="token-rule"):
         """The parts of the view that the score reads."""
         return self.score.needs
 
-    @property
-    def weighs(self) -> bool:
-        """Whether choices carry weights."""
-        return self.proportional
-
     def drop_after(self, num_layers: int) -> tuple[int, ...]:
         """The layers after which tokens are dropped, ascending.
 
@@ -87,7 +82,7 @@ class TokenRule(TokenDropper, name="token-rule"):
         ConfigError
             When the model is too shallow, or nothing to score by exists before its first layer.
         """
-        layers = sorted({_place(layer, num_layers) for layer in self.after})
+        layers = sorted({_layer_index(layer, num_layers) for layer in self.after})
         if layers[-1] > num_layers - 2:
             raise ConfigError(
                 f"tokens dropped after layer {layers[-1]} save nothing in a model of {num_layers} "
@@ -100,10 +95,18 @@ class TokenRule(TokenDropper, name="token-rule"):
             )
         return tuple(layers)
 
-    def choose(self, view: PrefillView) -> TokenChoice:
-        """Choose among the image tokens still present."""
+    def choose(self, view: PrefillView, picture: Picture | None = None) -> TokenChoice:
+        """Choose among the image tokens still present.
+
+        Parameters
+        ----------
+        view : PrefillView
+            The layer that has just run.
+        picture : Picture, optional
+            The whole picture, of which the view has only some tokens; see `Budget`.
+        """
         scores = self.score(view)
-        kept = self.budget(scores, view.image)
+        kept = self.budget(scores, view.image, picture)
         dropped = torch.where(view.image & ~kept, scores, -torch.inf).amax(1, keepdim=True)
         cut = torch.where(kept & (scores >= dropped), scores, torch.inf).amin(1)
         cut = torch.where(cut.isfinite(), cut, torch.nan)
@@ -180,7 +183,7 @@ class Sparsifier(BaseMethod, name="sparsifier"):
             check_type("neurons", self.neurons, NeuronPolicy)
 
 
-def _place(layer: int | float, num_layers: int) -> int:
+def _layer_index(layer: int | float, num_layers: int) -> int:
     """The layer index of an int (itself) or of a ratio of the depth that sees every token."""
     if isinstance(layer, float):
         return min(max(1, layers_of(layer, num_layers)), max(1, num_layers - 1)) - 1
@@ -194,4 +197,6 @@ def check_type(name: str, value: Any, expected: type) -> None:
     scores = REGISTRY.get(getattr(expected, "kind", ""), {})
     known = scores.get(value.name) if isinstance(value, BaseMethod) else None
     hint = f", such as {known.__name__}()" if known else ""
+    if expected in (TokenPolicy, NeuronPolicy):
+        hint = f", of a class that subclasses {expected.__module__}.{expected.__name__}"
     raise ConfigError(f"{name}={value!r}: give a {expected.__name__}{hint}")

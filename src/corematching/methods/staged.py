@@ -12,10 +12,24 @@ from torch import Tensor
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import TokenDropper, TokenRule
 from corematching.policies.base import TokenScore
-from corematching.policies.budgets import Budget, Count, Ratio, budget_of, spread_among
+from corematching.policies.budgets import Budget, Count, Picture, Ratio, budget_of
 from corematching.protocol import PrefillView, TokenChoice
 
-PLACES = "staged-rule.places"
+
+@dataclass
+class WholePicture:
+    """The image tokens of one prompt at the start, as its first stage saw them.
+
+    Attributes
+    ----------
+    indices : Tensor or None
+        (B, T) long, the index of each image token among its sample's.
+    totals : Tensor or None
+        (B,) long, image tokens of each sample.
+    """
+
+    indices: Tensor | None = None
+    totals: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,6 @@ class StagedRule(TokenDropper, name="staged-rule"):
         """The parts of the view that the score reads."""
         return self.score.needs
 
-    @property
-    def weighs(self) -> bool:
-        """Whether choices carry weights."""
-        return self.proportional
-
     def drop_after(self, num_layers: int) -> tuple[int, ...]:
         """The layers after which tokens are dropped, ascending.
 
@@ -77,56 +86,44 @@ class StagedRule(TokenDropper, name="staged-rule"):
         return layers
 
     def stages(self, num_layers: int) -> dict[int, Ratio | Count]:
-        """The budget of each layer that drops."""
-        places = (self._rule(layer).drop_after(num_layers)[0] for layer in self.after)
-        return dict(zip(places, self.budgets, strict=True))
+        """The budget of each layer that drops.
+
+        Parameters
+        ----------
+        num_layers : int
+            Decoder layers of the model.
+        """
+        layers = (self._rule(layer).drop_after(num_layers)[0] for layer in self.after)
+        return dict(zip(layers, self.budgets, strict=True))
 
     def choose(self, view: PrefillView) -> TokenChoice:
-        """Choose among the image tokens still present."""
+        """Choose among the image tokens still present.
+
+        Raises
+        ------
+        ConfigError
+            The view is of a layer after which nothing is dropped.
+        """
         stages = self.stages(view.num_layers)
         if view.layer not in stages:
             raise ConfigError(f"no stage after layer {view.layer}: the stages are {list(stages)}")
-        budget = stages[view.layer]
-        places, totals, present = _number_images(view)
-        counts = budget.bound(budget.count(totals.new_empty(0), totals), totals)
-        stage = _Stage(counts, places, present, cover=budget.cover)
-        return self._rule(view.layer, stage).choose(view)
+        return self._rule(view.layer, stages[view.layer]).choose(view, find_picture(view))
 
     def _rule(self, layer: int | float, budget: Budget | None = None) -> TokenRule:
         budget = Ratio(1.0) if budget is None else budget
         return TokenRule(self.score, budget, (layer,), self.proportional)
 
 
-@dataclass(frozen=True, eq=False)
-class _Stage(Budget):
-    """How many tokens each sample keeps, (B,) long, and where they stand in the whole picture."""
-
-    counts: Tensor
-    places: Tensor
-    totals: Tensor
-
-    def count(self, curve: Tensor, totals: Tensor) -> Tensor:
-        return self.counts
-
-    def spread(self, image: Tensor, counts: Tensor) -> Tensor:
-        return spread_among(image, counts, self.places, self.totals)
-
-
-def _number_images(view: PrefillView) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the image tokens stand in their picture, and how many there are.
-
-    Returns
-    -------
-    (Tensor, Tensor, Tensor)
-        (B, T) long, each image token's place among those of the whole picture; (B,) long, how many
-        the prompt had at the start; (B,) long, how many the places count. A view that does not say
-        where its tokens stood counts those still present.
-    """
+def find_picture(view: PrefillView) -> Picture:
+    """The picture of each sample; a view without `origin` has that of the tokens still present."""
     here, present = view.image.cumsum(1) - 1, view.image.sum(1)
-    whole, totals = (x.to(here.device) for x in view.memory.setdefault(PLACES, (here, present)))
+    whole = view.recall(WholePicture)
+    if whole.indices is None or whole.totals is None:
+        whole.indices, whole.totals = here, present
+    totals = whole.totals.to(here.device)
     if view.origin is None:
-        return here, totals, present
-    return whole.gather(1, view.origin), totals, totals
+        return Picture(here, present, totals)
+    return Picture(whole.indices.to(here.device).gather(1, view.origin), totals, totals)
 
 
 def check_stages(budgets: Sequence[Any], layers: Sequence[Any]) -> None:

@@ -23,12 +23,18 @@ UNNAMED = ""
 """Where a rule's values without names stand until its class is known."""
 CALL = re.compile(r"([\w.-]+)\((.*)\)", re.DOTALL)
 WORD = re.compile(r"[\w.+-]+")
+CONSTANTS = {"none": "null", "null": "null", "true": "true", "false": "false"}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 LONGEST_TEXT, DEEPEST_TEXT, LONGEST_NUMBER = 10_000, 20, 30
 
 
 def method_from_text(text: str) -> BaseMethod:
     """Make a method from text such as ``corematching:keep_ratio=0.2,neurons=top(0.4)``.
+
+    Parameters
+    ----------
+    text : str
+        A name, then parameters; or the method as JSON, or ``@file.json``.
 
     Raises
     ------
@@ -151,9 +157,8 @@ def read_value(text: str, whole: str = "") -> Any:
     call = CALL.fullmatch(text)
     if call:
         return {"name": call[1], **read_parts(call[2], whole, unnamed=True)}
-    lowered = text.lower()
     try:
-        return json.loads({"none": "null"}.get(lowered, lowered))
+        return json.loads(CONSTANTS.get(text.lower(), text))
     except json.JSONDecodeError:
         return text
 
@@ -222,11 +227,10 @@ def text_at_budget(text: str, ratio: float) -> str:
     if made is not None:
         return write_method(name, made, text)
     stated = [key for key in ("keep_ratio", *NEURON_RATIOS, "neurons") if key in params]
-    raise ConfigError(
-        f"method '{text}' has no parameter that a budget could set"
-        + (f" besides {' and '.join(stated)}, which it states: leave that out of the method"
-           if stated else ": run it without --budget")
-    )  # fmt: skip
+    hint = "run it without --budget"
+    if stated:
+        hint = f"it states {' and '.join(stated)}, leave that out of the method"
+    raise ConfigError(f"method '{text}' has no parameter that a budget could set: {hint}")
 
 
 def add_parameters(text: str, given: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ class ThresholdRule(NeuronDropper):
         check_token_set(self.token_set)
 
     @property
-    def decode_share(self) -> float:
+    def decode_ratio(self) -> float:
         """Ratio of the FFN's weights that a decoded token reads, if it is like the prompt's."""
         return self.active_ratio
 
@@ -53,7 +53,7 @@ class ThresholdRule(NeuronDropper):
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
         """All ``count`` neurons, with thresholds."""
         found = functools.partial(self.thresholds, view)
-        return NeuronChoice(indices=list_every(view, count), later=found).settle()
+        return NeuronChoice(indices=list_every(view, count), later=found).materialize()
 
     def calibrate(self, view: PrefillView, values: Tensor | None, what: str) -> Tensor:
         """(B,), the smallest magnitude of a view's part, (B, T, F), that stays; see `find_cut`."""
@@ -62,13 +62,19 @@ class ThresholdRule(NeuronDropper):
         return find_cut(values, select_tokens(view, self.token_set), self.active_ratio)
 
 
+@dataclass
+class AllNeurons:
+    """All neurons of a layer of one prompt, by their number and device."""
+
+    indices: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+
+
 def list_every(view: PrefillView, count: int) -> Tensor:
     """(B, count) long, all neurons of a layer; made once for all layers of a prompt."""
-    name = f"every of {count} on {view.valid.device}"
-    if name not in view.memory:
-        view.memory[name] = torch.arange(count, device=view.valid.device)
-    every: Tensor = view.memory[name]
-    return every.expand(view.valid.shape[0], -1)
+    known, key = view.recall(AllNeurons).indices, (count, view.valid.device)
+    if key not in known:
+        known[key] = torch.arange(count, device=view.valid.device)
+    return known[key].expand(view.valid.shape[0], -1)
 
 
 def find_gate_cut(

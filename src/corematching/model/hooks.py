@@ -28,7 +28,7 @@ def stay_eager(function: Any) -> Any:
     return call
 
 
-class HookWatch:
+class HookMonitor:
     """The forward hooks of some modules, whoever puts them there and whenever.
 
     Parameters

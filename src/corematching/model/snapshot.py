@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from corematching.model.patching import foreign_forward
 
 
-class Watch:
+class WeightSnapshot:
     """Remembers modules, what they are made of, and where their parameters lie.
 
     Parameters

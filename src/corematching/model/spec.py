@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from corematching.errors import UnsupportedModelError
 from corematching.model.attention import find_attention
 from corematching.model.ffn import find_ffn
-from corematching.model.gates import Gates
+from corematching.model.gate_store import GateStore
 from corematching.protocol import ACTIVATIONS, ATTENTION, CONTRIBUTIONS, Method, NeuronPolicy
 
 DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
@@ -21,7 +21,7 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 @dataclass
-class Parts:
+class ModelSpec:
     """The parts of a model that the runtime works on.
 
     Attributes
@@ -38,7 +38,7 @@ class Parts:
         Token ids that stand for image (or video) features; empty for text-only models.
     vision, projector : nn.Module or None
         The vision tower, and what turns its output into image tokens, where that is not in it.
-    gates : Gates
+    gates : GateStore
         What products keep of gates that are read later.
     """
 
@@ -51,7 +51,7 @@ class Parts:
     image_ids: tuple[int, ...]
     vision: nn.Module | None
     projector: nn.Module | None = None
-    gates: Gates = field(default_factory=Gates)
+    gates: GateStore = field(default_factory=GateStore)
 
     @property
     def widths(self) -> list[int]:
@@ -59,7 +59,7 @@ class Parts:
         return [linear_shape(down)[0] for down in self.down_projs]
 
 
-def check_model(model: nn.Module, method: Method) -> Parts:
+def check_model(model: nn.Module, method: Method) -> ModelSpec:
     """Find a model's parts, or say why a method cannot run on it.
 
     Parameters
@@ -71,7 +71,7 @@ def check_model(model: nn.Module, method: Method) -> Parts:
 
     Returns
     -------
-    Parts
+    ModelSpec
         The model's parts.
 
     Raises
@@ -96,7 +96,7 @@ def check_model(model: nn.Module, method: Method) -> Parts:
             "named 'layers'; pass the whole model with its language model head"
         )
     ids = [getattr(model.config, n, None) for n in ("image_token_id", "video_token_id")]
-    parts = Parts(
+    parts = ModelSpec(
         decoder=decoder,
         layers=list(layers),
         attentions=[_attention(model, i, layer) for i, layer in enumerate(layers)],
@@ -221,7 +221,7 @@ def _named(model: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return None
 
 
-def _check_tokens(model: nn.Module, config: Any, parts: Parts, method: Method) -> None:
+def _check_tokens(model: nn.Module, config: Any, parts: ModelSpec, method: Method) -> None:
     """What only a token policy asks for."""
     assert method.tokens is not None
     if not parts.image_ids:
@@ -250,7 +250,7 @@ def _check_tokens(model: nn.Module, config: Any, parts: Parts, method: Method) -
         )
 
 
-def choose_counts(parts: Parts, neurons: NeuronPolicy | None) -> list[int]:
+def choose_counts(parts: ModelSpec, neurons: NeuronPolicy | None) -> list[int]:
     """Neurons that each layer keeps; all of them without a policy."""
     widths = parts.widths
     if neurons is None:

@@ -1,23 +1,15 @@
-"""What a model takes of the memory under a cap: reckoned before it runs, measured while it does."""
+"""The memory of a model under a cap: planned before it runs, measured while it does."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
-import torch
 from torch import Tensor
 
 from corematching.errors import MemoryCapError
 from corematching.report import MemoryReport
 from corematching.sizes import format_size
-
-STATUS = Path("/proc/self/status")
-CLEAR = Path("/proc/self/clear_refs")
-RESET_PEAK = "5"
 
 
 @dataclass
@@ -85,62 +77,6 @@ class MemoryPlan:
         if prompt:
             hints.append("ask with fewer samples or a shorter prompt")
         return ", ".join(hints) + ", or load the model in a smaller dtype"
-
-
-class MemoryMeter:
-    """Measures the most memory that the model took since `start`.
-
-    On a GPU: the most that PyTorch's allocator had given out. On a CPU: what is held, plus by how
-    much the process grew at most (Linux; elsewhere by how much it has grown when asked). Pages of
-    files that it maps do not count: weights that are mapped are held already.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the model runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._held = 0
-        self._before = ProcessMemory(0, 0, 0)
-
-    def start(self, held: int) -> None:
-        """Begin anew; the model holds ``held`` bytes."""
-        self._held = held
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        if CLEAR.exists():
-            CLEAR.write_text(RESET_PEAK)
-        self._before = ProcessMemory.read()
-
-    def peak(self) -> int:
-        """The most since `start`, in bytes."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        now = ProcessMemory.read()
-        mapped = max(0, now.mapped - self._before.mapped)
-        return self._held + max(0, now.highest - self._before.now - mapped)
-
-
-@dataclass(frozen=True)
-class ProcessMemory:
-    """This process's memory in bytes: now, at most, and what of it is mapped from files."""
-
-    now: int
-    highest: int
-    mapped: int
-
-    @classmethod
-    def read(cls) -> ProcessMemory:
-        """As it is now."""
-        if not STATUS.exists():
-            now = int(psutil.Process(os.getpid()).memory_info().rss)
-            return cls(now, now, 0)
-        lines = (line.split() for line in STATUS.read_text().splitlines())
-        sizes = {words[0]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
-        return cls(sizes["VmRSS:"], sizes["VmHWM:"], sizes["RssFile:"])
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

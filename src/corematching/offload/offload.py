@@ -18,10 +18,11 @@ from torch import nn
 
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.errors import AlreadyInstalledError, ConfigError, CoreMatchingError, InputError
-from corematching.model.spec import Parts
+from corematching.memory_meter import MemoryMeter
+from corematching.model.spec import ModelSpec
 from corematching.offload.ffn import StreamedFFN
 from corematching.offload.guard import WeightGuard
-from corematching.offload.memory import MemoryMeter, MemoryPlan, MemoryUse, bytes_of
+from corematching.offload.memory import MemoryPlan, MemoryUse, bytes_of
 from corematching.offload.source import Scratch, Source, pin
 from corematching.offload.stream import LayerStream, slot_bytes
 from corematching.offload.weight import Outside, blank
@@ -115,7 +116,7 @@ class Offload:
                 self._swapped.append((owner, name, old))
                 owner._parameters[name] = place
 
-    def make_ffns(self, parts: Parts, counts: dict[int, int]) -> dict[int, SparseFFN]:
+    def make_ffns(self, parts: ModelSpec, counts: dict[int, int]) -> dict[int, SparseFFN]:
         """The sparse FFNs of the layers with chosen neurons; ``counts`` maps each to its neurons.
 
         Raises
@@ -125,7 +126,7 @@ class Offload:
         """
         weights = {index: _matrices(parts.ffns[index]) for index in counts}
         self.device = next(parts.layers[0].parameters()).device
-        self._meter = MemoryMeter(self.device)
+        self._meter, self._held = MemoryMeter(self.device), 0
         self.plan = self._reckon(parts, counts, weights)
         self.plan.check()
         if self._sources:
@@ -201,7 +202,8 @@ class Offload:
         need = self.plan.check(samples, cache, self._work_bytes(samples, length))
         streamed = 0 if self._stream is None else self._stream.streamed
         self.use = MemoryUse(self.plan, need, cache, streamed)
-        self._meter.start(self.plan.resident + self.plan.slots + self._copied_bytes())
+        self._held = self.plan.resident + self.plan.slots + self._copied_bytes()
+        self._meter.reset()
         if self._stream is not None and length > 1:
             self._stream.expect_prompt()
 
@@ -212,7 +214,7 @@ class Offload:
         if self._stream is not None:
             use.streamed = self._stream.streamed - use.streamed_before
         use.chosen = max(use.chosen, self._copied_bytes())
-        use.peak = max(use.peak, self._meter.peak())
+        use.peak = max(use.peak, self._meter.peak_with(self._held))
         if use.peak > self.cap:
             log.warning(
                 "the model took %s, more than memory=%s: leave some room for what a prompt works "
@@ -222,7 +224,7 @@ class Offload:
             )
 
     def _reckon(
-        self, parts: Parts, counts: dict[int, int], weights: dict[int, list[nn.Parameter]]
+        self, parts: ModelSpec, counts: dict[int, int], weights: dict[int, list[nn.Parameter]]
     ) -> MemoryPlan:
         model = self._model()
         assert model is not None
@@ -239,7 +241,7 @@ class Offload:
         layers = {i: [self._places[id(p)] for p in own] for i, own in weights.items()}
         self._stream = LayerStream(layers, self.device)
 
-    def _load_dense(self, parts: Parts, counts: dict[int, int]) -> None:
+    def _load_dense(self, parts: ModelSpec, counts: dict[int, int]) -> None:
         """Load the FFNs of the layers that keep all their neurons."""
         for index, ffn in enumerate(parts.ffns):
             for parameter in _matrices(ffn) if index not in counts else ():

@@ -27,12 +27,40 @@ from corematching.policies.token_scores import (
 
 
 def score_by_name(name: str, **params: Any) -> TokenScore:
-    """A token score by its name; an unknown one is a ConfigError that names the nearest."""
+    """A token score by its name.
+
+    Parameters
+    ----------
+    name : str
+        The score's name.
+    **params
+        Its parameters.
+
+    Raises
+    ------
+    ConfigError
+        There is no such score (the message names the nearest one) or no such parameter, or a value
+        is out of range.
+    """
     return cast(TokenScore, build(TokenScore.kind, name, **params))
 
 
 def neuron_score_by_name(name: str, **params: Any) -> NeuronScore:
-    """A neuron score by its name; an unknown one is a ConfigError that names the nearest."""
+    """A neuron score by its name.
+
+    Parameters
+    ----------
+    name : str
+        The score's name.
+    **params
+        Its parameters.
+
+    Raises
+    ------
+    ConfigError
+        There is no such score (the message names the nearest one) or no such parameter, or a value
+        is out of range.
+    """
     return cast(NeuronScore, build(NeuronScore.kind, name, **params))
 
 

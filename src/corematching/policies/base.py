@@ -24,11 +24,32 @@ class TokenScore(Component, kind="token score"):
     needs: ClassVar[frozenset[str]] = frozenset({ACTIVATIONS})
 
     def score(self, view: PrefillView) -> Tensor:
-        """(B, T), any float dtype; what it holds outside the image tokens does not matter."""
+        """Score the tokens; the highest image tokens are kept.
+
+        Parameters
+        ----------
+        view : PrefillView
+            What the layer computed.
+
+        Returns
+        -------
+        Tensor
+            (B, T), any float dtype; what it holds outside the image tokens does not matter.
+
+        Raises
+        ------
+        ConfigError
+            The layer does not show what the score reads.
+        """
         raise NotImplementedError
 
     def __call__(self, view: PrefillView) -> Tensor:
         """Score the image tokens.
+
+        Parameters
+        ----------
+        view : PrefillView
+            What the layer computed.
 
         Returns
         -------
@@ -50,11 +71,38 @@ class NeuronScore(Component, kind="neuron score"):
     needs: ClassVar[frozenset[str]] = frozenset({ACTIVATIONS})
 
     def score(self, view: PrefillView) -> Tensor:
-        """(B, F), any dtype; the highest are kept, of equal ones the first."""
+        """Score the neurons of the view's layer.
+
+        Parameters
+        ----------
+        view : PrefillView
+            What the layer computed.
+
+        Returns
+        -------
+        Tensor
+            (B, F), any dtype; the highest are kept, of equal ones the first.
+
+        Raises
+        ------
+        ConfigError
+            The layer does not show what the score reads.
+        """
         raise NotImplementedError
 
     def __call__(self, view: PrefillView) -> Tensor:
-        """Score the neurons of the view's layer, (B, F)."""
+        """Score the neurons of the view's layer.
+
+        Parameters
+        ----------
+        view : PrefillView
+            What the layer computed.
+
+        Returns
+        -------
+        Tensor
+            (B, F), any dtype.
+        """
         return self.score(view)
 
 

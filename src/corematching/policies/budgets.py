@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.policies.amounts import counts_of
+from corematching.policies.broken import report_broken
 from corematching.policies.check import (
     check_bool,
     check_number,
@@ -18,6 +19,27 @@ from corematching.policies.check import (
     settle_amount,
 )
 from corematching.policies.component import Component
+
+ADVICE = "check the score's formula, and the model's dtype for overflow"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """The image tokens of a prompt, of which an earlier choice left only some.
+
+    Attributes
+    ----------
+    indices : Tensor
+        (B, T) long, the index of each image token still present in its picture.
+    totals : Tensor
+        (B,) long, image tokens that the indices count.
+    prompt_totals : Tensor
+        (B,) long, image tokens of the prompt at the start.
+    """
+
+    indices: Tensor
+    totals: Tensor
+    prompt_totals: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +84,13 @@ class Budget(Component, kind="budget"):
         Parameters
         ----------
         curve : Tensor
-            (B, T) float32, each sample's image token scores in falling order; what follows its
-            first ``totals[b]`` entries is -inf.
+            (B, T) float32, each sample's image token scores in falling order, then -inf.
         totals : Tensor
-            (B,) long, image tokens of each sample; 0 is possible.
+            (B,) long, image tokens of each sample, those already dropped included; 0 is possible.
         """
         raise NotImplementedError
 
-    def __call__(self, scores: Tensor, image: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, image: Tensor, picture: Picture | None = None) -> Tensor:
         """Choose the image tokens to keep.
 
         Parameters
@@ -78,6 +99,9 @@ class Budget(Component, kind="budget"):
             (B, T) float; read where ``image`` is True.
         image : Tensor
             (B, T) bool.
+        picture : Picture, optional
+            The whole picture, where ``image`` has only some of its tokens: the number to keep is
+            counted by it, and ``cover`` spreads over it.
 
         Returns
         -------
@@ -87,24 +111,37 @@ class Budget(Component, kind="budget"):
         Raises
         ------
         ConfigError
-            When a score of an image token is NaN or infinite.
+            When every sample has an image token whose score is NaN or infinite. Where only some
+            have, a warning names them, and all scores of theirs count as equal.
         """
-        _refuse_broken(scores, image)
-        filled = torch.where(image, scores.float(), -torch.inf)
+        broken = (~scores.isfinite() & image).any(1)
+        report_broken("token scores", broken, image.any(1), ADVICE)
+        scores = scores.float().masked_fill(broken.unsqueeze(1), 0.0)
+        filled = torch.where(image, scores, -torch.inf)
         order = filled.argsort(dim=1, descending=True, stable=True)
-        totals = image.sum(1)
-        counts = self.bound(self.count(filled.gather(1, order), totals), totals)
+        present = image.sum(1)
+        totals = present if picture is None else picture.prompt_totals
+        counts = self.bound(self.count(filled.gather(1, order), totals), totals).minimum(present)
         if self.cover:
-            even = self.spread(image, (counts * self.cover).round().long())
+            even = spread(image, (counts * self.cover).round().long(), picture)
             order = filled.masked_fill(even, torch.inf).argsort(dim=1, descending=True, stable=True)
         return image & (_invert(order) < counts.unsqueeze(1))
 
-    def spread(self, image: Tensor, counts: Tensor) -> Tensor:
-        """(B, T) bool, (B,) image tokens of each sample that lie evenly over the picture."""
-        return spread_evenly(image, counts)
-
     def bound(self, counts: Tensor, totals: Tensor) -> Tensor:
-        """Counts (B,) within the least and the most of ``totals`` (B,), one or more, if any."""
+        """Keep counts within the least and the most that the parameters allow.
+
+        Parameters
+        ----------
+        counts : Tensor
+            (B,) long, image tokens to keep.
+        totals : Tensor
+            (B,) long, image tokens of each sample.
+
+        Returns
+        -------
+        Tensor
+            (B,) long, at least 1 and at most ``totals``; 0 without image tokens.
+        """
         if self.min_ratio is not None:
             counts = counts.maximum(counts_of(self.min_ratio, totals))
         if self.min_tokens is not None:
@@ -184,6 +221,13 @@ def budget_of(keep_ratio: float | None, keep_tokens: int | None, **bounds: Any) 
     return Ratio(keep_ratio, **bounds)
 
 
+def spread(image: Tensor, counts: Tensor, picture: Picture | None = None) -> Tensor:
+    """(B, T) bool, (B,) image tokens of each sample that lie evenly over the picture."""
+    if picture is None:
+        return spread_evenly(image, counts)
+    return spread_among(image, counts, picture.indices, picture.totals)
+
+
 def spread_evenly(image: Tensor, counts: Tensor) -> Tensor:
     """The middles of ``counts[b]`` equal runs of each sample's image tokens.
 
@@ -200,13 +244,13 @@ def spread_evenly(image: Tensor, counts: Tensor) -> Tensor:
         (B, T) bool, ``counts[b]`` of them True in sample b.
     """
     totals = image.sum(1, keepdim=True).clamp(min=1)
-    places, counts = image.cumsum(1) - 1, counts.unsqueeze(1)
-    ahead = (2 * (places + 1) * counts + totals) // (2 * totals)
-    behind = (2 * places * counts + totals) // (2 * totals)
+    indices, counts = image.cumsum(1) - 1, counts.unsqueeze(1)
+    ahead = (2 * (indices + 1) * counts + totals) // (2 * totals)
+    behind = (2 * indices * counts + totals) // (2 * totals)
     return image & (ahead > behind)
 
 
-def spread_among(image: Tensor, counts: Tensor, places: Tensor, totals: Tensor) -> Tensor:
+def spread_among(image: Tensor, counts: Tensor, indices: Tensor, totals: Tensor) -> Tensor:
     """`spread_evenly` over a picture of which only some image tokens are left.
 
     The picture is cut into ``counts[b]`` equal runs; of each, the token nearest to the middle is
@@ -218,9 +262,8 @@ def spread_among(image: Tensor, counts: Tensor, places: Tensor, totals: Tensor) 
         (B, T) bool, the image tokens left.
     counts : Tensor
         (B,) long.
-    places : Tensor
-        (B, T) long, read where ``image`` is True: which of the whole picture's tokens each one is,
-        from 0.
+    indices : Tensor
+        (B, T) long, read where ``image`` is True: the index of each token in the whole picture.
     totals : Tensor
         (B,) long, image tokens of the whole picture.
 
@@ -231,7 +274,7 @@ def spread_among(image: Tensor, counts: Tensor, places: Tensor, totals: Tensor) 
     """
     totals, counts = totals.clamp(min=1).unsqueeze(1), counts.unsqueeze(1)
     length = image.shape[1]
-    middle = (2 * places + 1) * counts  # of a token; a run is 2 * totals long
+    middle = (2 * indices + 1) * counts  # of a token; a run is 2 * totals long
     run = middle.div(2 * totals, rounding_mode="floor")
     run = torch.where(image, run, length)
     columns = torch.arange(length, device=image.device)
@@ -270,14 +313,5 @@ def measure_chord_distance(curve: Tensor, totals: Tensor) -> Tensor:
 
 
 def _invert(order: Tensor) -> Tensor:
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
-
-
-def _refuse_broken(scores: Tensor, image: Tensor) -> None:
-    broken = (~scores.isfinite() & image).sum(1)
-    if broken.any():
-        raise ConfigError(
-            f"the token score is NaN or infinite on {int(broken.sum())} image tokens of sample "
-            f"{int(broken.argmax())}: check the score's formula, and the model's dtype for overflow"
-        )
+    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)

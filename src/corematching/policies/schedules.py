@@ -23,17 +23,46 @@ class Schedule(Component, kind="neuron schedule"):
         check_count("multiple", self.multiple)
 
     def ratios(self, num_layers: int) -> tuple[float, ...]:
-        """The ratio of neurons that each layer keeps, in (0, 1]; 1 leaves the layer dense."""
+        """The ratio of neurons that each layer keeps.
+
+        Parameters
+        ----------
+        num_layers : int
+            Decoder layers of the model.
+
+        Returns
+        -------
+        tuple of float
+            One per layer, in (0, 1]; 1 leaves the layer dense.
+
+        Raises
+        ------
+        ConfigError
+            The schedule does not fit a model of so many layers.
+        """
         raise NotImplementedError
 
     def average(self, num_layers: int) -> float:
-        """The mean ratio over the layers."""
+        """The mean ratio over the layers.
+
+        Parameters
+        ----------
+        num_layers : int
+            Decoder layers of the model.
+        """
         return sum(self.ratios(num_layers)) / num_layers
 
     def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
         """The number of neurons that each layer keeps.
 
         The nearest multiple of ``multiple`` (half up), at least one multiple, at most ``width``.
+
+        Parameters
+        ----------
+        num_layers : int
+            Decoder layers of the model.
+        width : int
+            Neurons of each layer's FFN.
         """
         return tuple(self._count(ratio, width) for ratio in self.ratios(num_layers))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +34,25 @@ TOKEN_SETS: dict[str, Callable[[PrefillView], Tensor]] = {
 }
 
 
+Masks = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass
+class ListedTokens:
+    """The token sets of one prompt that were listed already.
+
+    Attributes
+    ----------
+    most : dict
+        By name and number of tokens present, the largest number of them in a sample.
+    rows : dict
+        By name, the view's masks and what `list_rows` gave for them.
+    """
+
+    most: dict[tuple[str, int], int] = field(default_factory=dict)
+    rows: dict[str, tuple[Masks, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+
 def select_tokens(view: PrefillView, token_set: str) -> Tensor:
     """The (B, T) bool mask of a set by its name in `TOKEN_SETS`."""
     return TOKEN_SETS[token_set](view)
@@ -44,15 +64,15 @@ def list_chosen(view: PrefillView, token_set: str) -> tuple[Tensor, Tensor]:
     A prompt's tokens are counted once for all its layers, since that waits for the device.
     """
     masks = view.valid, view.image, view.kept
-    known = view.memory.get(f"rows of {token_set}")
+    listed = view.recall(ListedTokens)
+    known = listed.rows.get(token_set)
     if known is None or any(mask is not seen for mask, seen in zip(masks, known[0], strict=True)):
         tokens = select_tokens(view, token_set)
-        most = f"most {token_set} of {tokens.shape[1]}"
-        if most not in view.memory:
-            view.memory[most] = count_most(tokens)
-        known = view.memory[f"rows of {token_set}"] = masks, list_rows(tokens, view.memory[most])
-    rows: tuple[Tensor, Tensor] = known[1]
-    return rows
+        key = token_set, tokens.shape[1]
+        if key not in listed.most:
+            listed.most[key] = count_most(tokens)
+        known = listed.rows[token_set] = masks, list_rows(tokens, listed.most[key])
+    return known[1]
 
 
 def count_most(tokens: Tensor) -> int:
@@ -62,7 +82,7 @@ def count_most(tokens: Tensor) -> int:
 
 
 def list_rows(tokens: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The places of some tokens, in their order.
+    """The indices of some tokens, in their order.
 
     Parameters
     ----------
@@ -84,7 +104,7 @@ def list_rows(tokens: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """The values (B, T, d) of some tokens, by their places (B, R): (B, R, d)."""
+    """The values (B, T, d) of some tokens, by their indices (B, R): (B, R, d)."""
     if len(rows) == 1:
         return values.index_select(1, rows[0])
     return values.gather(1, rows.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

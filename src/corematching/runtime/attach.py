@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
+from corematching.backends.choice_checks import check_settled
 from corematching.errors import AlreadyInstalledError, InputError
 from corematching.offload.offload import find_offload
-from corematching.protocol import Method
+from corematching.protocol import Method, check_policies
 from corematching.report import Report
-from corematching.runtime.record import build_report
-from corematching.runtime.session import Engine
+from corematching.runtime.choices import Choices, read_choices
+from corematching.runtime.flops import build_report
+from corematching.runtime.record import Record
+from corematching.runtime.session import Session
 
 MARK = "_corematching"
-"""The attribute under which a model has the engine that is on it, or the claim of one to come.
+"""The attribute under which a model has the session that is on it, or the claim of one to come.
 
 Entries of a dictionary are made and found in one step, so that no lock is needed that an interrupt
 could leave closed.
@@ -24,6 +25,11 @@ could leave closed.
 class Run:
     """A method at work on a model, as `attach` gives it.
 
+    Parameters
+    ----------
+    session : Session
+        What `attach` has put on the model.
+
     Attributes
     ----------
     model : nn.Module
@@ -32,9 +38,9 @@ class Run:
         The method.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.model, self.method = engine.model, engine.method
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.model, self.method = session.model, session.method
 
     @property
     def report(self) -> Report:
@@ -45,14 +51,29 @@ class Run:
         InputError
             Nothing has run yet.
         """
-        if not self._engine.records:
-            raise InputError("nothing has run yet: call model.generate(**inputs) first")
-        return self._report(self._engine.records[-1])
+        return self._report(self._last)
 
     @property
     def reports(self) -> list[Report]:
         """The same for the last 16 runs, the latest last."""
-        return [self._report(record) for record in self._engine.records]
+        return [self._report(record) for record in self._session.records]
+
+    @property
+    def choices(self) -> list[Choices]:
+        """What the last generate() or prompt chose, per sample; waits for the device.
+
+        Copies on the CPU, that stay as they are whatever runs next. A turn that goes on from a
+        cache shows the choices of its conversation. Only the last run has them: earlier ones let go
+        of their neurons.
+
+        Raises
+        ------
+        InputError
+            Nothing has run yet, or the prompt that chose is no longer on record.
+        """
+        record = self._last
+        check_settled(self._session.sparse.values())
+        return read_choices(record, len(self._session.parts.layers))
 
     def remove(self) -> None:
         """Take this method off the model; does nothing where it is off already.
@@ -64,11 +85,18 @@ class Run:
         AlreadyInstalledError
             This thread is in the middle of a run.
         """
-        _take_off(self.model, self._engine)
+        _take_off(self.model, self._session)
 
-    def _report(self, record: Any) -> Report:
-        self._engine.settle(record)
-        return build_report(record, self._engine.parts, self.method, self.model)
+    @property
+    def _last(self) -> Record:
+        """The record of the last run."""
+        if not self._session.records:
+            raise InputError("nothing has run yet: call model.generate(**inputs) first")
+        return self._session.records[-1]
+
+    def _report(self, record: Record) -> Report:
+        self._session.log.close(record)
+        return build_report(record, self._session.parts, self.method, self.model)
 
 
 def attach(
@@ -108,18 +136,19 @@ def attach(
     AlreadyInstalledError
         A method is already installed on this model.
     ConfigError
-        There is no such engine.
+        There is no such engine, or a policy is of another type.
     MemoryCapError
         The model does not fit under the cap.
     UnsupportedModelError
         The model cannot be shortened; the message says why and what to do.
     """
+    check_policies(method)
     claim = object()
     offload = at_work = None
     try:
         _claim(model, claim)
         offload = find_offload(model, memory)
-        at_work = Engine(model, method, engine, offload)
+        at_work = Session(model, method, engine, offload)
         at_work.install()
         vars(model)[MARK] = at_work
         return Run(at_work)
@@ -158,21 +187,21 @@ def detach(model: nn.Module) -> None:
     AlreadyInstalledError
         This thread is in the middle of a run, or another one is installing a method.
     """
-    engine = getattr(model, MARK, None)
-    if engine is not None and not isinstance(engine, Engine):
+    session = getattr(model, MARK, None)
+    if session is not None and not isinstance(session, Session):
         raise AlreadyInstalledError(
             "another thread is installing a method on this model: remove it when that is done"
         )
-    if engine is not None:
-        _take_off(model, engine)
+    if session is not None:
+        _take_off(model, session)
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether a method is installed on this model."""
-    return isinstance(getattr(model, MARK, None), Engine)
+    return isinstance(getattr(model, MARK, None), Session)
 
 
-def _take_off(model: nn.Module, engine: Engine) -> None:
-    with engine.lock.hold("remove()", wait=True):
-        engine.remove()
-        _forget(model, engine)
+def _take_off(model: nn.Module, session: Session) -> None:
+    with session.lock.hold("remove()", wait=True):
+        session.remove()
+        _forget(model, session)

@@ -1,19 +1,66 @@
-"""What generate() has to know: masks that fit a shortened cache; and when a run begins and ends."""
+"""generate() on a pruned cache: its masks, its beginning and its end."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.generation import GenerationMode
 
 from corematching.cache.layers import check_cache, short_mask, widen_sliding_layers
-from corematching.cache.remembering import memory_of
+from corematching.cache.pruned_cache import pruned_prompt_of
 from corematching.errors import UnsupportedModelError
 from corematching.model.patching import Patches
 
 if TYPE_CHECKING:
-    from corematching.runtime.session import Engine
+    from corematching.runtime.record import Record
+    from corematching.runtime.session import Session
+
+NO_CACHE_YET = object()
+"""The cache of a generate() that has not made one; no forward's cache is the same."""
+
+
+@dataclass
+class Generation:
+    """The generate() under way.
+
+    Attributes
+    ----------
+    prompt_width : int
+        Prompt tokens that it gives back in front of the new ones.
+    cache : Any
+        The cache of its forward passes.
+    expand : int
+        Rows for each sample (beams, several answers).
+    total : int
+        The most tokens of prompt and answer; 0 if that is not known yet.
+    ends : tuple of int
+        Ids of end-of-sequence tokens.
+    record : Record or None
+        Of its prompt, once that is done.
+    """
+
+    prompt_width: int
+    cache: Any = NO_CACHE_YET
+    expand: int = 1
+    total: int = 0
+    ends: tuple[int, ...] = ()
+    record: Record | None = None
+
+    def note_config(self, config: Any, cache: Any) -> None:
+        """The configuration and the cache are settled."""
+        ends = getattr(config, "_eos_token_tensor", None)
+        self.cache, self.total = cache, config.max_length or 0
+        self.expand = max(config.num_beams or 1, config.num_return_sequences or 1)
+        self.ends = () if ends is None else tuple(int(x) for x in ends.flatten())
+
+    def note_output(self, output: Any) -> None:
+        """All tokens are there."""
+        if self.record is not None:
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            self.record.sequences = sequences.detach()
+            self.record.prompt_width, self.record.ends = self.prompt_width, self.ends
 
 
 class GenerationPatches:
@@ -24,31 +71,32 @@ class GenerationPatches:
     ``_update_model_kwargs_for_generation``, to hand on masks of the cache's length.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, session: Session) -> None:
+        self.session = session
         self._masks_are_short = False
 
     def install(self, patches: Patches) -> None:
         """Replace the methods on the model."""
-        model = self.engine.model
+        model = self.session.model
         patches.wrap(model, "generate", self._generate)
         patches.wrap(model, "_prepare_cache_for_generation", self._prepare_cache)
         patches.wrap(model, "prepare_inputs_for_generation", self._prepare_inputs)
         patches.wrap(model, "_update_model_kwargs_for_generation", self._update_kwargs)
 
     def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        engine = self.engine
-        with engine.lock.hold("generate()"):
+        session = self.session
+        with session.lock.hold("generate()"):
             self._masks_are_short = False
             try:
                 try:
-                    engine.begin_generate(_prompt_width(args, kwargs))
+                    session.begin_generate(_prompt_width(args, kwargs))
                     output = original(*args, **kwargs)
-                    engine.note_output(output)
+                    if session.generation is not None:
+                        session.generation.note_output(output)
                 finally:
-                    engine.end_generate()
+                    session.end_generate()
             finally:
-                engine.end_generate()  # an interrupt may have cut the first one short
+                session.end_generate()  # an interrupt may have cut the first one short
         return output
 
     def _prepare_cache(
@@ -62,7 +110,7 @@ class GenerationPatches:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        method = self.engine.method
+        method = self.session.method
         if generation_config.use_cache is False and (method.tokens or method.neurons):
             raise replay_error()
         if generation_config.prefill_chunk_size is not None:
@@ -85,23 +133,26 @@ class GenerationPatches:
             **kwargs,
         )
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and self.engine.method.tokens is not None:
+        if cache is not None and self.session.method.tokens is not None:
             check_cache(cache)
-            if memory_of(cache) is None and not cache.get_seq_length():
+            if pruned_prompt_of(cache) is None and not cache.get_seq_length():
                 # what transformers gives a new static cache, to reuse what it has compiled
-                capacity = getattr(self.engine.model, "_previous_max_cache_length", 0)
+                capacity = getattr(self.session.model, "_previous_max_cache_length", 0)
                 widen_sliding_layers(cache, max_cache_length, max(max_cache_length, capacity))
-        ends = getattr(generation_config, "_eos_token_tensor", None)
-        self.engine.note_generation(generation_config, ends, cache)
+        generation = self.session.generation
+        if generation is not None:
+            generation.note_config(generation_config, cache)
+            self.session.backend.expect(generation.total - generation.prompt_width)
         return result
 
     def _prepare_inputs(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if self.engine.answering or _seen(cache):
-            self.engine.follow(cache, input_ids.shape[0])
-            self.engine.gather_neurons(cache)
-        if self.engine.generating and not self._masks_are_short:
-            memory = memory_of(cache)
+        generation = self.session.generation
+        if _seen(cache) or (generation is not None and generation.record is not None):
+            self.session.place.follow(cache, input_ids.shape[0])
+            self.session.place.gather_neurons(cache)
+        if generation is not None and not self._masks_are_short:
+            memory = pruned_prompt_of(cache)
             if memory is not None and memory.shortened and _seen(cache):
                 self._shorten(memory, kwargs)
         return original(input_ids, *args, **kwargs)
@@ -109,12 +160,14 @@ class GenerationPatches:
     def _update_kwargs(
         self, original: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        memory = memory_of(model_kwargs.get("past_key_values"))
-        if self.engine.generating and memory is not None and not self._masks_are_short:
+        memory = pruned_prompt_of(model_kwargs.get("past_key_values"))
+        generation = self.session.generation
+        if generation is not None and memory is not None and not self._masks_are_short:
             if memory.shortened:
                 self._shorten(memory, model_kwargs)
             self._masks_are_short = True
-        self.engine.note_step()
+        if generation is not None and generation.record is not None:
+            generation.record.steps += 1
         return original(outputs, model_kwargs, *args, **kwargs)
 
     def _shorten(self, memory: Any, model_kwargs: dict[str, Any]) -> None:

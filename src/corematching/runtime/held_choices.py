@@ -6,9 +6,10 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from corematching.backends.choice_checks import check_settled
 from corematching.backends.sparse_ffn import SparseFFN
-from corematching.cache.memory import Memory
-from corematching.cache.remembering import follow, memory_of
+from corematching.cache.pruned_cache import follow, pruned_prompt_of
+from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.errors import InputError
 
 
@@ -24,9 +25,9 @@ class HeldChoices:
     def __init__(self, sparse: Mapping[int, SparseFFN]) -> None:
         self.sparse = sparse
         self._token = object()
-        self._held: weakref.ref[Memory] | None = None
+        self._held: weakref.ref[PrunedPrompt] | None = None
 
-    def hold(self, memory: Memory | None) -> None:
+    def hold(self, memory: PrunedPrompt | None) -> None:
         """The FFNs have the choices of this memory, for its present rows, and of no other one."""
         held = None if self._held is None else self._held()
         if held is not None and held.holder is self._token:
@@ -34,6 +35,12 @@ class HeldChoices:
         self._held = None if memory is None else weakref.ref(memory)
         if memory is not None:
             memory.give(self._token)
+
+    def clear(self) -> None:
+        """Let all tokens run on all neurons."""
+        self.hold(None)
+        for ffn in self.sparse.values():
+            ffn.clear()
 
     def follow(self, cache: Any, batch: int) -> bool:
         """Let the FFNs have what a cache remembers; dense FFNs where it is nothing.
@@ -57,9 +64,7 @@ class HeldChoices:
         """
         memory = follow(cache, batch)
         if memory is None:
-            for ffn in self.sparse.values():
-                ffn.clear()
-            self.hold(None)
+            self.clear()
             return False
         if memory.holder is self._token:
             if not memory.moved:
@@ -67,14 +72,19 @@ class HeldChoices:
             if memory.chose_as_taken():
                 memory.give(self._token)
                 return False
-        self.hold(None)
-        for index, ffn in self.sparse.items():
+        self.clear()
+        for index in self.sparse:
             if index in memory.neurons:
                 self._take(memory, index)
-            else:
-                ffn.clear()
         self.hold(memory)
         return True
+
+    def gather(self, cache: Any) -> None:
+        """Fetch the weights of the neurons that were chosen; compact copies for compiled code."""
+        compiled = cache is not None and cache.is_compileable
+        check_settled(self.sparse.values())
+        for ffn in self.sparse.values():
+            ffn.gather(copies=compiled)
 
     def check_compiled(self, cache: Any) -> None:
         """Refuse a compiled step whose cache is not the one that the FFNs have the choices of.
@@ -84,7 +94,7 @@ class HeldChoices:
         InputError
             It is another one, or its rows have changed.
         """
-        memory = memory_of(cache)
+        memory = pruned_prompt_of(cache)
         if memory is None or memory.is_blank:
             stale = any(ffn.active for ffn in self.sparse.values())
         else:
@@ -95,8 +105,8 @@ class HeldChoices:
                 "step without torch.compile first"
             )
 
-    def _take(self, memory: Memory, index: int) -> None:
-        choice, ffn = memory.choice(index).settle(), self.sparse[index]
+    def _take(self, memory: PrunedPrompt, index: int) -> None:
+        choice, ffn = memory.choice(index).materialize(), self.sparse[index]
         found = ffn.count if choice.indices is None else choice.indices.shape[-1]
         if found != ffn.count:
             raise InputError(

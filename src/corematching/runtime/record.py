@@ -1,18 +1,16 @@
-"""Counts and times a run, and turns what it left behind into a report, when one is asked for."""
+"""What a run leaves behind: times, counters, and what was chosen."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from corematching.backends.backend import Tally
-from corematching.model.spec import Parts, linear_shape
+from corematching.backends.traffic import Tally
 from corematching.offload.memory import MemoryUse
-from corematching.report import Report, SampleReport
+from corematching.report import PathReport
 from corematching.runtime.prefill.selection import Selection
 
 Mark = float | torch.cuda.Event
@@ -51,8 +49,48 @@ class Record:
         What was chosen.
     counts : list of int
         Neurons that a decode step computes in each layer.
+    number : int
+        The run's number, by which a cache names it.
+    continued : bool
+        Whether the run went on from a cache that held something.
+    earlier : Record or None
+        Of a continued turn: the record of the first one, which holds the choices of tokens.
     rows : list of int or None
         Of a continued turn: the row of the first one that each row goes on from.
+    expand : int
+        Rows of each sample, as beam search makes them.
+    cached : bool
+        Whether there is a cache.
+    logit_rows : int
+        Tokens of the prompt that the output projection ran for.
+    steps : int
+        Decode steps.
+    sequences : Tensor or None
+        (B, T') long, what generate() gave.
+    prompt_width : int
+        Tokens of the prompt at their front.
+    ends : tuple of int
+        End-of-sequence tokens.
+    start, filled, last : Mark or None
+        Begin and end of the prompt, end of the last decode step.
+    vision : list of (Mark, Mark)
+        Begin and end of each call of the vision tower.
+    vision_flops : int
+        What these calls cost.
+    vision_inside : bool
+        Whether they lie between ``start`` and ``filled``.
+    tally : Tally or None
+        The counters at the end of the prompt.
+    settled : int
+        Decode steps that `kernel`, bytes and `path` cover; -1: none was looked at.
+    kernel : str
+        What ran the decode steps.
+    decode_bytes, dense_decode_bytes : int
+        Bytes of weights that a decode step read, and would with all neurons.
+    memory : MemoryUse or None
+        What was taken of the memory, where it had a cap.
+    path : PathReport
+        How often the backend's own code ran.
     """
 
     valid: Tensor
@@ -83,245 +121,9 @@ class Record:
     decode_bytes: int = 0
     dense_decode_bytes: int = 0
     memory: MemoryUse | None = None
+    path: PathReport = field(default_factory=PathReport)
 
-
-@dataclass
-class LayerCost:
-    """What one decoder layer costs.
-
-    Attributes
-    ----------
-    attention, ffn : int
-        Multiply-adds of the linear layers per token.
-    pair : int
-        Multiply-adds per pair of a query and a key: scores and mixing of values, all heads.
-    kv_bytes : int
-        Bytes of keys and values per token.
-    window : int or None
-        The sliding window.
-    """
-
-    attention: int
-    ffn: int
-    pair: int
-    kv_bytes: int
-    window: int | None
-
-
-def layer_costs(parts: Parts) -> list[LayerCost]:
-    """What each decoder layer costs, from the sizes of its weights."""
-    config = parts.config
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    costs = []
-    for index, (attention, ffn) in enumerate(zip(parts.attentions, parts.ffns, strict=True)):
-        size = getattr(attention, "head_dim", None) or config.hidden_size // heads
-        sliding = kinds[index] == "sliding_attention" if kinds else window is not None
-        costs.append(
-            LayerCost(
-                attention=_linear_macs(attention),
-                ffn=_linear_macs(ffn),
-                pair=2 * heads * size,
-                kv_bytes=2 * groups * size * _dtype_of(parts).itemsize,
-                window=window if sliding else None,
-            )
-        )
-    return costs
-
-
-def _linear_macs(module: nn.Module) -> int:
-    shapes = [linear_shape(m) for m in module.modules() if hasattr(m, "in_features")]
-    return sum(inputs * outputs for inputs, outputs in shapes)
-
-
-def _dtype_of(parts: Parts) -> torch.dtype:
-    weight = next(parts.layers[0].parameters())
-    return weight.dtype if weight.is_floating_point() else torch.float16
-
-
-def text_flops(
-    costs: list[LayerCost], tokens: list[int], contexts: list[int], shares: list[float]
-) -> int:
-    """FLOPs of one pass through the decoder layers.
-
-    Parameters
-    ----------
-    costs : list of LayerCost
-        Per layer.
-    tokens, contexts : list of int
-        Per layer: tokens that run through it, and tokens in its cache before.
-    shares : list of float
-        Per layer: share of its neurons that is computed.
-    """
-    total = 0
-    for cost, n, before, share in zip(costs, tokens, contexts, shares, strict=True):
-        total += n * (cost.attention + round(cost.ffn * share)) + n * (n + before) * cost.pair
-    return 2 * total
-
-
-def build_report(record: Record, parts: Parts, method: Any, model: nn.Module) -> Report:
-    """Turn a record into a report; waits for the device."""
-    config: Any = model.config
-    vision = sum(seconds_between(a, b) for a, b in record.vision)
-    prefill = seconds_between(record.start, record.filled)
-    weight = next(parts.layers[0].parameters())
-    report = Report(
-        method=method.to_dict(),
-        model=config.name_or_path or type(model).__name__,
-        model_type=config.model_type,
-        dtype=str(_dtype_of(parts)).removeprefix("torch."),
-        device=str(weight.device),
-        attention=str(parts.config._attn_implementation),
-        num_layers=len(parts.layers),
-        drop_layers=[stage.layer for stage in _chosen(record).selection.stages],
-        neurons=list(record.counts),
-        widths=parts.widths,
-        prefill_seconds=max(prefill - vision, 0.0) if record.vision_inside else prefill,
-        vision_seconds=vision,
-        vision_flops=record.vision_flops,
-        decode_seconds=seconds_between(record.filled, record.last),
-        decode_steps=record.steps,
-        kernel=record.kernel,
-        decode_bytes=record.decode_bytes,
-        dense_decode_bytes=record.dense_decode_bytes,
-        continued=record.continued,
-        memory=None if record.memory is None else record.memory.report(),
-    )
-    counter = _SampleCounter(record, parts, model)
-    rows = range(0, record.valid.shape[0], record.expand)
-    report.samples = [counter.sample(row) for row in rows]
-    return report
-
-
-def _chosen(record: Record) -> Record:
-    """The record that holds the choices: of a continued turn, the first one's."""
-    while record.earlier is not None:
-        record = record.earlier
-    return record
-
-
-class _SampleCounter:
-    """Builds the samples' reports out of a record's tensors, moved to the CPU once."""
-
-    def __init__(self, record: Record, parts: Parts, model: nn.Module) -> None:
-        self.record = record
-        self.costs = layer_costs(parts)
-        self.depth = len(parts.layers)
-        self.counts, self.widths = record.counts, parts.widths
-        chosen = _chosen(record)
-        rows = slice(None) if chosen is record or record.rows is None else record.rows
-        self.image, self.valid = chosen.image.cpu()[rows], chosen.valid.cpu()[rows]
-        self.own_valid = record.valid.cpu()
-        self.context = record.context.cpu()
-        self.stages = [
-            (
-                s.layer,
-                s.origin.cpu()[rows],
-                s.present.cpu()[rows],
-                s.choice.keep.cpu()[rows],
-                _floats(s, rows),
-            )
-            for s in chosen.selection.stages
-        ]
-        self.new = _count_new_tokens(record)
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        size = getattr(head, "weight", None)
-        self.head_macs = 0 if size is None else int(size.shape[0] * size.shape[1])
-
-    def sample(self, row: int) -> SampleReport:
-        """The report of one row of the batch."""
-        alive = self.valid[row].clone()  # (T,)
-        scores = torch.full(alive.shape, torch.nan)
-        image = self.image[row]
-        present = {-1: int(alive.sum())}
-        cuts: list[float | None] = []
-        kept_after = []
-        for layer, origin, seen, keep, (values, cut) in self.stages:
-            columns = origin[row][seen[row]]
-            scores[columns] = torch.where(image[columns], values[row][seen[row]], scores[columns])
-            alive[columns] = keep[row][seen[row]] | ~image[columns]
-            cuts.append(_finite(float(cut[row])))
-            kept_after.append(int((alive & image).sum()))
-            present[layer] = int(alive.sum())
-        found = image.nonzero()[:, 0]
-        layers = [stage[0] for stage in self.stages]
-        left = dict(zip((-2, *layers), (len(found), *kept_after), strict=True))
-        kept = [bool(x) for x in alive[found]]
-        costs = self._costs(row, present)
-        return SampleReport(
-            image_tokens=len(kept),
-            kept_tokens=sum(kept),
-            keep_mask=kept,
-            scores=[_finite(float(x)) for x in scores[found]],
-            cut=cuts[-1] if cuts else None,
-            cut_layers=layers,
-            cuts=cuts,
-            kept_after=kept_after,
-            prompt_tokens=int(self.own_valid[row].sum()),
-            new_tokens=self.new[row],
-            layer_tokens=[
-                left[max(cut for cut in left if cut < layer)] for layer in range(self.depth)
-            ],
-            **costs,
-        )
-
-    def _costs(self, row: int, present: dict[int, int]) -> dict[str, int]:
-        """FLOPs and KV bytes; ``present`` maps each cut to the tokens left after it."""
-        record, ones = self.record, [1.0] * self.depth
-        seen, stored = (int(x) for x in self.context[row])
-        prompt = int(self.own_valid[row].sum())
-        if record.continued:
-            tokens = [prompt] * self.depth
-        else:
-            left, tokens = present[-1], []
-            for layer in range(self.depth):
-                left = present.get(layer - 1, left)
-                tokens.append(left)
-        final = tokens[-1] if record.continued else min(present.values())
-        dense, sparse = [prompt] * self.depth, tokens
-        heads = prompt if record.logit_rows > 1 else 1, final if record.logit_rows > 1 else 1
-        shares = [k / f for k, f in zip(self.counts, self.widths, strict=True)]
-        contexts = [seen] * self.depth, [stored] * self.depth
-        after = [seen + prompt] * self.depth, [stored + final] * self.depth
-        step = [1] * self.depth
-        head = 2 * self.head_macs
-        steps = step, step
-        return {
-            "prefill_flops": text_flops(self.costs, sparse, contexts[1], ones) + head * heads[1],
-            "dense_prefill_flops": text_flops(self.costs, dense, contexts[0], ones)
-            + head * heads[0],
-            "decode_flops": text_flops(self.costs, steps[0], after[1], shares) + head,
-            "dense_decode_flops": text_flops(self.costs, steps[1], after[0], ones) + head,
-            "kv_bytes": self._kv_bytes(stored + final),
-            "dense_kv_bytes": self._kv_bytes(seen + prompt),
-        }
-
-    def _kv_bytes(self, tokens: int) -> int:
-        if not self.record.cached:
-            return 0
-        return sum(c.kv_bytes * min(tokens, c.window or tokens) for c in self.costs)
-
-
-def _floats(stage: Any, rows: Any) -> tuple[Tensor, Tensor]:
-    return stage.choice.scores.float().cpu()[rows], stage.choice.cut.float().cpu()[rows]
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None
-
-
-def _count_new_tokens(record: Record) -> list[int]:
-    """Per row: generated tokens up to the first end token, itself included."""
-    rows = record.valid.shape[0]
-    generated = record.steps + 1
-    if record.sequences is None:
-        return [generated if record.steps or record.logit_rows == 1 else 0] * rows
-    new = record.sequences[:, record.prompt_width :].cpu()
-    out = []
-    for row in range(rows):
-        line = new[row * len(new) // rows].tolist()
-        stops = [i for i, token in enumerate(line) if token in record.ends]
-        out.append(stops[0] + 1 if stops else len(line))
-    return out
+    @property
+    def chooser(self) -> Record:
+        """The record that holds the choices of tokens: of a continued turn, the first one's."""
+        return self if self.earlier is None else self.earlier.chooser

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from corematching.errors import InputError
 from corematching.model.hooks import run_pre_hooks
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 from corematching.protocol import VISION
 from corematching.runtime.attach import Run
 
@@ -80,7 +80,7 @@ def record_prompt(run: Run, activations: bool = False, inputs: bool = False) -> 
     inputs : bool
         Keep what enters the FFNs too, for methods that read it or the gate.
     """
-    parts, recording = run._engine.parts, Recording()
+    parts, recording = run._session.parts, Recording()
     handles = []
     for index, layer in enumerate(parts.layers):
         see = functools.partial(_see_layer, recording, index)
@@ -113,14 +113,15 @@ def replay_prompt(run: Run, recording: Recording) -> Iterator[None]:
     recording : Recording
         Of the same prompt; another one is refused when the model reads it.
     """
-    parts, policy = run._engine.parts, run.method.tokens
+    parts, policy = run._session.parts, run.method.tokens
     depth = len(parts.layers)
     cuts = () if policy is None else policy.drop_after(depth)
     last = min(cuts, default=depth - 1)
     replay, patches = _Replay(parts, recording), Patches()
     for index, layer in enumerate(parts.layers[: min(last + 1, len(recording.outputs))]):
         patches.wrap(layer, "forward", functools.partial(replay.run_layer, index))
-    if recording.features is not None and VISION not in getattr(policy, "needs", ()):
+    needs = frozenset() if policy is None else policy.needs
+    if recording.features is not None and VISION not in needs:
         features = recording.features
         patches.wrap(
             run.model.base_model, "get_image_features", lambda original, *args, **kwargs: features
@@ -134,7 +135,7 @@ def replay_prompt(run: Run, recording: Recording) -> Iterator[None]:
 class _Replay:
     """Gives back what was recorded, layer by layer."""
 
-    def __init__(self, parts: Parts, recording: Recording) -> None:
+    def __init__(self, parts: ModelSpec, recording: Recording) -> None:
         self.parts, self.recording = parts, recording
 
     def run_layer(self, index: int, original: Any, *args: Any, **kwargs: Any) -> Any:

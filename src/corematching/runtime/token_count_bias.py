@@ -2,7 +2,7 @@
 
 A token that was kept for others is attended to as if it stood there as often as its weight says:
 the logarithm of the weight is added to its score (proportional attention: Token Merging,
-arXiv:2210.09461, section 3). The cache remembers the logarithms; every decoder layer's mask gets
+arXiv:2210.09461, section 3). The cache remembers the log_counts; every decoder layer's mask gets
 them here, whichever forward runs it, compiled ones too.
 Shapes: B samples, Q queries, K tokens that were stored when the prompt was done, S columns.
 """
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from corematching.cache.masks import add_weights
-from corematching.cache.memory import Memory
-from corematching.cache.remembering import memory_of
+from corematching.cache.pruned_cache import pruned_prompt_of
+from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
+from corematching.protocol import TokenPolicy
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +49,20 @@ def warn_once(name: str) -> None:
     )
 
 
-class LayerWeights:
+class TokenCountBias:
     """Adds the weights that a cache remembers to the masks that decoder layers get.
 
     Parameters
     ----------
-    parts : Parts
+    parts : ModelSpec
         The model's parts.
     tokens : TokenPolicy or None
-        What chooses tokens; has ``weighs = True`` where its choices carry weights.
+        What chooses tokens; ``proportional`` where its choices carry weights.
     """
 
-    def __init__(self, parts: Parts, tokens: Any) -> None:
+    def __init__(self, parts: ModelSpec, tokens: TokenPolicy | None) -> None:
         self.parts = parts
-        self.weighs = getattr(tokens, "weighs", False)
+        self.weighs = tokens is not None and tokens.proportional
 
     def install(self, patches: Patches) -> None:
         """Replace the layers' forwards on their instances, if there may be weights."""
@@ -71,8 +72,8 @@ class LayerWeights:
 
 def _run_layer(index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
     cache: Any = kwargs.get("past_key_values")
-    memory = memory_of(cache)
-    if memory is None or memory.logarithms is None:
+    memory = pruned_prompt_of(cache)
+    if memory is None or memory.log_counts is None:
         return original(*args, **kwargs)
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     mask = kwargs.get("attention_mask")
@@ -91,11 +92,13 @@ def _run_layer(index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **dict(kwargs, attention_mask=mask))
 
 
-def _weigh(memory: Memory, mask: Tensor | None, stored: int, first: int, hidden: Tensor) -> Tensor:
+def _weigh(
+    memory: PrunedPrompt, mask: Tensor | None, stored: int, first: int, hidden: Tensor
+) -> Tensor:
     """The mask (B, 1, Q, S) of a layer whose columns are ``first`` and the ``stored`` behind it."""
-    assert memory.logarithms is not None
+    assert memory.log_counts is not None
     memory.check_batch(hidden.shape[0])
-    columns = memory.logarithms.to(hidden.device)
+    columns = memory.log_counts.to(hidden.device)
     missing = first + stored - columns.shape[1]
     columns = F.pad(columns, (0, missing)) if missing > 0 else columns
     columns = columns[:, None, None, first : first + stored].to(hidden.dtype)

@@ -188,8 +188,8 @@ def prompt_layer(draw: Draw) -> Case:
     def call(first, second, shift, x, cos, sin, mask, **weights):
         norms = n.Norm(first, 1e-3, shift), n.Norm(second, 1e-3, shift)
         layer = n.PromptLayer(weights, norms, size, name, 0.3, n.Scratch())
-        angles = (cos, sin) if cos is not None else None
-        done = layer.run(x, angles, mask, causal)
+        cos_sin = (cos, sin) if cos is not None else None
+        done = layer.run(x, cos_sin, mask, causal)
         return [done.middle, done.active, done.out]
 
     def reference(first, second, shift, x, cos, sin, mask, **w):

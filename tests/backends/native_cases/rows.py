@@ -31,11 +31,11 @@ def normalised(draw: Draw) -> Case:
 def rotated(draw: Draw) -> Case:
     batch, length, heads, groups = (draw.size(1, most) for most in (3, 20, 4, 3))
     size, dtype = draw.size(1, 40, 2), draw.dtype()
-    angles = draw.random.choice([1, batch])
+    cos_sin = draw.random.choice([1, batch])
     tensors = {
         "x": draw.normal(batch, length, heads + 2 * groups, size, dtype=dtype),
-        "cos": draw.normal(angles, length, size, dtype=dtype),
-        "sin": draw.normal(angles, length, size, dtype=dtype),
+        "cos": draw.normal(cos_sin, length, size, dtype=dtype),
+        "sin": draw.normal(cos_sin, length, size, dtype=dtype),
     }
 
     def call(x, cos, sin):

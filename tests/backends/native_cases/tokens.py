@@ -116,7 +116,7 @@ def step(draw: Draw) -> Case:
     tensors["valid"][:, -1] = 1
     names = (*shapes, "q_bias", "q_norm", "k_norm", "o_bias")
 
-    def call(up, gate, down, bias, final, buffer, x, cos, sin, valid, logarithms, **w):
+    def call(up, gate, down, bias, final, buffer, x, cos, sin, valid, log_counts, **w):
         shape = n.Shape(heads, kv, size, 0.1, 0.4)
         one = n.DecodeStep([n.LayerWeights(**w)], final, shape)
         plan = n.KERNEL.prepare_dense(
@@ -125,9 +125,9 @@ def step(draw: Draw) -> Case:
         buffer = buffer.clone() if buffer.is_contiguous() else buffer
         one.set_plans([plan], x.shape[0])
         one.set_buffer(buffer)
-        return [one.run(x, cos, sin, valid, length, logarithms), buffer]
+        return [one.run(x, cos, sin, valid, length, log_counts), buffer]
 
-    def reference(up, gate, down, bias, final, buffer, x, cos, sin, valid, logarithms, **w):
+    def reference(up, gate, down, bias, final, buffer, x, cos, sin, valid, log_counts, **w):
         assert set(w) == set(names)
         w = {k: double(v) for k, v in w.items()}
         buffer, x = buffer.double().clone(), x.double()
@@ -140,8 +140,8 @@ def step(draw: Draw) -> Case:
         buffer[0, :, :, length - 1], buffer[1, :, :, length - 1] = k, v
         keys, values = buffer[:, :, :, :length].repeat_interleave(heads // kv, 2)
         scores = torch.einsum("bhd,bhsd->bhs", q, keys) * 0.4
-        if logarithms is not None:
-            some = logarithms[:, :length].double()
+        if log_counts is not None:
+            some = log_counts[:, :length].double()
             scores[..., : some.shape[1]] += some[:, None]
         scores = scores.masked_fill(valid.bool().logical_not()[:, None], -torch.inf)
         mixed = torch.einsum("bhs,bhsd->bhd", scores.softmax(-1), values).flatten(1)

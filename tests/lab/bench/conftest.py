@@ -42,7 +42,7 @@ def workload() -> RandomWorkload:
 @pytest.fixture
 def write_peers(tmp_path):
     """Writes a folder of adapters with one idle engine."""
-    server = Path(__file__).parents[2] / "benchmarks" / "peers" / "serve.py"
+    server = Path(__file__).parents[3] / "benchmarks" / "peers" / "serve.py"
 
     def write(needs: str = "json", shapes: bool = True, fails_at: int = -1) -> Path:
         folder = tmp_path / "peers"

@@ -9,7 +9,6 @@ from corematching.errors import BusyMachineError
 from corematching.lab.bench.machine import (
     Ceilings,
     CpuMeter,
-    MemoryMeter,
     best_seconds,
     grow_product,
     measure_ceilings,
@@ -57,12 +56,3 @@ def test_best_of_at_least_five():
     runs = []
     assert best_seconds(lambda: runs.append(1), torch.device("cpu"), least=0.0) >= 0
     assert len(runs) == 6  # the first one is not timed
-
-
-def test_peak_memory_sees_what_was_freed():
-    meter = MemoryMeter(torch.device("cpu"))
-    meter.reset()
-    before = meter.used
-    block = torch.ones(16 << 20)  # 64 MiB
-    del block
-    assert meter.peak - before > 32 << 20

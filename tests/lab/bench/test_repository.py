@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from corematching.lab.bench import read_adapters
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def load(path: Path):
@@ -31,7 +31,7 @@ def test_every_engine_has_an_adapter_with_an_install_line():
     for name, adapter in adapters.items():
         assert adapter.path.stem == name and adapter.install
         assert adapter.needs and set(adapter.find_missing()) <= {*adapter.needs, *adapter.programs}
-        text = (BENCHMARKS.parent / "docs" / "speed.md").read_text()
+        text = (BENCHMARKS.parent / "docs" / "guides" / "benchmark.md").read_text()
         assert f"| `{name}` |" in text
 
 

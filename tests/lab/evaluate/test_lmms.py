@@ -203,7 +203,7 @@ class TestRealHarness:
         subject.processor.save_pretrained(tmp_path / "model")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        folder = Path(__file__).parents[2] / "examples" / "lmms_eval"
+        folder = Path(__file__).parents[3] / "examples" / "lmms_eval"
         manager = TaskManager(
             "ERROR", include_path=str(folder), include_defaults=False, model_name="corematching"
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from corematching.chat import encode, pictures_of, render
 from corematching.errors import ConfigError, InputError
 from corematching.lab.evaluate.lmms.responder import Responder
 from corematching.lab.evaluate.lmms.settings import (
@@ -17,7 +18,7 @@ from corematching.lab.evaluate.lmms.settings import (
     read_settings,
     read_until,
 )
-from corematching.lab.evaluate.lmms.turns import pictures_of, read_turns, user_turn
+from corematching.lab.evaluate.lmms.turns import read_turns, user_turn
 from corematching.methods import method_from_text
 
 SPARSE = "corematching:keep_ratio=0.25;layer=1;neurons=top(0.5;dense_first=1;dense_last=1)"
@@ -195,7 +196,7 @@ class TestAnswers:
         responder = Responder(subject.model, subject.processor, read_method(method))
         chats = [user_turn("What?", [RED]), user_turn("Who is in this picture?", [BLUE])]
         output, _ = responder._generate(
-            responder.encode(chats[:1]),
+            encode(subject.model, subject.processor, chats[:1]),
             max_new_tokens=4,
             do_sample=False,
             output_logits=True,
@@ -212,8 +213,8 @@ class TestAnswers:
 
     def test_dense_score_is_the_sum_of_log_probabilities(self, responder, subject):
         chat, text = user_turn("What?", [RED]), " pig"
-        inputs = responder.encode([chat])
-        tokens = responder._tokens_of(responder.render(chat), text)
+        inputs = encode(subject.model, subject.processor, [chat])
+        tokens = responder._tokens_of(render(subject.processor, chat), text)
         assert subject.tokenizer.decode(tokens) == text
         ids = torch.cat([inputs["input_ids"], torch.tensor([tokens])], 1)
         rest = {"pixel_values": inputs["pixel_values"], "attention_mask": torch.ones_like(ids)}

@@ -7,9 +7,10 @@ import torch
 
 from corematching.errors import ConfigError
 from corematching.methods import method_from_dict, method_from_text
-from corematching.model.gates import Gates
+from corematching.model.gate_store import GateStore
 from corematching.protocol import NeuronPolicy
-from corematching.runtime.prefill.view import FFNProbe
+from corematching.runtime.prefill.view import FFNObserver
+from tests.chosen import neurons_of
 from tests.models import build, make_inputs
 from tests.policies.views import make_view, show_rows
 
@@ -73,7 +74,7 @@ def test_wrong_parameters(text, message):
 def test_the_probe_sees_what_the_ffn_computes(family):
     model = build(family)
     mlp = model.model.layers[1].mlp
-    probe, seen = FFNProbe(mlp, Gates()), []
+    probe, seen = FFNObserver(mlp, GateStore()), []
     handles = [
         mlp.register_forward_pre_hook(probe),
         mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
@@ -135,7 +136,7 @@ def test_decoding_is_what_masks_give(name):
     }
     with torch.no_grad(), method_from_text(f"{name}:active_ratio=0.4")(model) as work:
         ours = model.generate(**inputs, **settings)
-        choices = work._engine.records[-1].selection.neurons
+        choices = neurons_of(work)
         report = work.report
     assert sorted(choices) == [0, 1, 2, 3]
     share = 0.4 if name == "teal" else (1 + 2 * 0.4) / 3

@@ -29,14 +29,14 @@ class PromptAttention:
         self._tiled = TiledAttention() if unit == TILES else None
 
     def attend(
-        self, module: Any, joint: Tensor, angles: Any, mask: Any, cache: Any, **kwargs: Any
+        self, module: Any, joint: Tensor, cos_sin: Any, mask: Any, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         """Llama's attention: (B, T, H + 2G, D), not rotated yet, to (B, T, H * D), and no weights.
 
-        ``angles`` are cosines and sines, (B or 1, T, D) each; queries are rotated in place.
+        ``cos_sin`` are cosines and sines, (B or 1, T, D) each; queries are rotated in place.
         """
         groups = module.v_proj.out_features // module.head_dim
-        cos, sin = angles
+        cos, sin = cos_sin
         query, key, value = rotate_apart(joint, cos, sin, groups)
         if cache is not None:
             key, value = store(cache, key, value, module.layer_idx)

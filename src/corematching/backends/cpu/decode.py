@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from corematching.backends.cpu.selfcheck import agrees
 from corematching.backends.kv_buffers import CacheBuffers
 from corematching.backends.plain_step import embed_step, is_plain_step
 from corematching.backends.sparse_ffn import SparseFFN
-from corematching.cache.remembering import logarithms_of
+from corematching.cache.pruned_cache import log_counts_of
 from corematching.errors import InvalidTensorError
 from corematching.model.ffn import FFNParts
-from corematching.model.hooks import CAPTURING, HookWatch
+from corematching.model.hooks import CAPTURING, HookMonitor
 from corematching.model.patching import Patches
-from corematching.model.snapshot import Watch
-from corematching.model.spec import Parts
+from corematching.model.snapshot import WeightSnapshot
+from corematching.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,9 @@ class NativeSteps:
 
     Parameters
     ----------
-    parts : Parts
+    parts : ModelSpec
         The model's parts.
-    sparse : dict
+    sparse : mapping
         The layers' sparse FFNs, by layer.
 
     Attributes
@@ -49,7 +50,7 @@ class NativeSteps:
         Why no step can run here; empty where they can.
     """
 
-    def __init__(self, parts: Parts, sparse: dict[int, SparseFFN]) -> None:
+    def __init__(self, parts: ModelSpec, sparse: Mapping[int, SparseFFN]) -> None:
         self.parts, self.sparse = parts, sparse
         self.count = 0
         self.reason = ""
@@ -61,8 +62,8 @@ class NativeSteps:
         self._layout: Layout | None = None
         self._step: DecodeStep | None = None
         self._buffers: CacheBuffers | None = None
-        self._hooks = HookWatch([])
-        self._watch = Watch()
+        self._hooks = HookMonitor([])
+        self._watch = WeightSnapshot()
 
     def install(self) -> None:
         """Replace the decoder's forward on its instance, if its form is known."""
@@ -97,7 +98,7 @@ class NativeSteps:
                 log.debug("unreadable decoder", exc_info=True)
             self.reason, self._step, self._addresses = str(error), None, ()
             return
-        self._watch = Watch([*self.parts.layers, self._decoder.norm])
+        self._watch = WeightSnapshot([*self.parts.layers, self._decoder.norm])
         addresses = tuple(tensor.data_ptr() for tensor in layout.tensors)
         if addresses == self._addresses:
             return
@@ -121,7 +122,7 @@ class NativeSteps:
             len(layout.layers), shape.kv_heads, shape.head_dim, layout.final_norm.dtype
         )
         modules = [m for layer in self.parts.layers for m in layer.modules()]
-        self._hooks = HookWatch([*modules, self._decoder.norm], ignored=[CAPTURING])
+        self._hooks = HookMonitor([*modules, self._decoder.norm], ignored=[CAPTURING])
 
     @property
     def form(self) -> tuple[str, ...]:
@@ -144,15 +145,15 @@ class NativeSteps:
         if stored is None or plans is None or x.dtype != self._layout.final_norm.dtype:
             return None
         valid, fits = _valid_columns(kwargs.get("attention_mask"), batch, stored + 1)
-        angles = self._rotations(x, kwargs.get("position_ids"), cache) if fits else None
-        if angles is None:
+        cos_sin = self._rotations(x, kwargs.get("position_ids"), cache) if fits else None
+        if cos_sin is None:
             return None
-        logarithms = logarithms_of(cache, batch)
+        log_counts = log_counts_of(cache, batch)
         with step.lock:
             buffer = buffers.take(cache, stored, batch)
             step.set_plans(plans, batch)
             step.set_buffer(buffer)
-            out = step.run(x[:, 0].contiguous(), *angles, valid, stored + 1, logarithms)
+            out = step.run(x[:, 0].contiguous(), *cos_sin, valid, stored + 1, log_counts)
             buffers.show(cache, buffer, stored + 1)
         return out[:, None]
 

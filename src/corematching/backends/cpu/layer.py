@@ -22,9 +22,9 @@ from corematching.backends.cpu.native import (
 )
 from corematching.cache.layers import store, takes_as_is
 from corematching.model.ffn import FFNParts
-from corematching.model.gates import Gates
+from corematching.model.gate_store import GateStore
 from corematching.model.hooks import may_run_late, promise_input, run_pre_hooks
-from corematching.model.snapshot import Watch
+from corematching.model.snapshot import WeightSnapshot
 
 
 @dataclass
@@ -55,10 +55,10 @@ class LlamaLayer:
         Multiplies.
     attention : PromptAttention
         Attends.
-    gates : Gates
+    gates : GateStore
         Who wants to see the FFN's gates.
     scratch : Scratch
-        Memory to work in, for all layers.
+        PrunedPrompt to work in, for all layers.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class LlamaLayer:
         ffn: FFNParts,
         products: Products,
         attention: PromptAttention,
-        gates: Gates,
+        gates: GateStore,
         scratch: Scratch,
     ) -> None:
         self.layer: Any = layer
         self.ffn, self._gates, self._scratch = ffn, gates, scratch
         self._products, self._attend = products, attention
-        self._watch = Watch()
+        self._watch = WeightSnapshot()
         self._weights: Weights | None = None
 
-    def run(self, x: Tensor, mask: Any, cache: Any, angles: Any, **kwargs: Any) -> Tensor | None:
+    def run(self, x: Tensor, mask: Any, cache: Any, cos_sin: Any, **kwargs: Any) -> Tensor | None:
         """(B, T, d) to (B, T, d), or None where C cannot do it.
 
         Parameters
@@ -85,7 +85,7 @@ class LlamaLayer:
             Several tokens of each sample, on the CPU, that nobody wants a graph of.
         mask, cache : object
             As the layer gets them.
-        angles : tuple of Tensor
+        cos_sin : tuple of Tensor
             Cosines and sines, (B or 1, T, D) each, of x's dtype.
         """
         weights = self._find_weights()
@@ -93,9 +93,9 @@ class LlamaLayer:
             return None
         out = None
         if weights.whole is not None and self._goes_at_once(x, mask, cache, kwargs):
-            out = self._run_at_once(weights.whole, x, mask, cache, angles, kwargs)
+            out = self._run_at_once(weights.whole, x, mask, cache, cos_sin, kwargs)
         if out is None:
-            out = self._run_in_parts(weights, x, mask, cache, angles, kwargs)
+            out = self._run_in_parts(weights, x, mask, cache, cos_sin, kwargs)
         return out
 
     def _goes_at_once(self, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
@@ -111,7 +111,7 @@ class LlamaLayer:
         x: Tensor,
         mask: Any,
         cache: Any,
-        angles: Any,
+        cos_sin: Any,
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         ffn, attention = self.ffn, self.layer.self_attn
@@ -120,7 +120,7 @@ class LlamaLayer:
             return None
         kept = self._gates.make_room(ffn.mlp, middle, ffn.width)
         causal = is_causal(attention, mask, kwargs)
-        done = whole.run(x, angles, mask, causal, middle, kept)
+        done = whole.run(x, cos_sin, mask, causal, middle, kept)
         if cache is not None:
             assert done.key is not None and done.value is not None
             store(cache, done.key, done.value, attention.layer_idx)
@@ -133,14 +133,14 @@ class LlamaLayer:
         x: Tensor,
         mask: Any,
         cache: Any,
-        angles: Any,
+        cos_sin: Any,
         kwargs: dict[str, Any],
     ) -> Tensor:
         attention, products = weights.attention, self._products
         first, second = weights.norms
         joint = products.several(x, weights.inputs, weights.input_biases, first)
         joint = joint.view(*x.shape[:-1], -1, attention.head_dim)
-        mixed = self._attend.attend(attention, joint, angles, mask, cache, **kwargs)[0]
+        mixed = self._attend.attend(attention, joint, cos_sin, mask, cache, **kwargs)[0]
         x = products.linear(mixed, weights.output, weights.output_bias, x)
         make = functools.partial(normalise, x, second)
         if promise_input(self.ffn.mlp, x, make):
@@ -158,7 +158,7 @@ class LlamaLayer:
             self._weights = weights if weights is not None and self._fit(weights) else None
             if self._weights is not None:
                 self._weights.whole = self._prepare(self._weights)
-            self._watch = Watch([self.layer])
+            self._watch = WeightSnapshot([self.layer])
         return self._weights
 
     def _prepare(self, weights: Weights) -> PromptLayer | None:
@@ -218,7 +218,7 @@ class LlamaLayer:
 
 def activate(
     products: Products,
-    gates: Gates,
+    gates: GateStore,
     ffn: FFNParts,
     weights: dict[str, Tensor],
     x: Tensor,

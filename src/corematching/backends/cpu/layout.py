@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from corematching.backends.cpu.native import LayerWeights, Shape, refuse_matrix
 from corematching.model.ffn import FFNParts
 from corematching.model.patching import has_foreign_forward
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -51,7 +51,7 @@ class Layout:
         return [*own, self.final_norm, *(t for ffn in self.ffns for t in ffn.dense().values())]
 
 
-def read_layout(parts: Parts, ffns: list[FFNParts]) -> Layout:
+def read_layout(parts: ModelSpec, ffns: list[FFNParts]) -> Layout:
     """Read a decoder.
 
     Raises
@@ -83,7 +83,7 @@ def read_layout(parts: Parts, ffns: list[FFNParts]) -> Layout:
     return layout
 
 
-def _refuse_foreign_forwards(parts: Parts) -> None:
+def _refuse_foreign_forwards(parts: ModelSpec) -> None:
     """Refuse layers in which somebody replaced the forward of a module on its instance."""
     final = getattr(parts.decoder, "norm", None)
     modules = [m for layer in parts.layers for m in layer.modules()]
@@ -92,7 +92,7 @@ def _refuse_foreign_forwards(parts: Parts) -> None:
             raise OddDecoderError(f"a {type(module).__name__} has a forward of its own")
 
 
-def _refuse_windows(parts: Parts) -> None:
+def _refuse_windows(parts: ModelSpec) -> None:
     config = parts.config
     kinds = getattr(config, "layer_types", None) or []
     windows = [getattr(config, "sliding_window", None)] if not kinds else []

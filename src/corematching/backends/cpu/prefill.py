@@ -25,9 +25,9 @@ from corematching.backends.cpu.native import (
 from corematching.backends.cpu.tower import TowerAttention, TowerLayer
 from corematching.errors import UnsupportedModelError
 from corematching.model.ffn import FFNParts
-from corematching.model.hooks import HookWatch
+from corematching.model.hooks import HookMonitor
 from corematching.model.patching import Patches, has_foreign_forward
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 
 FEWEST_FLOAT_ROWS = 64
 """PyTorch multiplies fewer rows of float32 in less time."""
@@ -46,14 +46,19 @@ class NativePrompts:
 
     Parameters
     ----------
-    parts : Parts
+    parts : ModelSpec
         The model's parts.
     unit : str or None
         What multiplies: ``tiles`` or ``vectors``; None replaces nothing. The default is what the
         machine is best at.
+
+    Attributes
+    ----------
+    layers : int
+        Decoder layers that ran in C, from their norms to their residuals.
     """
 
-    def __init__(self, parts: Parts, unit: str | None = "") -> None:
+    def __init__(self, parts: ModelSpec, unit: str | None = "") -> None:
         self.parts = parts
         self.unit = find_unit() if unit == "" else unit
         self._patches = Patches()
@@ -61,6 +66,7 @@ class NativePrompts:
         self._attend = PromptAttention(self.unit)
         self._scratch = Scratch()
         self._dtypes = list_dtypes(self.unit)
+        self.layers = 0
 
     def install(self, ffns: list[FFNParts]) -> None:
         """Replace the forwards, where there is something to multiply with.
@@ -94,10 +100,10 @@ class NativePrompts:
         ffns = ffns if _are_known(ffns) else []
         for ffn in ffns:
             inner = [module for module in ffn.mlp.modules() if module not in (ffn.mlp, ffn.down)]
-            self._wrap(ffn.mlp, self._ffn, ffn, HookWatch(inner))
+            self._wrap(ffn.mlp, self._ffn, ffn, HookMonitor(inner))
         if self._attends_like_llama():
             for module in self.parts.attentions:
-                self._wrap(module, self._attention, module, HookWatch(inputs_of(module)))
+                self._wrap(module, self._attention, module, HookMonitor(inputs_of(module)))
             if ffns and self._layers_are_llamas(ffns[0], norms):
                 for layer, ffn in zip(self.parts.layers, ffns, strict=True):
                     whole = self._join(layer, ffn)
@@ -133,15 +139,15 @@ class NativePrompts:
                 return False
             if layer.input_layernorm not in norms or layer.post_attention_layernorm not in norms:
                 return False
-        x, angles = self._make_probe(first.self_attn)
+        x, cos_sin = self._make_probe(first.self_attn)
         with torch.inference_mode(False), torch.no_grad():
-            theirs = first(x, position_embeddings=angles, attention_mask=None)
-            ours = self._join(first, ffn).run(x, None, None, angles)
+            theirs = first(x, position_embeddings=cos_sin, attention_mask=None)
+            ours = self._join(first, ffn).run(x, None, None, cos_sin)
         theirs = theirs[0] if isinstance(theirs, tuple) else theirs
         return ours is not None and is_close(ours, theirs)
 
     def _make_probe(self, attention: Any) -> tuple[Tensor, Any]:
-        """As few tokens as run here, and their angles; a gap is between their places."""
+        """As few tokens as run here, and their cos_sin; a gap is between their places."""
         decoder: Any = self.parts.decoder
         dtype = attention.q_proj.weight.dtype
         count = FEWEST_FLOAT_ROWS if dtype == torch.float32 else 3
@@ -157,7 +163,7 @@ class NativePrompts:
     def _layer(
         self,
         whole: LlamaLayer,
-        hooks: HookWatch,
+        hooks: HookMonitor,
         original: Any,
         hidden_states: Tensor,
         attention_mask: Any = None,
@@ -165,16 +171,17 @@ class NativePrompts:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Any:
-        x, angles = hidden_states, position_embeddings
+        x, cos_sin = hidden_states, position_embeddings
         attention = whole.layer.self_attn
         known = is_prompt(x) and self._takes(x) and not hooks.sees_any()
-        known = known and uses_sdpa(attention) and _are_angles(angles, x, attention.head_dim)
-        out = whole.run(x, attention_mask, past_key_values, angles, **kwargs) if known else None
+        known = known and uses_sdpa(attention) and _are_angles(cos_sin, x, attention.head_dim)
+        out = whole.run(x, attention_mask, past_key_values, cos_sin, **kwargs) if known else None
         if out is not None:
+            self.layers += 1
             return out
         return original(
             x, attention_mask=attention_mask, past_key_values=past_key_values,
-            position_embeddings=angles, **kwargs,
+            position_embeddings=cos_sin, **kwargs,
         )  # fmt: skip
 
     def _takes(self, x: Tensor) -> bool:
@@ -192,7 +199,7 @@ class NativePrompts:
             return original(x)
         return self._products.linear(x, module.weight, module.bias)
 
-    def _ffn(self, ffn: FFNParts, hooks: HookWatch, original: Any, x: Tensor, *args: Any) -> Any:
+    def _ffn(self, ffn: FFNParts, hooks: HookMonitor, original: Any, x: Tensor, *args: Any) -> Any:
         """Gate, activation and up at once; the down projection is called as a module."""
         if args or not is_prompt(x) or hooks.sees_any():
             return original(x, *args)
@@ -205,7 +212,7 @@ class NativePrompts:
     def _attention(
         self,
         module: Any,
-        hooks: HookWatch,
+        hooks: HookMonitor,
         original: Any,
         hidden_states: Tensor,
         position_embeddings: Any = None,
@@ -213,15 +220,15 @@ class NativePrompts:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        x, angles = hidden_states, position_embeddings
+        x, cos_sin = hidden_states, position_embeddings
         known = uses_sdpa(module) and not hooks.sees_any()
-        joint = self._project(module, x, angles) if known else None
+        joint = self._project(module, x, cos_sin) if known else None
         if joint is None:
             return original(
-                hidden_states=x, position_embeddings=angles, attention_mask=attention_mask,
+                hidden_states=x, position_embeddings=cos_sin, attention_mask=attention_mask,
                 past_key_values=past_key_values, **kwargs,
             )  # fmt: skip
-        seen = angles, attention_mask, past_key_values
+        seen = cos_sin, attention_mask, past_key_values
         mixed, weights = self._attend.attend(module, joint, *seen, **kwargs)
         return module.o_proj(mixed), weights
 
@@ -236,9 +243,9 @@ class NativePrompts:
         joint = self._products.several(x, weights, [linear.bias for linear in inputs], norm)
         return joint.view(*x.shape[:-1], -1, module.head_dim)
 
-    def _project(self, module: Any, x: Tensor, angles: Any) -> Tensor | None:
+    def _project(self, module: Any, x: Tensor, cos_sin: Any) -> Tensor | None:
         """(B, T, H + 2G, D), queries, keys and values, not rotated; None where C cannot do that."""
-        if not _are_angles(angles, x, module.head_dim):
+        if not _are_angles(cos_sin, x, module.head_dim):
             return None
         return self._project_jointly(module, x) if type(module.o_proj) is nn.Linear else None
 
@@ -254,13 +261,13 @@ class NativePrompts:
                 return False
         if not hasattr(decoder, "rotary_emb") or not hasattr(first, "head_dim"):
             return False
-        x, angles = self._make_probe(first)
+        x, cos_sin = self._make_probe(first)
         with torch.inference_mode(False), torch.no_grad():
-            joint = self._project(first, x, angles)
+            joint = self._project(first, x, cos_sin)
             if joint is None:
                 return False
-            theirs = first(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
-            ours = self._attend.attend(first, joint, angles, None, None)[0]
+            theirs = first(hidden_states=x, position_embeddings=cos_sin, attention_mask=None)[0]
+            ours = self._attend.attend(first, joint, cos_sin, None, None)[0]
             return is_close(first.o_proj(ours), theirs)
 
 
@@ -282,11 +289,11 @@ def _are_known(ffns: list[FFNParts]) -> bool:
     return all(ffn.gated and ffn.activation_name for ffn in ffns)
 
 
-def _watch_layer(layer: Any, ffn: FFNParts) -> HookWatch:
+def _watch_layer(layer: Any, ffn: FFNParts) -> HookMonitor:
     """The hooks that a layer in one piece would not run."""
     called = (ffn.mlp, ffn.down)
     inner = [module for module in layer.modules() if module not in (layer, *called)]
-    return HookWatch(inner, called=called)
+    return HookMonitor(inner, called=called)
 
 
 def _is_plain_linear(module: Any) -> bool:
@@ -302,15 +309,15 @@ def _run_convolution(module: Any, original: Any, x: Tensor) -> Tensor:
     return module._conv_forward(x.float(), module.weight.float(), bias).to(x.dtype)
 
 
-def _are_angles(angles: Any, x: Tensor, size: int) -> bool:
+def _are_angles(cos_sin: Any, x: Tensor, size: int) -> bool:
     """Whether these are cosines and sines, (B or 1, T, D) each."""
-    return isinstance(angles, tuple) and all(
+    return isinstance(cos_sin, tuple) and all(
         isinstance(part, Tensor)
         and part.ndim == 3
         and part.shape[0] in (1, x.shape[0])
         and part.shape[1:] == (x.shape[1], size)
         and part.dtype == x.dtype
-        for part in angles
+        for part in cos_sin
     )
 
 

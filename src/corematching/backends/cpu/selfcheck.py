@@ -89,10 +89,10 @@ def _run_in_float32(steps: NativeSteps, x: Tensor, cache: DynamicCache, count: i
     decoder: Any = steps.parts.decoder
     position = torch.tensor([[STEP]])
     x = x.float()
-    angles = _rotate(decoder, x, position)
+    cos_sin = _rotate(decoder, x, position)
     for layer in list(steps.parts.layers)[:count]:
         weights = {name: weight.float() for name, weight in layer.named_parameters()}
-        how = {"position_embeddings": angles, "attention_mask": None, "past_key_values": cache}
+        how = {"position_embeddings": cos_sin, "attention_mask": None, "past_key_values": cache}
         out: Any = functional_call(layer, weights, (x,), how)
         x = out[0] if isinstance(out, tuple) else out
     return functional_call(decoder.norm, {"weight": decoder.norm.weight.float()}, (x,))

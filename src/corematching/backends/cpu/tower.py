@@ -28,8 +28,8 @@ from corematching.backends.cpu.native import (
     refuse_product,
 )
 from corematching.backends.kernels import activation_name
-from corematching.model.hooks import CAPTURING, COUNTING, HookWatch, show_result
-from corematching.model.snapshot import Watch
+from corematching.model.hooks import CAPTURING, COUNTING, HookMonitor, show_result
+from corematching.model.snapshot import WeightSnapshot
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 LAYER_PARTS = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
@@ -61,7 +61,7 @@ class TowerAttention:
         self.module: Any = module
         self._project, self._attention = project, attention
         self._inputs = [getattr(module, name, module) for name in PROJECTIONS[:3]]
-        self._hooks = HookWatch(self._inputs, ignored=[COUNTING])
+        self._hooks = HookMonitor(self._inputs, ignored=[COUNTING])
 
     def is_known(self) -> bool:
         """Whether the module has this form, and computes what `forward` does."""
@@ -124,7 +124,7 @@ class TowerLayer:
     products : Products
         Multiplies, on tiles.
     scratch : Scratch
-        Memory to work in, for all layers.
+        PrunedPrompt to work in, for all layers.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class TowerLayer:
         self._whole: PromptLayer | None = None
         self._function = getattr(getattr(layer, "mlp", None), "activation_fn", None)
         self._activation = ""
-        self._watch, self._plain, self._norms = Watch(), False, (NO_NORM, NO_NORM)
-        self._hooks = HookWatch(())
+        self._watch, self._plain, self._norms = WeightSnapshot(), False, (NO_NORM, NO_NORM)
+        self._hooks = HookMonitor(())
 
     def is_known(self) -> bool:
         """Whether the layer has this form, and computes what `forward` does."""
@@ -148,7 +148,7 @@ class TowerLayer:
             return False
         attention = set(layer.self_attn.modules()) - {layer.self_attn, layer.self_attn.out_proj}
         inner = [module for module in layer.modules() if module not in (layer, *attention)]
-        self._hooks = HookWatch(inner, ignored=[COUNTING, CAPTURING])
+        self._hooks = HookMonitor(inner, ignored=[COUNTING, CAPTURING])
         with torch.inference_mode(False), torch.no_grad():
             width, dtype = layer.mlp.fc1.in_features, layer.mlp.fc1.weight.dtype
             x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
@@ -165,7 +165,7 @@ class TowerLayer:
 
     def _run(self, x: Tensor, mask: Any) -> Tensor | None:
         if not self._watch.unchanged():
-            self._plain, self._watch = self._read_layer(), Watch([self.layer])
+            self._plain, self._watch = self._read_layer(), WeightSnapshot([self.layer])
             self._whole = self._prepare() if self._plain else None
         layer, (first, second) = self.layer, self._norms
         if not self._plain or first.weight.dtype != x.dtype:

@@ -129,16 +129,16 @@ def count_users(tensor: Tensor) -> int:
     return int(count(tensor.untyped_storage()._cdata))
 
 
-def show_columns(mask: Tensor, visible: Tensor, logarithms: Tensor | None = None) -> None:
+def show_columns(mask: Tensor, visible: Tensor, log_counts: Tensor | None = None) -> None:
     """Let attention see some of the first columns and none behind them.
 
     Parameters
     ----------
     mask : Tensor
-        (B, 1, 1, S), changed in place; additive where ``logarithms`` are given.
+        (B, 1, 1, S), changed in place; additive where ``log_counts`` are given.
     visible : Tensor
         (B or 1, K) bool, K columns that store something.
-    logarithms : Tensor or None
+    log_counts : Tensor or None
         (B, up to K), what is added to the scores of the first columns.
     """
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
@@ -147,5 +147,5 @@ def show_columns(mask: Tensor, visible: Tensor, logarithms: Tensor | None = None
     if mask.dtype != torch.bool:
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill_(~seen, hidden)
     mask[..., : visible.shape[1]].copy_(seen.expand(mask.shape[0], -1, -1, -1))
-    if logarithms is not None:
-        mask[..., : logarithms.shape[1]].add_(logarithms[:, None, None])
+    if log_counts is not None:
+        mask[..., : log_counts.shape[1]].add_(log_counts[:, None, None])

@@ -10,7 +10,7 @@ Shapes: B samples, S columns of the buffer, d hidden size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,11 +21,11 @@ from corematching.backends.cuda.frame import Frame, make_frame, show_columns
 from corematching.backends.kv_buffers import CacheBuffers
 from corematching.backends.plain_step import embed_step, is_plain_step
 from corematching.backends.sparse_ffn import SparseFFN
-from corematching.cache.remembering import logarithms_of
-from corematching.model.hooks import CAPTURING, HookWatch
+from corematching.cache.pruned_cache import log_counts_of
+from corematching.model.hooks import CAPTURING, HookMonitor
 from corematching.model.patching import Patches
-from corematching.model.snapshot import Watch
-from corematching.model.spec import Parts
+from corematching.model.snapshot import WeightSnapshot
+from corematching.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,9 @@ class GraphSteps:
 
     Parameters
     ----------
-    parts : Parts
+    parts : ModelSpec
         The model's parts.
-    sparse : dict
+    sparse : mapping
         The layers' sparse FFNs, by layer.
     make_recorder : callable
         Gives a `Recorder`.
@@ -90,8 +90,8 @@ class GraphSteps:
 
     def __init__(
         self,
-        parts: Parts,
-        sparse: dict[int, SparseFFN],
+        parts: ModelSpec,
+        sparse: Mapping[int, SparseFFN],
         make_recorder: Callable[[], Recorder] = CudaGraph,
     ) -> None:
         self.parts, self.sparse, self.make_recorder = parts, sparse, make_recorder
@@ -103,10 +103,10 @@ class GraphSteps:
         self._buffers: CacheBuffers | None = None
         self._frame: Frame | None = None
         self._stale = True
-        self._watch = Watch()
+        self._watch = WeightSnapshot()
         modules = [module for layer in parts.layers for module in layer.modules()]
         final = getattr(parts.decoder, "norm", None)
-        self._hooks = HookWatch(
+        self._hooks = HookMonitor(
             [*modules, *([] if final is None else [final])], ignored=[CAPTURING]
         )
 
@@ -163,7 +163,7 @@ class GraphSteps:
             frame.x.copy_(x)
             frame.positions.copy_(positions)
             frame.column.fill_(stored)
-            show_columns(frame.mask, visible, logarithms_of(cache, batch))
+            show_columns(frame.mask, visible, log_counts_of(cache, batch))
             if not self._run(frame):
                 return None
             buffers.show(cache, frame.buffer, stored + 1)
@@ -218,7 +218,7 @@ class GraphSteps:
         """The frame in which the cache's next token has a column."""
         frame = self._frame
         additive = self.parts.config._attn_implementation == "eager"
-        additive = additive or logarithms_of(cache, x.shape[0]) is not None
+        additive = additive or log_counts_of(cache, x.shape[0]) is not None
         form = (x.shape, x.dtype, positions.shape, additive)
         if self._stale and frame is not None and frame.addresses:
             if not self._watch.unchanged() or self._addresses() != frame.addresses:
@@ -234,7 +234,7 @@ class GraphSteps:
         buffer = buffers.make(x.shape[0], self._columns(stored))
         frame = self._frame = make_frame(form, buffer, x, positions)
         buffers.fill(frame.buffer, cache, stored)
-        self._watch = Watch(self.parts.layers)
+        self._watch = WeightSnapshot(self.parts.layers)
         return frame
 
     def _columns(self, stored: int) -> int:

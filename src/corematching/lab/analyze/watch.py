@@ -14,7 +14,7 @@ from corematching.methods import Sparsifier
 from corematching.protocol import PrefillView
 from corematching.runtime import check_model, is_attached
 from corematching.runtime.prefill.prompt import read_prompt
-from corematching.runtime.prefill.view import AttentionProbe
+from corematching.runtime.prefill.view import AttentionObserver
 
 Look = Callable[[PrefillView], None]
 
@@ -87,9 +87,9 @@ class _Watcher:
 
     def __init__(self, parts: Any, valid: Tensor, image: Tensor, look: Look) -> None:
         self.parts, self.valid, self.image, self.look = parts, valid, image, look
-        self.memory: dict[str, Any] = {}
+        self.memory: dict[type, Any] = {}
         self._handles: list[Any] = []
-        self._probe: AttentionProbe | None = None
+        self._probe: AttentionObserver | None = None
         self._activations: Tensor | None = None
         self._embeddings: Tensor | None = None
 
@@ -117,7 +117,7 @@ class _Watcher:
         self._embeddings = args[0] if args else kwargs["hidden_states"]
 
     def _arm(self, attention: nn.Module, *_: Any) -> None:
-        self._probe = AttentionProbe(attention)
+        self._probe = AttentionObserver(attention)
         self._probe.arm()
 
     def _keep(self, _: nn.Module, args: tuple[Any, ...]) -> None:

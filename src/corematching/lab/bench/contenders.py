@@ -11,8 +11,9 @@ import torch
 
 from corematching.errors import CoreMatchingError
 from corematching.lab.bench.cost import step_costs
-from corematching.lab.bench.machine import MemoryMeter, synchronise
+from corematching.lab.bench.machine import synchronise
 from corematching.lab.bench.workload import Workload
+from corematching.memory_meter import MemoryMeter
 from corematching.methods import BaseMethod
 
 

@@ -1,4 +1,4 @@
-"""The machine: how busy it is, what it can do at most, and how much memory this process takes."""
+"""The machine: how busy it is, and what it can do at most."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from corematching.devices import product_dtype
 from corematching.errors import BusyMachineError
+from corematching.extras import require
+
+psutil = require("psutil", "bench", "a benchmark")
 
 BUSY_SHARE = 0.10
 PROBE_SECONDS = 1.0
@@ -67,12 +68,12 @@ class CpuMeter:
         return busy, mine, time.monotonic() * (psutil.cpu_count() or 1)
 
 
-def _cpu_seconds(process: psutil.Process) -> float:
+def _cpu_seconds(process: Any) -> float:
     try:
         times = process.cpu_times()
     except psutil.Error:
         return 0.0
-    return times.user + times.system
+    return float(times.user + times.system)
 
 
 def probe_others(seconds: float = PROBE_SECONDS) -> float:
@@ -163,51 +164,3 @@ def synchronise(device: torch.device) -> None:
     """Wait until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class MemoryMeter:
-    """The device's memory in use by this process, and its peak since the last `reset`.
-
-    On a GPU that is what the allocator handed out; otherwise the process's resident memory.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def reset(self) -> None:
-        """Forget the peak."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:
-            return  # no such counter here: the peak is then the process's over all its life
-
-    @property
-    def used(self) -> int:
-        """Bytes in use."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return psutil.Process().memory_info().rss
-
-    @property
-    def peak(self) -> int:
-        """Most bytes in use since `reset`."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return read_peak_resident()
-
-
-def read_peak_resident() -> int:
-    """The process's peak resident memory in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        kilobytes = next(line.split()[1] for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
-        import sys
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-    return 1024 * int(kilobytes)

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from corematching import chat
 from corematching.errors import InputError, translating
-from corematching.inputs import check_length, longest_prompt, plain_text
 from corematching.lab.evaluate.oracle import BoxCoverage
 from corematching.lab.evaluate.task import Question, Task
 from corematching.media import open_picture
@@ -43,7 +43,7 @@ class Subject:
     processor: Any
 
     def __post_init__(self) -> None:
-        if getattr(self.processor, "image_processor", None) is None:
+        if not chat.takes_images(self.processor):
             raise InputError(
                 f"'{self.name}' takes no pictures, the questions are about pictures: choose a "
                 "vision-language model (see `corematching models`)"
@@ -72,50 +72,9 @@ class Subject:
             f"the processor of '{self.name}' cannot take these questions and pictures",
             "repair its tokenizer and chat template",
         ):
-            texts = [self._render(plain_text(self.processor, prompt)) for prompt in prompts]
-            return encode_texts(self.model, self.processor, texts, [[image] for image in images])
-
-    def _render(self, prompt: str) -> str:
-        """The chat template's text, or the bare prompt where there is none."""
-        if not getattr(self.processor, "chat_template", None):
-            return (getattr(self.processor, "image_token", None) or "") + prompt
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        turns = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
-
-def encode_texts(model: Any, processor: Any, texts: list[str], images: list | None) -> Any:
-    """Rendered prompts and each one's pictures (None: no pictures) as a model's input.
-
-    Padded on the left, with the end token where the tokenizer names none to pad with; a prompt that
-    starts with the tokenizer's first token gets no second one.
-
-    Raises
-    ------
-    InputError
-        A prompt has more tokens than the model takes.
-    """
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    inputs = processor(
-        text=texts,
-        images=images,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=not starts_itself(processor, texts[0]),
-        return_tensors="pt",
-    ).to(model.device)
-    check_length(model, longest_prompt(inputs), tokenizer=processor.tokenizer)
-    for name, value in inputs.items():
-        if hasattr(value, "is_floating_point") and value.is_floating_point():
-            inputs[name] = value.to(model.dtype)
-    return inputs
-
-
-def starts_itself(processor: Any, text: str) -> bool:
-    """Whether a rendered prompt has the tokenizer's first token already."""
-    start = getattr(processor.tokenizer, "bos_token", None)
-    return bool(start and text.startswith(start))
+            pairs = zip(prompts, images, strict=True)
+            chats = [chat.ask(prompt, [image]) for prompt, image in pairs]
+            return chat.encode(self.model, self.processor, chats)
 
 
 @dataclass(frozen=True)

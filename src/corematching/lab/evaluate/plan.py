@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from corematching.backends.backend import check_engine
+from corematching.backends.select import check_engine
 from corematching.errors import ConfigError
 
 DENSE = "dense"

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from corematching.methods.text import UNNAMED, read_value, split_parts, write_value
 
 AXES = {
@@ -43,6 +40,9 @@ def draw_curves(entries: Sequence[dict[str, Any]], share: str, path: Path, model
     model : str
         For the title.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     axis, _ = AXES[share]
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

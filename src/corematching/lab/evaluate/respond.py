@@ -133,9 +133,8 @@ class Respondent:
 
     def _record(self, inputs: Any) -> None:
         """See what all methods have in common of a batch's prompts."""
-        choices = [getattr(method, "neurons", None) for method in self.methods.values()]
-        policies = [policy for policy in choices if policy is not None]
-        needs = {need for policy in policies for need in getattr(policy, "needs", ())}
+        policies = [method.neurons for method in self.methods.values() if method.neurons]
+        needs = {need for policy in policies for need in policy.needs}
         self._recording = None
         run = self._put_on(DENSE)
         with record_prompt(run, bool(policies), bool(needs & {GATE, INPUTS})) as recording:

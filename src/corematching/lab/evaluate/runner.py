@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching.extras import require_plots
 from corematching.lab.evaluate.answer import Subject, split_batches
 from corematching.lab.evaluate.board import make_board
 from corematching.lab.evaluate.jobs import Crew
@@ -92,9 +93,12 @@ def evaluate(
     ------
     InputError
         The directory holds a run with other settings.
+    MissingPackageError
+        matplotlib, which draws the board's pictures, is not installed.
     UnsupportedModelError
         The model cannot be shortened.
     """
+    require_plots("the board")
     plan = plan or Plan()
     questions = pick_questions(task, plan.limit, plan.seed)
     settings = list_settings(subject, task, plan, len(questions))

@@ -14,7 +14,12 @@ from corematching.policies.features import read_embeddings, read_features
 from corematching.policies.tokens import select_question
 from corematching.protocol import ATTENTION, EMBEDDINGS, PrefillView
 
-RATERS = "rater-attention.raters"
+
+@dataclass
+class Raters:
+    """The raters of one prompt: (B, M) bool, of each sample's M text tokens."""
+
+    text_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,10 @@ class RaterAttention(TokenScore, name="rater-attention"):
             raise ConfigError(
                 f"layer {view.layer} shows no attention: score after layer 0 or a later one"
             )
-        if RATERS not in view.memory:
-            view.memory[RATERS] = _compress(choose_raters(view), view.text)
-        raters = _expand(view.memory[RATERS], view.text)
+        known = view.recall(Raters)
+        if known.text_mask is None:
+            known.text_mask = _compress(choose_raters(view), view.text)
+        raters = _expand(known.text_mask, view.text)
         rows = raters.long().argsort(dim=1, descending=True, stable=True)
         rows = rows[:, : int(raters.sum(1).max())]  # (B, R)
         weights = raters.gather(1, rows) / raters.sum(1, keepdim=True).clamp(min=1)
@@ -58,10 +64,10 @@ def choose_raters(view: PrefillView) -> Tensor:
     question = select_question(view)
     text = read_embeddings(view).masked_fill(~question.unsqueeze(-1), 0)
     similarity = read_features(view) @ text.transpose(1, 2)  # (B, T, T), image by text
-    shares = similarity.masked_fill(~question.unsqueeze(1), -torch.inf).softmax(-1).nan_to_num()
-    shares = shares.masked_fill(~view.image.unsqueeze(-1), 0)
+    ratios = similarity.masked_fill(~question.unsqueeze(1), -torch.inf).softmax(-1).nan_to_num()
+    ratios = ratios.masked_fill(~view.image.unsqueeze(-1), 0)
     totals = view.image.sum(1, keepdim=True).clamp(min=1)
-    relevance = shares.sum(1) / totals  # (B, T)
+    relevance = ratios.sum(1) / totals  # (B, T)
     mean = relevance.masked_fill(~question, 0).sum(1, keepdim=True)
     raters = question & (relevance > mean / question.sum(1, keepdim=True).clamp(min=1))
     return torch.where(raters.any(1, keepdim=True), raters, question)

@@ -20,11 +20,11 @@ from corematching.backends.choice_checks import check_tokens
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import compact, is_fresh, widen_sliding_layers
 from corematching.cache.masks import shorten_mask, survivors, take, weigh_mask
-from corematching.cache.memory import Memory
-from corematching.model.gates import Wish, make_wish
+from corematching.cache.pruned_prompt import PrunedPrompt
+from corematching.model.gate_store import GateRequest, make_gate_request
 from corematching.model.hooks import Reader, stay_eager
 from corematching.model.patching import Patches
-from corematching.model.spec import Parts
+from corematching.model.spec import ModelSpec
 from corematching.protocol import (
     ACTIVATIONS,
     ATTENTION,
@@ -38,8 +38,8 @@ from corematching.protocol import (
     PrefillView,
 )
 from corematching.runtime.prefill.selection import Selection, Stage
-from corematching.runtime.prefill.tower import TowerProbe
-from corematching.runtime.prefill.view import AttentionProbe, FFNProbe
+from corematching.runtime.prefill.tower import TowerObserver
+from corematching.runtime.prefill.view import AttentionObserver, FFNObserver
 from corematching.runtime.token_count_bias import can_weigh
 
 
@@ -48,7 +48,7 @@ class Prefill:
 
     Parameters
     ----------
-    parts : Parts
+    parts : ModelSpec
         The model's parts.
     method : Method
         What chooses.
@@ -56,18 +56,18 @@ class Prefill:
         The layers' sparse FFNs, by layer; layers that stay dense are not in it.
     valid, image : Tensor
         (B, T) bool, the prompt's tokens that are no padding, and those that are image tokens.
-    tower : TowerProbe or None
+    tower : TowerObserver or None
         Shows the vision tower, to a token policy that reads it.
     """
 
     def __init__(
         self,
-        parts: Parts,
+        parts: ModelSpec,
         method: Method,
         sparse: Mapping[int, SparseFFN],
         valid: Tensor,
         image: Tensor,
-        tower: TowerProbe | None = None,
+        tower: TowerObserver | None = None,
     ) -> None:
         self.parts, self.method, self.sparse = parts, method, sparse
         self.tower = tower
@@ -84,14 +84,14 @@ class Prefill:
         drops = tokens is not None and bool(image.any())
         self.cuts: tuple[int, ...] = tokens.drop_after(depth) if tokens and drops else ()
         self.token_needs = tokens.needs if tokens and drops else frozenset()
-        self.neuron_needs = getattr(method.neurons, "needs", frozenset({ACTIVATIONS}))
-        self.memory: dict[str, Any] = {}
+        self.neuron_needs = method.neurons.needs if method.neurons else frozenset()
+        self.memory: dict[type, Any] = {}
         self._activations: Tensor | None = None
-        self._ffn: FFNProbe | None = None
-        self._wished: Wish | None = None
+        self._ffn: FFNObserver | None = None
+        self._gate_requested: GateRequest | None = None
         self._waiting: list[tuple[Tensor, PrefillView]] = []
         self._embeddings: Tensor | None = None
-        self._probe: AttentionProbe | None = None
+        self._probe: AttentionObserver | None = None
         self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._patches = Patches()
 
@@ -120,22 +120,22 @@ class Prefill:
         if self._probe is not None:
             self._probe.disarm()
         self._probe = self._activations = self._embeddings = None
-        self._ffn = self._wished = None
+        self._ffn = self._gate_requested = None
         self.parts.gates.forget()
         self._waiting.clear()
         self._memo.clear()
 
-    def make_memory(self, record: int) -> Memory:
+    def make_memory(self, record: int) -> PrunedPrompt:
         """What the cache is to keep of this prefill, which has the record of this number."""
         weights, chosen = self.weights, self.selection
-        return Memory(
+        return PrunedPrompt(
             self.valid,
             self.length,
             dropped=self.length - self.valid.shape[1],
             neurons=chosen.neurons,
             shortened=bool(chosen.stages),
             record=record,
-            logarithms=None if weights is None else weights.float().log(),
+            log_counts=None if weights is None else weights.float().log(),
             origin=self.origin,
         )
 
@@ -152,7 +152,7 @@ class Prefill:
         attention = self.parts.attentions[index]
 
         def arm(*_: Any) -> None:
-            self._probe = AttentionProbe(attention)
+            self._probe = AttentionObserver(attention)
             self._probe.arm()
 
         self._patches.add_pre_hook(attention, arm)
@@ -160,20 +160,20 @@ class Prefill:
     def _install_ffn_probe(self, index: int) -> None:
         ffn, wanted = self.parts.ffns[index], GATE in self._needs(index)
 
-        def begin(probe: FFNProbe) -> None:
+        def begin(probe: FFNObserver) -> None:
             self._ffn = probe
-            self.parts.gates.ask(ffn, self._wish() if wanted else None)
+            self.parts.gates.ask(ffn, self._gate_request() if wanted else None)
 
-        probe = FFNProbe(ffn, self.parts.gates, begin)
+        probe = FFNObserver(ffn, self.parts.gates, begin)
         self._patches.add_pre_hook(ffn, probe)
 
-    def _wish(self) -> Wish | None:
+    def _gate_request(self) -> GateRequest | None:
         """The text tokens that are present, whose gates policies read; on a CPU only."""
         if self.valid.device.type != "cpu":
             return None
-        if self._wished is None:
-            self._wished = make_wish(self.valid & ~self.image)
-        return self._wished
+        if self._gate_requested is None:
+            self._gate_requested = make_gate_request(self.valid & ~self.image)
+        return self._gate_requested
 
     @stay_eager
     def _before_layer(
@@ -287,7 +287,7 @@ class Prefill:
         if self._waiting and layer == self.cuts[-1]:
             self._choose_waiting()
         self._memo.clear()
-        self._wished = None
+        self._gate_requested = None
         return take(merged, order)
 
     def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:
@@ -304,8 +304,8 @@ class Prefill:
             how = (causal, config._attn_implementation, hidden.dtype)
             short = shorten_mask(mask, origin, valid, kv_length, *how)
             if self.weights is not None:
-                logarithms = self.weights.float().log()[:, None, None]
-                short = weigh_mask(short, logarithms, valid, stored, causal, hidden.dtype)
+                log_counts = self.weights.float().log()[:, None, None]
+                short = weigh_mask(short, log_counts, valid, stored, causal, hidden.dtype)
             self._memo[key] = (mask, short)
         return self._memo[key][1]
 

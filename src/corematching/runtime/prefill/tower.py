@@ -11,13 +11,13 @@ from corematching.errors import ConfigError, InputError, UnsupportedModelError
 from corematching.model.attention import find_attention
 from corematching.model.patching import Patches
 from corematching.protocol import VISION, TokenPolicy, VisionView
-from corematching.runtime.prefill.view import AttentionProbe
+from corematching.runtime.prefill.view import AttentionObserver
 
 ONE_TOKEN_PER_PATCH = ("llava", "paligemma")
 PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
-class TowerProbe:
+class TowerObserver:
     """Holds what one attention layer of a vision tower computed, and what entered the projector.
 
     Parameters
@@ -53,7 +53,7 @@ class TowerProbe:
                 f"vision_layer={layer}: the vision tower has {len(attentions)} attention layers, "
                 f"give one from {-len(attentions)} to -1"
             )
-        self._probe = AttentionProbe(attentions[layer])
+        self._probe = AttentionObserver(attentions[layer])
         self._features: Tensor | None = None
 
     def install(self, patches: Patches) -> None:
@@ -143,8 +143,8 @@ def _repeat_images(counts: list[int], repeat: int) -> Tensor:
 
 def find_tower(
     model: Any, tower: nn.Module | None, tokens: TokenPolicy | None
-) -> TowerProbe | None:
+) -> TowerObserver | None:
     """A probe on the vision tower where the token policy reads it."""
-    if VISION not in getattr(tokens, "needs", ()):
+    if tokens is None or VISION not in tokens.needs:
         return None
-    return TowerProbe(model, tower, getattr(tokens, "vision_layer", -1))
+    return TowerObserver(model, tower, tokens.vision_layer)

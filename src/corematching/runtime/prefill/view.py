@@ -19,13 +19,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from corematching.cache.masks import take
 from corematching.errors import UnsupportedModelError
 from corematching.model.attention import output_projection
-from corematching.model.gates import Gates
+from corematching.model.gate_store import GateStore
 
 PROBE = "corematching_probe"
 _armed = threading.local()
 
 
-class AttentionProbe:
+class AttentionObserver:
     """Holds the queries, keys and values of one run of an attention module.
 
     Parameters
@@ -149,7 +149,7 @@ class AttentionProbe:
         return allowed, 0.0
 
 
-class FFNProbe:
+class FFNObserver:
     """Holds what entered an FFN in its last run, and computes its gate ``act(gate(x))`` from that.
 
     Is itself the hook in front of the FFN, and one that does not need what enters it yet
@@ -160,14 +160,14 @@ class FFNProbe:
     mlp : nn.Module
         An FFN whose gate is ``gate_proj``, or the first half of ``gate_up_proj``; without a gate
         the activations ``act(up(x))`` stand for it.
-    gates : Gates
+    gates : GateStore
         What the run itself may have kept of the gate.
     begin : callable, optional
         Called with the probe when the FFN begins to run.
     """
 
     def __init__(
-        self, mlp: Any, gates: Gates, begin: Callable[[FFNProbe], None] = lambda _: None
+        self, mlp: Any, gates: GateStore, begin: Callable[[FFNObserver], None] = lambda _: None
     ) -> None:
         self._mlp, self._gates, self._begin = mlp, gates, begin
         self._source: Tensor | None = None

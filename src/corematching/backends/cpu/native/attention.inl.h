@@ -15,7 +15,7 @@ INLINE void F(softmax)(float *scores, const uint8_t *valid, int64_t n) {
 
 /* mixed (heads, size) from queries (heads, size) and the cache's keys and values (length, size) */
 static void F(attend_heads)(const step_t *step, const W *keys, const W *values,
-                            const uint8_t *valid, const float *logarithms, float *queries,
+                            const uint8_t *valid, const float *log_counts, float *queries,
                             int heads, float *scores, float *mixed) {
     int64_t size = step->head_dim, n = step->length;
     int64_t distance = (F(rows_ahead)(size) + ROWS - 1) / ROWS * ROWS;
@@ -28,9 +28,9 @@ static void F(attend_heads)(const step_t *step, const W *keys, const W *values,
         for (int h = 0; h < heads; h++)
             scores[h * step->capacity + i] = results[h] * (float)step->scaling;
     }
-    int64_t weighed = !logarithms ? 0 : step->weighed < n ? step->weighed : n;
+    int64_t weighed = !log_counts ? 0 : step->weighed < n ? step->weighed : n;
     for (int h = 0; h < heads; h++)
-        for (int64_t i = 0; i < weighed; i++) scores[h * step->capacity + i] += logarithms[i];
+        for (int64_t i = 0; i < weighed; i++) scores[h * step->capacity + i] += log_counts[i];
     for (int h = 0; h < heads; h++) F(softmax)(scores + h * step->capacity, valid, n);
     memset(mixed, 0, sizeof(float) * (size_t)(heads * size));
     for (int64_t i = 0; i < n; i += ROWS) {

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -58,12 +57,22 @@ def leave_file(parameters: Iterable[Parameter]) -> int:
         if place >= 0 and parameter.data_ptr() < ends[place]:
             mapped.append(parameter)
     total = sum(p.nbytes for p in mapped)
-    if not total or total > psutil.virtual_memory().available // 2:
+    if not total or total > _free_memory() // 2:
         return 0
     with torch.inference_mode(False), torch.no_grad():
         for parameter in mapped:
             parameter.data = parameter.data.clone()
     return total
+
+
+def _free_memory() -> int:
+    """Bytes of memory that new allocations can have; 0 if not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    kilobytes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(next(kilobytes, 0))
 
 
 def _file_ranges() -> tuple[list[int], list[int]]:

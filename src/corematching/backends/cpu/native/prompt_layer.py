@@ -72,7 +72,7 @@ class PromptLayer:
     scaling : float
         Of the attention's scores.
     scratch : Scratch
-        Memory to work in.
+        PrunedPrompt to work in.
 
     Attributes
     ----------
@@ -122,7 +122,7 @@ class PromptLayer:
     def run(
         self,
         x: Tensor,
-        angles: tuple[Tensor, Tensor] | None,
+        cos_sin: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         causal: bool,
         middle: Tensor | None = None,
@@ -134,7 +134,7 @@ class PromptLayer:
         ----------
         x : Tensor
             (B, T, d) bfloat16, contiguous.
-        angles : tuple of Tensor or None
+        cos_sin : tuple of Tensor or None
             Cosines and sines, (B or 1, T, D) each; None: nothing is rotated.
         mask, causal
             As `TiledAttention.attend` takes them.
@@ -166,16 +166,16 @@ class PromptLayer:
             threads=torch.get_num_threads(),
         )  # fmt: skip
         joint = key = value = None
-        if angles is None:
+        if cos_sin is None:
             joint = x.new_empty(batch, length, self._joint)
             prompt.joint = joint.data_ptr()
         else:
-            cos, sin = (part.contiguous() for part in angles)
+            cos, sin = (part.contiguous() for part in cos_sin)
             check_angles(x, cos, sin, self._size)
             key, value = x.new_empty(2, batch, self._groups, length, self._size).unbind()
             prompt.cosine, prompt.sine = cos.data_ptr(), sin.data_ptr()
             prompt.keys, prompt.values = key.data_ptr(), value.data_ptr()
-            prompt.angles = cos.shape[0] * length
+            prompt.cos_sin = cos.shape[0] * length
         if kept is not None:
             prompt.places, prompt.gates = map(address, kept)
         if mask is not None:

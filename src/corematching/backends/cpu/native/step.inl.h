@@ -71,7 +71,7 @@ static void F(attend)(const step_t *step, const layer_t *layer, const scratch_t 
     int64_t width = (step->heads + 2 * step->kv_heads) * size;
     const float *cosine = step->cos + sample * size, *sine = step->sin + sample * size;
     const uint8_t *valid = step->valid ? step->valid + sample * n : NULL;
-    const float *logarithms = step->logarithms ? step->logarithms + sample * step->weighed : NULL;
+    const float *log_counts = step->log_counts ? step->log_counts + sample * step->weighed : NULL;
     float *q = scratch->qkv + sample * width + group * queries * size;
     float *k = scratch->qkv + sample * width + (step->heads + group) * size;
     float *v = k + step->kv_heads * size;
@@ -92,7 +92,7 @@ static void F(attend)(const step_t *step, const layer_t *layer, const scratch_t 
         int heads = (int)(queries - first < MAX_BATCH ? queries - first : MAX_BATCH);
         float *own = q + first * size;
         float *mixed = scratch->mixed + (sample * step->heads + group * queries + first) * size;
-        F(attend_heads)(step, keys, values, valid, logarithms, own, heads, scores, mixed);
+        F(attend_heads)(step, keys, values, valid, log_counts, own, heads, scores, mixed);
     }
 }
 

@@ -152,7 +152,7 @@ class DecodeStep:
         sin: Tensor,
         valid: Tensor | None,
         length: int,
-        logarithms: Tensor | None = None,
+        log_counts: Tensor | None = None,
     ) -> Tensor:
         """One step.
 
@@ -166,7 +166,7 @@ class DecodeStep:
             (B, length), contiguous, uint8: which columns of the cache are seen.
         length : int
             Columns of the cache, this token's included; its keys and values are stored in the last.
-        logarithms : Tensor or None
+        log_counts : Tensor or None
             (B, columns), contiguous, float32: what is added to the scores of the first columns.
 
         Returns
@@ -181,12 +181,12 @@ class DecodeStep:
         """
         library = find_library()
         assert library is not None
-        self._check(x, cos, sin, valid, length, logarithms)
+        self._check(x, cos, sin, valid, length, log_counts)
         struct, out = self._struct, torch.empty_like(x)
         struct.x, struct.out = x.data_ptr(), out.data_ptr()
         struct.cos, struct.sin, struct.valid = cos.data_ptr(), sin.data_ptr(), address(valid)
-        struct.logarithms = address(logarithms)
-        struct.weighed = 0 if logarithms is None else logarithms.shape[1]
+        struct.log_counts = address(log_counts)
+        struct.weighed = 0 if log_counts is None else log_counts.shape[1]
         struct.length, struct.threads = length, torch.get_num_threads()
         need = (struct.batch, struct.capacity, struct.threads)
         if need != self._need:
@@ -202,7 +202,7 @@ class DecodeStep:
         sin: Tensor,
         valid: Tensor | None,
         length: int,
-        logarithms: Tensor | None,
+        log_counts: Tensor | None,
     ) -> None:
         struct, buffer = self._struct, self._buffer
         batch = struct.batch
@@ -216,10 +216,10 @@ class DecodeStep:
         check_tensor("the cosines", cos, (batch, struct.head_dim), torch.float32)
         check_tensor("the sines", sin, (batch, struct.head_dim), torch.float32)
         check_optional("the valid columns", valid, (batch, length), torch.uint8)
-        if logarithms is not None:
-            check_dims("the logarithms", logarithms, 2)
-            columns = logarithms.shape[-1]
-            check_tensor("the logarithms", logarithms, (batch, columns), torch.float32)
+        if log_counts is not None:
+            check_dims("the log_counts", log_counts, 2)
+            columns = log_counts.shape[-1]
+            check_tensor("the log_counts", log_counts, (batch, columns), torch.float32)
 
 
 def _is(a: object, b: object) -> bool:

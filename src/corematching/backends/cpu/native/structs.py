@@ -44,7 +44,7 @@ class StepStruct(Structure):
 
     _fields_ = [
         ("layers", POINTER(LayerStruct)),
-        *_pointers("final_norm x out cos sin valid logarithms scratch"),
+        *_pointers("final_norm x out cos sin valid log_counts scratch"),
         *_numbers("num_layers hidden heads kv_heads head_dim"),
         *_numbers("batch length capacity threads weighed"),
         ("epsilon", c_double),
@@ -82,7 +82,7 @@ class PromptStruct(Structure):
     _fields_ = [
         *_pointers("x cosine sine mask places joint keys values middle out active gates scratch"),
         ("step_mask", c_int64 * 2),
-        *_numbers("batch length angles mask_kind causal threads"),
+        *_numbers("batch length cos_sin mask_kind causal threads"),
     ]
 
 

@@ -35,7 +35,7 @@ typedef struct {
     void *out;              /* (batch, hidden) */
     const float *cos, *sin; /* (batch, head_dim) */
     const uint8_t *valid;   /* (batch, length), which cache columns count; NULL: all */
-    const float *logarithms; /* (batch, weighed), added to the first columns' scores; NULL: none */
+    const float *log_counts; /* (batch, weighed), added to the first columns' scores; NULL: none */
     float *scratch;
     int64_t num_layers, hidden, heads, kv_heads, head_dim;
     int64_t batch, length, capacity, threads; /* length counts this token */

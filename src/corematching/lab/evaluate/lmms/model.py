@@ -13,10 +13,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
-from corematching.lab.evaluate.lmms.load import load_pair
+from corematching.chat import Turn
 from corematching.lab.evaluate.lmms.responder import Responder, Totals
 from corematching.lab.evaluate.lmms.settings import read_batch_size, read_method, read_settings
-from corematching.lab.evaluate.lmms.turns import Turn, read_turns, user_turn
+from corematching.lab.evaluate.lmms.turns import read_turns, user_turn
+from corematching.named_models import load_named
 
 
 class CoreMatchingModel(lmms):
@@ -55,7 +56,10 @@ class CoreMatchingModel(lmms):
             device = str(self.accelerator.device)
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
-        self.model, self.processor = load_pair(pretrained, dtype, device, attn_implementation)
+        loaded = load_named(str(pretrained), device, dtype)
+        if attn_implementation is not None:
+            loaded.model.set_attn_implementation(attn_implementation)
+        self.model, self.processor = loaded.model, loaded.processor
         self.responder: Responder | None = Responder(self.model, self.processor, chosen)
 
     @property

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from corematching.chat import Turn, adds_special_tokens, encode, pictures_of, render, takes_images
 from corematching.errors import InputError
-from corematching.inputs import plain_text
-from corematching.lab.evaluate.answer import encode_texts, starts_itself
 from corematching.lab.evaluate.lmms.settings import Settings, StopAtText, cut_at
-from corematching.lab.evaluate.lmms.turns import Turn, pictures_of
 from corematching.methods import BaseMethod
 from corematching.report import Report
 
@@ -80,7 +78,7 @@ class Responder:
     """
 
     def __init__(self, model: Any, processor: Any, method: BaseMethod) -> None:
-        if getattr(processor, "image_processor", None) is None:
+        if not takes_images(processor):
             raise InputError(
                 "the model takes no pictures: choose a vision-language model (see "
                 "`corematching models`)"
@@ -92,33 +90,6 @@ class Responder:
     def tokenizer(self) -> Any:
         """The processor's tokenizer."""
         return self.processor.tokenizer
-
-    def render(self, turns: Sequence[Turn]) -> str:
-        """The chat template's text; the texts behind the pictures where there is no template."""
-        if getattr(self.processor, "chat_template", None):
-            bare = [
-                {**turn, "content": [self._bare(part) for part in turn["content"]]}
-                for turn in turns
-            ]
-            return self.processor.apply_chat_template(
-                bare, add_generation_prompt=True, tokenize=False
-            )
-        place = getattr(self.processor, "image_token", None) or ""
-        parts = [part for turn in turns for part in turn["content"]]
-        texts = "\n".join(self._bare(part)["text"] for part in parts if part["type"] == "text")
-        return place * len(pictures_of(turns)) + texts
-
-    def _bare(self, part: dict[str, Any]) -> dict[str, Any]:
-        """A part for the template: its text without control tokens, or a picture's place."""
-        if part["type"] != "text":
-            return {"type": "image"}
-        return {"type": "text", "text": plain_text(self.processor, part["text"])}
-
-    def encode(self, chats: Sequence[Sequence[Turn]]) -> Any:
-        """Tokens and pixels of a batch, padded on the left; all with pictures or all without."""
-        texts = [self.render(turns) for turns in chats]
-        pictures = [pictures_of(turns) for turns in chats]
-        return encode_texts(self.model, self.processor, texts, pictures if pictures[0] else None)
 
     def answer(self, chats: Sequence[Sequence[Turn]], settings: Settings) -> list[Response]:
         """Answer a batch; those with pictures and those without run apart.
@@ -160,7 +131,7 @@ class Responder:
         )
 
     def _answer(self, chats: list[Sequence[Turn]], settings: Settings) -> list[Response]:
-        inputs = self.encode(chats)
+        inputs = encode(self.model, self.processor, chats)
         width = inputs["input_ids"].shape[1]
         options: dict[str, Any] = dict(settings.options)
         if settings.until:
@@ -177,8 +148,8 @@ class Responder:
         self, chats: list[Sequence[Turn]], continuations: list[str]
     ) -> list[tuple[float, bool]]:
         pairs = zip(chats, continuations, strict=True)
-        rows = [self._tokens_of(self.render(turns), text) for turns, text in pairs]
-        inputs = self.encode(chats)
+        rows = [self._tokens_of(render(self.processor, turns), text) for turns, text in pairs]
+        inputs = encode(self.model, self.processor, chats)
         force = ForceTokens(rows, inputs["input_ids"].shape[1], self.model.device)
         output, _ = self._generate(
             inputs,
@@ -214,7 +185,7 @@ class Responder:
         """The continuation's tokens where it stands behind the prompt."""
         if not continuation:
             raise InputError("a task asks for the probability of an empty text: leave it out")
-        special = not starts_itself(self.processor, prompt)
+        special = adds_special_tokens(self.processor, prompt)
         whole = self.tokenizer(prompt + continuation, add_special_tokens=special)["input_ids"]
         known = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
         tokens = whole[len(known) :]

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from corematching.errors import ConfigError, unknown_name
+from corematching.errors import ConfigError
 from corematching.methods import BaseMethod, method_from_text
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_NEW_TOKENS = 1024
 FILLER = "\n\n"
 """lmms-eval's ``until`` for tasks that name none; it would cut answers of several paragraphs."""
@@ -50,13 +49,6 @@ def read_batch_size(value: Any) -> int:
     if size < 1:
         raise ConfigError(f"batch_size={value}: give a whole number of at least 1")
     return size
-
-
-def check_dtype(dtype: str) -> str:
-    """Refuse a dtype that is not one of `DTYPES`."""
-    if dtype not in DTYPES:
-        raise unknown_name("dtype", str(dtype), DTYPES)
-    return dtype
 
 
 @dataclass(frozen=True)

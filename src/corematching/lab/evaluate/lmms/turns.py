@@ -10,12 +10,8 @@ from typing import Any
 from PIL import Image
 
 from corematching import media
+from corematching.chat import Part, Turn
 from corematching.errors import InputError
-
-Part = dict[str, Any]
-"""``{"type": "text", "text": str}`` or ``{"type": "image", "image": Image}``."""
-Turn = dict[str, Any]
-"""``{"role": str, "content": list of Part}``."""
 
 _PLACE = re.compile(r"<image(?: (\d+))?>")
 
@@ -107,12 +103,6 @@ def open_picture(visual: Any) -> Image.Image:
         return media.open_picture(visual)
     except InputError as error:
         raise _not_a_picture(str(visual)) from error
-
-
-def pictures_of(turns: Sequence[Turn]) -> list[Image.Image]:
-    """All pictures, in the order in which they are shown."""
-    parts = (part for turn in turns for part in turn["content"])
-    return [part["image"] for part in parts if part["type"] == "image"]
 
 
 def _read_part(part: Mapping[str, Any]) -> Part:

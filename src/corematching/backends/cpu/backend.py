@@ -1,0 +1,71 @@
+"""The CPU backend: prompts and decode steps in compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from corematching.backends.base import Backend, BackendStats
+from corematching.backends.cpu.decode import NativeSteps
+from corematching.backends.cpu.head import NativeHead
+from corematching.backends.cpu.native import find_library, leave_file
+from corematching.backends.cpu.prefill import NativePrompts
+from corematching.backends.sparse_ffn import SparseFFN
+from corematching.model.patching import Patches
+from corematching.model.spec import ModelSpec
+
+
+class CpuBackend(Backend):
+    """Whole prompt layers and whole decode steps in C, where the model's form is known."""
+
+    def __init__(self, model: nn.Module, parts: ModelSpec, sparse: Mapping[int, SparseFFN]) -> None:
+        super().__init__(model, parts, sparse)
+        library = find_library()
+        self._target = "" if library is None else library.cm_target().decode()
+        self._embeddings: Any = model.get_output_embeddings()  # type: ignore[operator]
+        self.steps, self.head = NativeSteps(parts, sparse), NativeHead(model)
+        self.prompts = NativePrompts(parts)
+
+    @staticmethod
+    def supports(parts: ModelSpec) -> str | None:
+        """A model on another device, or no compiler."""
+        device = next(parts.layers[0].parameters()).device
+        if device.type != "cpu":
+            return f"the model is on {device}"
+        if find_library() is None:
+            return "there are no compiled kernels: install a C compiler (cc, gcc or clang)"
+        return None
+
+    def install(self, patches: Patches) -> None:
+        """Replace the forwards of the decoder, its layers, the vision tower and the head."""
+        weights = [p for layer in self.parts.layers for p in layer.parameters()]
+        head = self._embeddings
+        leave_file(weights if head is None else [*weights, *head.parameters()])
+        patches.then(self.steps.remove)
+        self.steps.install()
+        patches.then(self.head.remove)
+        self.head.install()
+        patches.then(self.prompts.remove)
+        self.prompts.install(self.steps.ffns)
+
+    def refresh(self) -> None:
+        """Look at the weights again."""
+        self.steps.refresh()
+
+    def stats(self) -> BackendStats:
+        """Native layers and steps, and what the steps read of layers with all neurons."""
+        layers = range(len(self.parts.layers))
+        return BackendStats(
+            native_layers=self.prompts.layers,
+            native_steps=self.steps.count,
+            dense_ffn_bytes={i: self.steps.bytes_read(i) for i in layers},
+        )
+
+    def describe(self, ran: bool, counted: bool) -> str:
+        """Native steps, or native FFNs."""
+        if ran:
+            return f"native steps ({self._target})"
+        kernel = next((ffn.kernel_name for ffn in self.sparse.values() if ffn.kernel_name), "")
+        return f"{kernel} FFNs ({self._target})" if counted else "torch"

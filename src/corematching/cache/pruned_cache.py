@@ -1,0 +1,323 @@
+"""Caches that count the tokens that were dropped from them, and keep what they remember in step.
+
+A cache that went through a prefill of ours keeps its object and its layers, and gets a subclass of
+its own class: ``get_seq_length`` still counts the dropped tokens, so positions and the slicing of
+later inputs stay right, while ``get_query_offset``, which masks ask, counts the stored ones. Its
+own operations (reorder, select, repeat, crop, reset) move what it remembers as well; where somebody
+has replaced its keys, the rows are known again by their content.
+Shapes: B rows, K tokens of the prompt that are stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicLayer
+
+from corematching.cache.pruned_prompt import PrunedPrompt
+from corematching.errors import ConfigError, InputError, UnsupportedModelError
+
+
+class PrunedCache(Cache):
+    """What `remember` mixes into a cache's class."""
+
+    memory: PrunedPrompt
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens seen, dropped ones included; the position of the next token."""
+        stored = super().get_seq_length(layer_idx)
+        return stored if isinstance(stored, int) and not stored else stored + self.memory.dropped
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Tokens stored."""
+        return super().get_seq_length(layer_idx)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values."""
+        memory = self.memory
+        if layer_idx != memory.layer:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        known = layer.keys is memory.shown
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if known:
+            memory.note(self)
+        return out
+
+    def __iter__(self) -> Any:
+        """Refuse to be taken apart, unless nothing would be lost.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Tokens were dropped, or neurons chosen.
+        """
+        if not self.memory.is_blank:
+            raise UnsupportedModelError(
+                "keys and values alone do not say which tokens were dropped and which neurons "
+                "chosen: use copy.deepcopy(cache) for a copy, and cache.layers[i].keys to read"
+            )
+        return super().__iter__()  # type: ignore[misc]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self).__bases__[1], dict(vars(self)))
+
+    def reset(self) -> None:
+        """Forget the tokens and what was dropped."""
+        super().reset()
+        self.memory.forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the samples, as beam search does.
+
+        Raises
+        ------
+        InputError
+            A row is not there.
+        """
+        rows = self._find_rows(beam_idx)
+        super().reorder_cache(rows)  # type: ignore[arg-type]
+        self._follow(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample.
+
+        Raises
+        ------
+        ConfigError
+            ``repeats`` is no positive number, or not one for each sample.
+        UnsupportedModelError
+            The cache is static.
+        """
+        self._refuse_static("batch_repeat_interleave")
+        rows, counts = self._find_rows(slice(None)), torch.as_tensor(repeats).cpu()
+        fits = counts.ndim == 0 or counts.shape == rows.shape
+        if not fits or counts.is_floating_point() or bool((counts < 1).any()):
+            raise ConfigError(
+                f"repeats={repeats}: give how often each of the cache's {len(rows)} rows is to "
+                "stand there, once at least"
+            )
+        rows = rows.repeat_interleave(counts)
+        super().batch_select_indices(rows)
+        self._follow(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the samples.
+
+        Raises
+        ------
+        InputError
+            A row is not there, or none is left.
+        UnsupportedModelError
+            The cache is static.
+        """
+        self._refuse_static("batch_select_indices")
+        rows = self._find_rows(indices)
+        super().batch_select_indices(rows)
+        self._follow(rows)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the latest tokens.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            Minus their number.
+
+        Raises
+        ------
+        ConfigError
+            The number is positive.
+        InputError
+            They reach into a part of the prompt from which tokens were dropped.
+        UnsupportedModelError
+            The cache is static, or a sliding window has let go of what would be seen again.
+        """
+        self._refuse_crop(tokens_to_remove)
+        memory, count = follow(self), -tokens_to_remove
+        if memory is None:
+            super().crop(tokens_to_remove)
+            return
+        stored, columns = int(self.get_query_offset()), memory.valid.shape[1]
+        if count >= int(self.get_seq_length()):
+            self.reset()
+            return
+        inside = max(columns - (stored - count), 0)
+        if inside >= columns or inside > memory.count_whole():
+            raise InputError(
+                f"crop({tokens_to_remove}) reaches into a part of the prompt from which tokens "
+                "were dropped, so it would take back others: crop less, or read the prompt again"
+            )
+        super().crop(tokens_to_remove)
+        if inside:
+            memory.cut(inside)
+            memory.watch(self)
+        memory.note(self)
+
+    def _refuse_crop(self, tokens_to_remove: int) -> None:
+        self._refuse_static("crop")
+        if tokens_to_remove > 0:
+            raise ConfigError(
+                f"crop({tokens_to_remove}): give the number of tokens to take back, with a minus"
+            )
+        for layer in self.layers:
+            full = getattr(layer, "cumulative_length", 0) >= getattr(layer, "sliding_window", 1)
+            if full and not getattr(layer, "record_past", False):
+                raise UnsupportedModelError(
+                    "a sliding window has let go of tokens that would be seen again: call "
+                    "cache.activate_past_recording() before the tokens that you may take back"
+                )
+
+    def _refuse_static(self, operation: str) -> None:
+        if any(layer.is_compileable for layer in self.layers):
+            raise UnsupportedModelError(
+                f"{operation}() changes the shape of a cache, which a static one cannot: use a "
+                "DynamicCache"
+            )
+
+    def _find_rows(self, indices: Any) -> Tensor:
+        """(B',) long on the CPU, the rows that an index means."""
+        follow(self)
+        every = torch.arange(_count_rows(self))
+        indices = indices.cpu() if isinstance(indices, Tensor) else indices
+        try:
+            rows = every[indices]
+        except (IndexError, TypeError) as error:
+            raise InputError(f"the cache has {len(every)} rows: {error}") from None
+        if rows.ndim != 1 or not len(rows):
+            raise InputError(
+                f"a selection of shape {tuple(rows.shape)} is none of the cache's {len(every)} "
+                "rows: name at least one row, in a list or a tensor of one dimension"
+            )
+        return rows
+
+    def _follow(self, rows: Tensor) -> None:
+        if not self.memory.is_blank:
+            self.memory.rearrange(rows)
+            self.memory.note(self)
+
+
+@functools.cache
+def _pruned_kind(kind: type) -> type:
+    return type(f"Pruned{kind.__name__}", (PrunedCache, kind), {})
+
+
+def _rebuild(kind: type, state: dict[str, Any]) -> Cache:
+    """A copy of a remembering cache of such a class."""
+    made: Any = _pruned_kind(kind)
+    cache: Cache = made.__new__(made)
+    vars(cache).update(state)
+    return cache
+
+
+def remember(cache: Cache, memory: PrunedPrompt) -> None:
+    """Let ``cache`` answer for the tokens that were dropped from it."""
+    if cache.is_compileable:
+        first: Any = cache.layers[0]
+        dropped = torch.full((), int(memory.dropped), dtype=torch.long, device=first.keys.device)
+        torch._dynamo.mark_static_address(dropped)
+        memory.dropped = dropped
+        if memory.log_counts is not None:
+            memory.log_counts = _fix_length(memory.log_counts, cache)
+    memory.watch(cache)
+    cache.memory = memory  # type: ignore[attr-defined]
+    if not isinstance(cache, PrunedCache):
+        kind: Any = type(cache)
+        cache.__class__ = _pruned_kind(kind)
+
+
+def _fix_length(log_counts: Tensor, cache: Any) -> Tensor:
+    """(B, K) to (B, slots of a static cache), at an address that compiled code may rely on."""
+    slots = max(layer.max_cache_len for layer in cache.layers)
+    fixed = F.pad(log_counts, (0, max(slots - log_counts.shape[1], 0)))
+    torch._dynamo.mark_static_address(fixed)
+    return fixed
+
+
+def pruned_prompt_of(cache: Any) -> PrunedPrompt | None:
+    """What ``cache`` keeps of a prefill of ours, or None."""
+    return cache.memory if isinstance(cache, PrunedCache) else None
+
+
+def log_counts_of(cache: Any, batch: int) -> Tensor | None:
+    """(B, K) float32, contiguous: what is added to scores of the cache's first columns, or None.
+
+    Raises
+    ------
+    InputError
+        They are for another number of rows than ``batch``.
+    """
+    memory = pruned_prompt_of(cache)
+    if memory is None or memory.log_counts is None:
+        return None
+    memory.check_batch(batch)
+    return memory.log_counts.contiguous()
+
+
+def follow(cache: Any, batch: int | None = None) -> PrunedPrompt | None:
+    """What a cache remembers, after its keys may have been replaced; None where it is nothing.
+
+    Parameters
+    ----------
+    cache : Any
+        What a model gets as its cache.
+    batch : int or None
+        Rows of the tokens that are to go on from it.
+
+    Raises
+    ------
+    InputError
+        The keys are of other prompts, or of another number of them than ``batch``.
+    """
+    memory = pruned_prompt_of(cache)
+    if memory is None or memory.is_blank:
+        return None
+    if memory.layer < 0:
+        if _count_rows(cache) != memory.batch:
+            raise _unknown_rows(memory, _count_rows(cache))
+    elif cache.layers[memory.layer].keys is not memory.shown:
+        _follow_keys(cache, memory)
+    if batch is not None:
+        memory.check_batch(batch)
+    return memory
+
+
+def _follow_keys(cache: Any, memory: PrunedPrompt) -> None:
+    """Somebody has replaced keys: find the prompt of each row by what its last token left."""
+    layer, count, sign = cache.layers[memory.layer], memory.valid.shape[1], memory.sign
+    keys: Any = layer.keys
+    assert sign is not None
+    full: list[Any] = [x.keys for x in cache.layers if type(x) is DynamicLayer and x.is_initialized]
+    sizes = {(x.shape[0], x.shape[-2]) for x in full}
+    if keys is None or len(sizes) != 1 or keys.shape[-2] < count:
+        raise _unknown_rows(memory, _count_rows(cache))
+    one = len(sign) == len(keys) == 1 and memory.log_counts is None and not memory.filler
+    here = keys[:, :, count - 1 : count].squeeze(2).to(sign.device)
+    if not one and (here.shape != sign.shape or not torch.equal(here, sign)):
+        if here.shape[1:] != sign.shape[1:]:
+            raise _unknown_rows(memory, len(keys))
+        match = (here[:, None] == sign[None]).flatten(2).all(-1)
+        if not bool(match.any(1).all()):
+            raise _unknown_rows(memory, len(keys))
+        memory.rearrange(match.long().argmax(1).cpu())
+    memory.note(cache)
+
+
+def _unknown_rows(memory: PrunedPrompt, rows: int) -> InputError:
+    return InputError(
+        f"the cache's keys were replaced by others of {rows} rows, and which of its "
+        f"{memory.batch} prompts or which of their columns these are cannot be told: use "
+        "cache.batch_select_indices(), batch_repeat_interleave(), reorder_cache() and crop()"
+    )
+
+
+def _count_rows(cache: Any) -> int:
+    """Rows of what a cache stores."""
+    every = (layer.keys for layer in cache.layers if layer.is_initialized)
+    return next((keys.shape[0] for keys in every if keys is not None), 0)

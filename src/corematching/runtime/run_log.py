@@ -1,0 +1,63 @@
+"""The records of a model's last runs, and the counters that they close with."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+
+from corematching.runtime.installation import Installation
+from corematching.runtime.record import Mark, Record, mark
+
+MAX_RECORDS = 16
+FIRST_NUMBERS = itertools.count(0, 1 << 32)
+"""Of the records of each session, so that no cache takes another session's for its own."""
+
+
+class RunLog:
+    """Keeps the last records; the latest one goes on counting decode steps."""
+
+    def __init__(self) -> None:
+        self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
+        self.number = next(FIRST_NUMBERS)
+        self._open: tuple[Record, Installation] | None = None
+
+    def add(self, record: Record, place: Installation, start: Mark | None) -> None:
+        """A prompt is done, which began at ``start``."""
+        if self._open is not None:
+            self.close(self._open[0])
+        self._open, record.tally = (record, place), place.traffic.tally()
+        record.memory = None if place.offload is None else place.offload.use
+        record.number, self.number = self.number, self.number + 1
+        record.start, record.filled = start, mark(place.device)
+        record.last = record.filled
+        record.vision, record.vision_flops = place.vision.take()
+        if self.records:
+            self.records[-1].selection.forget_neurons()
+        self.records.append(record)
+
+    def find(self, number: int) -> Record | None:
+        """The record of this number, if it is still kept."""
+        return next((r for r in self.records if r.number == number and number >= 0), None)
+
+    def count_step(self) -> None:
+        """A hand-written loop has taken a decode step."""
+        if self.records and self._open is not None:
+            self.records[-1].steps += 1
+            self.records[-1].last = mark(self._open[1].device)
+
+    def close(self, record: Record) -> None:
+        """Note what the decode steps of the latest record have read; may be called again."""
+        if self._open is None or record is not self._open[0] or record.tally is None:
+            return
+        if record.settled == record.steps:
+            return
+        place = self._open[1]
+        record.settled = record.steps
+        if place.offload is not None:
+            place.offload.measure(record.memory)
+        now, before, rows = place.traffic.tally(), record.tally, len(record.valid)
+        record.path.native_steps = now.stats.native_steps - before.stats.native_steps
+        record.path.graph_replays = now.stats.graph_replays - before.stats.graph_replays
+        record.kernel = place.traffic.name(before, now)
+        record.decode_bytes = place.traffic.bytes_per_step(before, now, record.steps, rows)
+        record.dense_decode_bytes = place.traffic.dense_bytes()

@@ -1,0 +1,99 @@
+"""Limits of the README, widths, links, and figures that stand in several places."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.docs.blocks import DOCS, FENCE, ROOT, written_pages
+
+WIDTH = 100
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+WRITTEN_BY_BENCH = re.compile(r"<!-- bench:([\w-]+) -->.*?<!-- /bench:\1 -->", re.DOTALL)
+PAGES = [*written_pages(), ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", ROOT / "training/README.md"]
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def test_the_readme_is_short_and_narrow():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert [line for line in lines if len(line) > WIDTH] == []
+
+
+@pytest.mark.parametrize("page", written_pages(), ids=name_of)
+def test_prose_is_wrapped(page):
+    prose = WRITTEN_BY_BENCH.sub("", FENCE.sub("", page.read_text()))
+    wide = [line for line in prose.splitlines() if len(line) > WIDTH]
+    assert [line for line in wide if not line.startswith(("|", "<!--"))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(FENCE.sub("", page.read_text())):
+        if re.match(r"https://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), f"{name_of(page)}: {target}"
+        if anchor and file.suffix == ".md" and "corematching." not in anchor:
+            assert anchor in anchors_of(file), f"{name_of(page)}: {target}"
+
+
+def anchors_of(page):
+    """What a page's headings are called in links."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {
+        re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", head.lower())).strip("-") for head in heads
+    }
+
+
+def test_every_page_is_in_the_navigation():
+    listed = (ROOT / "mkdocs.yml").read_text()
+    for page in DOCS.rglob("*.md"):
+        name = page.relative_to(DOCS).as_posix()
+        folder = name.partition("/")[0]
+        assert f": {name}\n" in listed or f"  /{folder}/\n" in listed, name
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    board = json.loads((DOCS / "board" / "board.json").read_text())
+    methods = {entry["method"]: entry for entry in board["methods"]}
+    ours, dense = methods["corematching"], methods["dense"]
+    readme = (ROOT / "README.md").read_text()
+    rows = {cells[1].strip(): cells for cells in re.findall(r"^\|(.+)\|$", readme, re.MULTILINE)
+            for cells in [["", *cells.split("|")]]}  # fmt: skip
+    accuracy = rows["accuracy, 2,000 questions of SceneQA"]
+    assert accuracy[2].strip() == f"{100 * dense['accuracy']['value']:.1f} %"
+    assert accuracy[4].strip() == f"{100 * ours['accuracy']['value']:.1f} %"
+    cache = f"{100 * ours['kv_bytes'] / ours['dense_kv_bytes']:.1f} %"
+    assert rows["KV cache"][4].strip() == cache
+    assert board["settings"]["questions"] == 2000
+    times = dict(
+        re.findall(r"^\| `(\w+)` \| (\d[\d.,]*) ", read_speed(), re.MULTILINE),
+    )
+    first = rows["time to the first token (TTFT)"]
+    for column, engine in ((2, "dense"), (3, "openvino_genai"), (4, "corematching")):
+        assert first[column].split()[0] == times[engine]
+
+
+def read_speed():
+    return (DOCS / "results" / "speed.md").read_text()
+
+
+def test_results_are_of_the_present_weights():
+    scene = (DOCS / "results" / "board.md").read_text()
+    board = json.loads((DOCS / "board" / "board.json").read_text())
+    assert board["settings"]["weights"][:8] in scene
+    for study in ("rivals", "neurons"):
+        settings = json.loads((DOCS / study / "board.json").read_text())["settings"]
+        assert settings["weights"][:8] in (DOCS / "results" / "studies.md").read_text()
+
+
+def test_the_lead_picture_is_small():
+    picture = ROOT / "docs" / "images" / "what-is-kept.png"
+    assert picture.stat().st_size < 400_000
