@@ -1,7 +1,7 @@
 """Ask about a scene: ten families of questions, each with several wordings.
 
-The splits use all of a family's `WORDINGS`, training the first ones and `TRAINING_WORDINGS`, so
-that a share of the splits' questions is phrased as no training question was.
+The splits use all of a family's `WORDINGS`, training the first ones and `TRAINING_WORDINGS`: some
+of the splits' questions are phrased as no training question was.
 """
 
 from __future__ import annotations
@@ -13,175 +13,13 @@ import numpy as np
 
 from classes import OBJECTS, WORDS, is_plural, plural, with_article
 from scenes import SIZE, Item, Scene
+from wordings import TRAINING_WORDINGS, WORDINGS
 
 FAMILIES = (
     "exists", "count", "side", "relation", "bigger",
     "where", "list", "read", "choice", "describe",
 )  # fmt: skip
 
-# {a}: "a dog" or "scissors"; {b}, {c}: "the dog"; {s}: the plural; {is}, {Is}: its verb.
-# The last two of each family never occur in training.
-WORDINGS: dict[str, tuple[str, ...]] = {
-    "exists": (
-        "{Is} there {a} in the picture?",
-        "{Is} there {a}?",
-        "Can you see {a} in this image?",
-        "Does the picture show {a}?",
-        "Do you see {a}?",
-        "{Is} {a} visible here?",
-        "Would you say there {is} {a} in this scene?",
-    ),
-    "count": (
-        "How many {s} are there?",
-        "How many {s} are in the picture?",
-        "Count the {s}.",
-        "What is the number of {s}?",
-        "How many {s} can you see?",
-        "How many {s} does the image contain?",
-        "Tell me how many {s} you can find.",
-    ),
-    "side": (
-        "What is on the far {side}?",
-        "Which object is furthest to the {side}?",
-        "What is the {most} object?",
-        "Name the {most} object.",
-        "Which object is the {most} one?",
-        "What do you see at the far {side} of the picture?",
-        "Which thing is the {most}?",
-    ),
-    "relation": (
-        "Where {is} {b} relative to {c}?",
-        "{Is} {b} to the left of, to the right of, above or below {c}?",
-        "In which direction {is} {b} from {c}?",
-        "Seen from {c}, where {is} {b}?",
-        "What is the position of {b} relative to {c}?",
-        "Compared with {c}, where {is} {b}?",
-        "Where do you find {b}, seen from {c}?",
-    ),
-    "bigger": (
-        "Which is bigger, {b} or {c}?",
-        "Which one is larger, {b} or {c}?",
-        "What is bigger: {b} or {c}?",
-        "Between {b} and {c}, which is larger?",
-        "Is {b} or {c} bigger?",
-        "Which of the two is larger, {b} or {c}?",
-        "Of {b} and {c}, which is the bigger one?",
-    ),
-    "where": (
-        "Where {is} {b}?",
-        "Where in the picture {is} {b}?",
-        "In which corner {is} {b}?",
-        "Which part of the picture shows {b}?",
-        "Where can you see {b}?",
-        "In what part of the image {is} {b}?",
-        "Where would I find {b} in this picture?",
-    ),
-    "list": (
-        "List the objects.",
-        "Which objects are in the picture?",
-        "Name all the objects you see.",
-        "What objects are there?",
-        "List everything in the picture.",
-        "What are the objects in this image?",
-        "Please name every object in the scene.",
-    ),
-    "read": (
-        "What does the sign say?",
-        "Read the word.",
-        "Which word is written in the picture?",
-        "What is written on the sign?",
-        "What word can you read?",
-        "Which word does the sign show?",
-        "Can you read out the word on the sign?",
-    ),
-    "choice": (
-        "Which of these is in the picture?",
-        "Which object does the picture show?",
-        "Which of the following can you see?",
-        "What is in the picture?",
-        "Choose the object that is in the picture.",
-        "Which one of these appears in the image?",
-        "Pick what you can see in the scene.",
-    ),
-    "describe": (
-        "Describe the picture.",
-        "Describe this image.",
-        "What does the picture show?",
-        "Give a short description.",
-        "What is this a picture of?",
-        "Please describe what you see.",
-        "Tell me what is in this image.",
-    ),
-}
-# Only training asks with these: the more wordings it has seen, the surer it tells families apart.
-TRAINING_WORDINGS: dict[str, tuple[str, ...]] = {
-    "exists": (
-        "Does this picture contain {a}?",
-        "Is it true that there {is} {a} in the picture?",
-        "Can {a} be seen?",
-        "Do you find {a} anywhere?",
-    ),
-    "count": (
-        "How many {s}?",
-        "Give the number of {s} in the picture.",
-        "Please count the {s} in this image.",
-        "How many {s} do you see here?",
-    ),
-    "side": (
-        "What stands furthest to the {side}?",
-        "What is the {most} thing in the picture?",
-        "Tell me the {most} object.",
-        "Which of the objects is on the far {side}?",
-    ),
-    "relation": (
-        "On which side of {c} {is} {b}?",
-        "{Is} {b} left of, right of, above or below {c}?",
-        "How {is} {b} placed with respect to {c}?",
-        "Looking from {c}, in which direction {is} {b}?",
-    ),
-    "bigger": (
-        "Which of them is bigger, {b} or {c}?",
-        "What is larger, {b} or {c}?",
-        "Compare {b} and {c}: which is bigger?",
-        "Which has the larger size, {b} or {c}?",
-    ),
-    "where": (
-        "Where is the place of {b} in the picture?",
-        "In which quarter of the picture {is} {b}?",
-        "Tell me where {b} {is}.",
-        "Which corner {is} {b} in?",
-    ),
-    "list": (
-        "Which objects can you see?",
-        "Make a list of the objects.",
-        "Give the names of all objects in this image.",
-        "What things are in the picture? Name them.",
-        "Enumerate the objects in the scene.",
-        "Name every thing that the picture shows.",
-    ),
-    "read": (
-        "What does it say on the sign?",
-        "Which word is on the sign?",
-        "Tell me the word on the sign.",
-        "What is the written word?",
-    ),
-    "choice": (
-        "Which of these do you see?",
-        "Which of these objects is shown?",
-        "One of these is in the picture. Which one?",
-        "Select the object that the image contains.",
-    ),
-    "describe": (
-        "Write one sentence about the picture.",
-        "Give a caption for this image.",
-        "What can be seen here?",
-        "Say what the image shows.",
-        "Summarize the picture.",
-        "What is in this scene?",
-        "Tell me about the picture.",
-        "Explain what you see here.",
-    ),
-}
 # After one round of all families, training asks these again, in these shares; the easy ones only
 # about every second picture.
 ASKED = {"count": 4, "side": 3, "relation": 4, "bigger": 1, "where": 1, "list": 3, "describe": 4}

@@ -26,15 +26,15 @@ def test_dense_ends_are_coreinfers_layers():
 
 
 def test_dense_ends_scale_with_the_depth():
-    shares = DenseEnds(0.4).ratios(30)
-    assert [layer for layer, share in enumerate(shares) if share < 1] == list(range(6, 25))
+    ratios = DenseEnds(0.4).ratios(30)
+    assert [layer for layer, ratio in enumerate(ratios) if ratio < 1] == list(range(6, 25))
     assert DenseEnds(0.5, first=1, last=2).counts(5, 16) == (16, 8, 8, 16, 16)
 
 
-def test_average():
-    assert DenseEnds(0.5, first=1, last=1).average(4) == 0.75
-    assert Uniform(0.3).average(7) == pytest.approx(0.3)
-    assert PerLayer(layer_ratios=(0.2, 0.6)).average(2) == pytest.approx(0.4)
+def test_ratios():
+    assert DenseEnds(0.5, first=1, last=1).ratios(4) == (1.0, 0.5, 0.5, 1.0)
+    assert Uniform(0.3).ratios(3) == (0.3, 0.3, 0.3)
+    assert PerLayer(layer_ratios=(0.2, 0.6)).ratios(2) == (0.2, 0.6)
 
 
 def test_per_layer():

@@ -11,8 +11,6 @@ from corematching.policies.thresholds import (
     _calibrate_at_once,
     calibrate_threshold,
     find_cut,
-    pick_firing,
-    share_firing,
 )
 
 VALUES = torch.tensor([[[1.0, -2.0, 3.0, -4.0], [5.0, -6.0, 7.0, -8.0], [99.0, 99.0, 99.0, 99.0]]])
@@ -35,27 +33,22 @@ def test_thresholds_over_some_neurons_by_hand():
     assert 5 < cuts[0] < 5.001 and 6 < cuts[1] < 6.001
 
 
-def test_firing_by_hand():
-    firing = pick_firing(VALUES, torch.tensor([4.0]))
-    assert firing.tolist() == [[[False] * 4, [True] * 4, [True] * 4]]
-    assert share_firing(firing, TOKENS).tolist() == [0.5]
-
-
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 100), sparsity=st.floats(0.05, 1.0))
 def test_at_least_the_sparsity_falls_away(seed, sparsity):
     values = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed))
     tokens = torch.tensor([[True] * 5, [False, True, True, False, True]])
     thresholds = calibrate_threshold(values, tokens, sparsity)
-    share = share_firing(pick_firing(values, thresholds), tokens)
+    above = (values.abs() > thresholds.view(-1, 1, 1)) & tokens.unsqueeze(-1)
+    ratio = above.sum((1, 2)) / (12 * tokens.sum(1))
     one = 1 / (12 * tokens.sum(1))
-    assert (share <= 1 - sparsity + 1e-5).all()
-    assert (share > 1 - sparsity - one - 1e-5).all()  # and not one neuron more than needed
+    assert (ratio <= 1 - sparsity + 1e-5).all()
+    assert (ratio > 1 - sparsity - one - 1e-5).all()  # and not one neuron more than needed
 
 
-@pytest.mark.parametrize(("share", "kept"), [(0.5, 4), (0.25, 2), (1.0, 8)])
-def test_cut_by_hand(share, kept):
-    cut = find_cut(VALUES, TOKENS, share)
+@pytest.mark.parametrize(("ratio", "kept"), [(0.5, 4), (0.25, 2), (1.0, 8)])
+def test_cut_by_hand(ratio, kept):
+    cut = find_cut(VALUES, TOKENS, ratio)
     assert int((VALUES[:, :2].abs() >= cut).sum()) == kept
 
 
@@ -70,7 +63,7 @@ def test_equal_values_all_fall_away():
     values = torch.ones(1, 2, 4)
     tokens = torch.ones(1, 2, dtype=torch.bool)
     threshold = calibrate_threshold(values, tokens, 0.1)
-    assert threshold.tolist() == [1] and not pick_firing(values, threshold).any()
+    assert threshold.tolist() == [1] and not (values > threshold).any()
 
 
 def test_padding_and_company_change_nothing():
@@ -99,7 +92,6 @@ def test_every_way_gives_the_same(sparsity, monkeypatch):
 def test_no_tokens():
     none = torch.zeros(1, 3, dtype=torch.bool)
     assert calibrate_threshold(VALUES, none, 0.5).tolist() == [0]
-    assert share_firing(torch.ones(1, 3, 4, dtype=torch.bool), none).tolist() == [0]
 
 
 def test_wrong_input_is_refused():

@@ -92,6 +92,15 @@ def test_a_batch_is_its_singles(name, engine, batch):
                 close(ours.mean[sample], choice.mean[0], 1e-5)
 
 
+@pytest.mark.parametrize("name", ["default", "staged", "staged and compensating"])
+def test_a_padded_batch_in_a_static_cache_is_the_same(name, batch):
+    model, inputs = batch
+    plain, logits, _, _ = run(model, inputs, METHODS[name], "torch")
+    other, others, _, _ = run(model, inputs, METHODS[name], "torch", cache_implementation="static")
+    assert torch.equal(plain.sequences, other.sequences)
+    close(logits, others)
+
+
 @pytest.mark.parametrize("engine", ["auto", "torch"])
 @pytest.mark.parametrize("active_ratio", [None, 0.5])
 def test_means_are_over_each_sample_s_own_tokens(active_ratio, engine, batch):

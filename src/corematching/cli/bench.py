@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from corematching.cli import console, options
+from corematching.cli.bench_workload import open_workload, peer_options
 from corematching.cli.once import OnceCommand
 from corematching.cli.outputs import make_folder
 from corematching.cli.repeat import write_command
@@ -21,10 +22,8 @@ from corematching.extras import require_plots
 
 DEFAULT_OUT = Path("corematching-bench")
 DEFAULT_PEERS = Path("benchmarks/peers")
-SHAPE_TEXT_TOKENS = 64
 SHAPE_KEEP_RATIO, SHAPE_NEURON_RATIO = 0.2, 0.4
 DENSE = "dense"
-FEWER = "give fewer --prompt-tokens"
 EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -194,55 +193,6 @@ def read_old(option: str, value: Any, old: str, old_value: Any) -> Any:
     return old_value
 
 
-def open_workload(
-    model: str | None,
-    shape: str | None,
-    dtype: str,
-    device: str | None,
-    batch: int,
-    prompt_tokens: int | None,
-    new_tokens: int,
-) -> Any:
-    """The model and what it is asked: loaded, or a shape's with random weights.
-
-    Raises
-    ------
-    InputError
-        Prompt and answer are longer than the model takes.
-    """
-    from corematching.cli.loading import load_model
-    from corematching.inputs import check_room, max_positions
-    from corematching.lab.bench import LoadedWorkload, RandomWorkload, build_random, find_shape
-    from corematching.named_models import choose_device
-
-    if shape is None:
-        loaded = load_model(model, device, dtype)
-        limit = max_positions(loaded.model.config, loaded.tokenizer)
-        check_room(limit, prompt_tokens or 0, new_tokens, FEWER)  # before the text is written
-        made = LoadedWorkload(loaded.name, loaded.model, loaded.processor, batch, prompt_tokens)
-        check_room(limit, made.prompt_tokens, new_tokens, FEWER)
-        return made
-    chosen, target = find_shape(shape), choose_device(device)
-    text_tokens = prompt_tokens or SHAPE_TEXT_TOKENS
-    limit = max_positions(chosen.make_config())
-    check_room(limit, chosen.image_tokens + text_tokens, new_tokens, FEWER)
-    kind = read_dtype(dtype)
-    console.quieten_libraries()
-    with console.waiting(f"filling {chosen.name} with random weights"):
-        filled = build_random(chosen, target, kind)
-    return RandomWorkload(chosen, filled, batch, text_tokens)
-
-
-def read_dtype(name: str) -> Any:
-    """A shape's dtype; auto is bfloat16."""
-    import torch
-
-    from corematching.named_models import check_dtype
-
-    check_dtype(name)
-    return torch.bfloat16 if name == "auto" else getattr(torch, name)
-
-
 def measure(
     workload: Any,
     methods: dict[str, Any],
@@ -269,42 +219,6 @@ def measure(
     facts = {"command": write_command("bench", list_changed(given)), "missing": missing}
     with counting() as progress:
         return run_bench(workload, ours, peers, plan, facts, progress)
-
-
-def peer_options(adapter: Any, workload: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """What an adapter is told."""
-    import torch
-
-    from corematching.demo.cache import cache_root
-
-    values = {
-        "dtype": str(workload.model.dtype).removeprefix("torch."),
-        "device": str(workload.model.device),
-        "threads": torch.get_num_threads(),
-        "batch": workload.batch,
-        "new_tokens": given["new_tokens"],
-        "prompt_tokens": workload.prompt_tokens,
-        "work": str(cache_root() / "peers" / adapter.name),
-    }
-    if workload.random_weights:
-        text_tokens = given["prompt_tokens"] or SHAPE_TEXT_TOKENS
-        return {**values, "shape": workload.name, "text_tokens": text_tokens}
-    return {**values, "checkpoint": find_checkpoint(given["model"])}
-
-
-def find_checkpoint(model: str | None) -> str:
-    """The directory of a model's weights."""
-    from corematching.named_models import is_scenevlm
-
-    if model is None or is_scenevlm(model):
-        from corematching.demo.cache import demo_directory
-
-        return str(demo_directory())
-    if Path(model).is_dir():
-        return str(Path(model).resolve())
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(model, local_files_only=True)
 
 
 def save(board: dict[str, Any], out: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from corematching.backends.kernels.statistics import pick_highest
@@ -46,26 +44,14 @@ def pick_top(scores: Tensor, count: int) -> Tensor:
     found = pick_highest(scores.detach(), count)
     if found is not None:
         return found
-    if scores.device.type == "cpu" and not bool(scores.isnan().any()):
-        return torch.stack([_pick_row(row, count) for row in scores.detach().unbind()])
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order[:, :count].sort(dim=-1).values
-
-
-def _pick_row(scores: Tensor, count: int) -> Tensor:
-    """`pick_top` of one sample by partition instead of sorting."""
-    row = (scores.float() if scores.is_floating_point() else scores).numpy()
-    place = len(row) - count
-    cut = np.partition(row, place)[place]
-    chosen = row > cut
-    chosen[np.flatnonzero(row == cut)[: count - np.count_nonzero(chosen)]] = True
-    return torch.from_numpy(np.flatnonzero(chosen))
 
 
 def pick_core_neurons(
     activations: Tensor, tokens: Tensor, rho: float, beta: float, activated_by: str = "sign"
 ) -> Tensor:
-    """``C_rho^beta(s)``, the share ``beta`` of the neurons that stand in most token-wise sets.
+    """``C_rho^beta(s)``, the ratio ``beta`` of the neurons that stand in most token-wise sets.
 
     The token-wise set is `activate_top_positive` (``sign``, the paper) or `activate_by_magnitude`.
 

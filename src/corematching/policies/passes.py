@@ -1,26 +1,21 @@
 """Passes over the activations of a whole prompt, (B, T, F), that touch the memory once.
 
 The activations are far larger than a processor's caches, and a policy runs while the prompt waits.
-On the CPU each pass goes block by block, or token by token, so that whatever it makes of a block
-stays in the cache. Other devices take the prompt in one piece.
+On the CPU sums go block by block, so that a block's float32 copy stays in the cache. Other devices
+take the prompt in one piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from corematching.backends.kernels.statistics import mark_highest, sum_rows, weigh_marks
 
 BLOCK_BYTES = 1 << 20
 """A block's size in float32."""
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def read_blocks(values: Tensor, tokens: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
@@ -86,17 +81,11 @@ def dot_tokens(values: Tensor, weights: Tensor) -> Tensor:
 
 def count_positive(values: Tensor) -> Tensor:
     """(B, T, 1) long, the positive entries of each token."""
-    if values.device.type != "cpu":
-        return (values > 0).sum(-1, keepdim=True)
-    counts = [np.count_nonzero(row > 0) for row in _read_rows(values)]
-    return torch.tensor(counts, dtype=torch.long).view(*values.shape[:-1], 1)
+    return (values > 0).sum(-1, keepdim=True)
 
 
 def mark_largest(values: Tensor, counts: Tensor, most: int, absolute: bool) -> Tensor:
     """Mark the entries that are above 0 and not below the token's ``counts``-th largest one.
-
-    On the CPU through the bits of the numbers: read as integers they keep the order of positive
-    floats, and NumPy selects among integers several times as fast.
 
     Parameters
     ----------
@@ -120,25 +109,7 @@ def mark_largest(values: Tensor, counts: Tensor, most: int, absolute: bool) -> T
     found = mark_highest(values.detach(), counts, absolute)
     if found is not None:
         return found
-    if values.device.type != "cpu":
-        ranked = values.abs() if absolute else values
-        largest = ranked.topk(most, dim=-1).values
-        cuts = largest.gather(-1, counts.expand(*values.shape[:-1], 1) - 1)
-        return (ranked >= cuts) & (ranked > 0)
-    rows = _read_rows(values)
-    marked = np.empty(rows.shape, dtype=bool)
-    places: list[int] = (width - counts).expand(*values.shape[:-1], 1).flatten().tolist()
-    magnitudes, work = np.empty((2, width), rows.dtype)
-    magnitude = rows.dtype.type(np.iinfo(rows.dtype).max)
-    for row, place, out in zip(rows, places, marked, strict=True):
-        size = np.bitwise_and(row, magnitude, out=magnitudes) if absolute else row
-        work[:] = size
-        work.partition(place)
-        np.greater_equal(size, max(work[place], 1), out=out)
-    return torch.from_numpy(marked).view(values.shape)
-
-
-def _read_rows(values: Tensor) -> NDArray[Any]:
-    """(B * T, F), the bits as integers."""
-    bits = values.detach().view(INTEGERS[values.element_size()])
-    return bits.reshape(-1, values.shape[-1]).numpy()
+    ranked = values.abs() if absolute else values
+    largest = ranked.topk(most, dim=-1).values
+    cuts = largest.gather(-1, counts.expand(*values.shape[:-1], 1) - 1)
+    return (ranked >= cuts) & (ranked > 0)

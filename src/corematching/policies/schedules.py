@@ -42,16 +42,6 @@ class Schedule(Component, kind="neuron schedule"):
         """
         raise NotImplementedError
 
-    def average(self, num_layers: int) -> float:
-        """The mean ratio over the layers.
-
-        Parameters
-        ----------
-        num_layers : int
-            Decoder layers of the model.
-        """
-        return sum(self.ratios(num_layers)) / num_layers
-
     def counts(self, num_layers: int, width: int) -> tuple[int, ...]:
         """The number of neurons that each layer keeps.
 

@@ -30,7 +30,7 @@ def test_own_work_is_not_others(monkeypatch):
     readings = iter([(10.0, 4.0, 100.0), (16.0, 9.0, 110.0)])
     monkeypatch.setattr(CpuMeter, "_read", staticmethod(lambda: next(readings)))
     # 6 busy seconds, 5 of them ours, out of 10
-    assert CpuMeter().share() == pytest.approx(0.1)
+    assert CpuMeter().ratio() == pytest.approx(0.1)
 
 
 def test_ceilings_count_both_directions_and_two_per_multiply_add(monkeypatch):

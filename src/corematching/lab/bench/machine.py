@@ -17,7 +17,7 @@ from corematching.extras import require
 
 psutil = require("psutil", "bench", "a benchmark")
 
-BUSY_SHARE = 0.10
+BUSY_RATIO = 0.10
 PROBE_SECONDS = 1.0
 LONG_ENOUGH = 0.05
 """Seconds of a matrix product that can be trusted."""
@@ -27,7 +27,7 @@ IDLE_FIELDS = ("idle", "iowait", "guest", "guest_nice")  # guests are counted in
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches at best, measured.
+    """The highest speeds of the machine, measured.
 
     Attributes
     ----------
@@ -53,8 +53,8 @@ class CpuMeter:
     def __init__(self) -> None:
         self._start = self._read()
 
-    def share(self) -> float:
-        """Others' share of the whole machine's processor time so far, in [0, 1]."""
+    def ratio(self) -> float:
+        """The ratio of the machine's processor time that others used so far, in [0, 1]."""
         busy, own, total = (b - a for a, b in zip(self._start, self._read(), strict=True))
         return min(1.0, max(0.0, busy - own) / total) if total > 0 else 0.0
 
@@ -77,10 +77,10 @@ def _cpu_seconds(process: Any) -> float:
 
 
 def probe_others(seconds: float = PROBE_SECONDS) -> float:
-    """Other programs' share of the machine's processor time, over a second, in [0, 1]."""
+    """The ratio of the processor time that other programs use, over a second, in [0, 1]."""
     meter = CpuMeter()
     time.sleep(seconds)
-    return meter.share()
+    return meter.ratio()
 
 
 def require_quiet(probe: Callable[[], float] = probe_others, force: bool = False) -> float:
@@ -89,20 +89,20 @@ def require_quiet(probe: Callable[[], float] = probe_others, force: bool = False
     Returns
     -------
     float
-        Other programs' share of the processor time.
+        The ratio of the processor time that other programs use.
 
     Raises
     ------
     BusyMachineError
         It is more than 10 %, and ``force`` is False.
     """
-    share = probe()
-    if share > BUSY_SHARE and not force:
+    ratio = probe()
+    if ratio > BUSY_RATIO and not force:
         raise BusyMachineError(
-            f"other programs use {share:.0%} of this machine's processor time, so times cannot be "
+            f"other programs use {ratio:.0%} of this machine's processor time, so times cannot be "
             "compared: wait until they are done, or pass --force to measure all the same"
         )
-    return share
+    return ratio
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

@@ -1,4 +1,4 @@
-"""Lets the contenders take their turns, A B A B, and puts the figures together."""
+"""Measures the contenders in alternation, A B A B, and makes the board of the figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from corematching.lab.evaluate.machine import describe_machine
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called with what goes on now, the turns so far, and all of them."""
+"""Called with the current step, the number of turns so far, and that of all."""
 SETTLE_SECONDS = 0.25
 """After a turn, so that the last engine's waiting threads go to sleep before the next one's."""
 
@@ -68,7 +68,7 @@ def run_bench(
     Parameters
     ----------
     workload : Workload
-        What is asked.
+        The model and its questions.
     ours : sequence of MethodContender
         The first one is the dense model that the others are compared with.
     peers : sequence of PeerContender
@@ -78,7 +78,7 @@ def run_bench(
         Goes into the result as it is.
     progress : callable
     probe : callable
-        Says how busy the machine is with other programs.
+        Gives the ratio of the processor time that other programs use.
 
     Returns
     -------
@@ -91,10 +91,27 @@ def run_bench(
         The machine is busy and ``plan.force`` is False.
     """
     busy_before = require_quiet(probe, plan.force)
-    device, dtype = workload.model.device, workload.model.dtype
     progress("measuring the machine", 0, 1)
-    ceilings = measure_ceilings(device, dtype)
+    ceilings = measure_ceilings(workload.model.device, workload.model.dtype)
     failed: dict[str, str] = {}
+    entries, busy_during = _measure(ours, peers, plan.rounds, failed, progress)
+    facts = {
+        **_list_facts(workload, plan),
+        "others_cpu": {"before": busy_before, "during": busy_during},
+        "failed": failed,
+        **settings,
+    }
+    return make_board(entries, ceilings, plan.new_tokens, batch=workload.batch, facts=facts)
+
+
+def _measure(
+    ours: Sequence[MethodContender],
+    peers: Sequence[PeerContender],
+    rounds: int,
+    failed: dict[str, str],
+    progress: Progress,
+) -> tuple[list[dict[str, Any]], float]:
+    """An entry of the board for each contender, and how busy the machine was meanwhile."""
     with ExitStack() as stack:
         ready: list[Contender] = []
         everyone: list[Contender] = [*ours, *peers]
@@ -103,36 +120,33 @@ def run_bench(
             stack.callback(contender.stop)
             if _try(contender, contender.start, failed):
                 ready.append(contender)
-        _share_out_memory(ours)
+        _tell_memory(ours)
         meter = CpuMeter()
-        turns = take_turns(ready, plan.rounds, failed, progress)
-        busy_during = meter.share()
+        turns = take_turns(ready, rounds, failed, progress)
+        busy = meter.ratio()
         entries = [
             {"name": c.name, "kind": c.kind, "turns": turns[c.name], **c.describe()}
             for c in ready
             if c.name not in failed
         ]
-    return make_board(
-        entries,
-        ceilings,
-        plan.new_tokens,
-        batch=workload.batch,
-        facts={
-            "model": workload.name,
-            "random_weights": workload.random_weights,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-            "machine": describe_machine(device),
-            "threads": torch.get_num_threads(),
-            "batch": workload.batch,
-            "prompt_tokens": workload.prompt_tokens,
-            "new_tokens": plan.new_tokens,
-            "rounds": plan.rounds,
-            "others_cpu": {"before": busy_before, "during": busy_during},
-            "failed": failed,
-            **settings,
-        },
-    )
+    return entries, busy
+
+
+def _list_facts(workload: Workload, plan: Plan) -> dict[str, Any]:
+    """The model, the machine and the settings of a run."""
+    device, dtype = workload.model.device, workload.model.dtype
+    return {
+        "model": workload.name,
+        "random_weights": workload.random_weights,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "machine": describe_machine(device),
+        "threads": torch.get_num_threads(),
+        "batch": workload.batch,
+        "prompt_tokens": workload.prompt_tokens,
+        "new_tokens": plan.new_tokens,
+        "rounds": plan.rounds,
+    }
 
 
 def take_turns(
@@ -142,8 +156,8 @@ def take_turns(
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
     total = rounds * len(contenders)
     for number in range(rounds):
-        for place, contender in enumerate(contenders):
-            progress(contender.name, number * len(contenders) + place, total)
+        for index, contender in enumerate(contenders):
+            progress(contender.name, number * len(contenders) + index, total)
             if contender.name in failed:
                 continue
 
@@ -167,7 +181,7 @@ def _try(contender: Contender, work: Callable[[], None], failed: dict[str, str])
     return True
 
 
-def _share_out_memory(ours: Sequence[MethodContender]) -> None:
+def _tell_memory(ours: Sequence[MethodContender]) -> None:
     """Tell each how much of this process's memory the others hold, which is not its own."""
     total = sum(contender.held for contender in ours)
     for contender in ours:

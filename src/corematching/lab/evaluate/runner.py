@@ -59,7 +59,7 @@ def evaluate(
     plan: Plan | None = None,
     progress: Progress | None = None,
     command: str = "",
-    crew: Crew | None = None,
+    crew: Crew | Respondent | None = None,
 ) -> dict[str, Any]:
     """Run methods over a task and make the board.
 
@@ -81,7 +81,7 @@ def evaluate(
         Called after each batch.
     command : str
         What the user ran, but for the methods; for the board.
-    crew : Crew, optional
+    crew : Crew or Respondent, optional
         Processes that answer, with the same model, task, methods and plan; default: this one.
 
     Returns
@@ -106,12 +106,8 @@ def evaluate(
     batches = split_batches(subject, task, questions, plan.batch)
     methods = {**methods, DENSE: method_from_text(DENSE)}
     with run.hold(), ExitStack() as stack:
-        answer = (
-            stack.enter_context(closing(Respondent(subject, task, methods, plan))).answer_all
-            if crew is None
-            else crew.answer_all
-        )
-        survey = Survey(run, batches, answer, progress or _ignore, plan.share)
+        crew = crew or stack.enter_context(closing(Respondent(subject, task, methods, plan)))
+        survey = Survey(run, batches, crew.answer_all, progress or _ignore, plan.share)
         for texts in ([DENSE], [text for text in methods if text != DENSE]):
             for text in texts:
                 run.enter(text, methods[text].to_dict())
@@ -120,7 +116,7 @@ def evaluate(
 
 
 def list_settings(subject: Subject, task: Task[Any], plan: Plan, questions: int) -> dict[str, Any]:
-    """What the answers hang on, besides the method."""
+    """The settings that answers depend on, besides the method."""
     from corematching import __version__
 
     model = subject.model
