@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from corematching.backends.cuda import triton_statistics
 from corematching.backends.cuda.triton_statistics import (
     find_size,
     mark_highest,
@@ -10,7 +11,6 @@ from corematching.backends.cuda.triton_statistics import (
     sum_rows,
     weigh_marks,
 )
-from corematching.backends.cuda import triton_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -293,6 +293,25 @@ def test_refuses_what_computes_something_else():
         SparseFFN(Scaled(), KEPT)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_weights_that_are_nan_are_named(name, bad):
+    ffn = GatedFFN()
+    with torch.no_grad():
+        getattr(ffn, name).weight[3, 5] = bad
+    with pytest.raises(UnsupportedModelError, match=rf"GatedFFN's {name}.weight hold NaN or inf"):
+        SparseFFN(ffn, KEPT)
+
+
+def test_weights_that_overflow_are_spoken_of():
+    ffn = GatedFFN().half()
+    with torch.no_grad():
+        ffn.down_proj.weight.fill_(6e4)
+        ffn.up_proj.weight.fill_(6e4)
+    with pytest.raises(UnsupportedModelError, match=r"GatedFFN overflows in torch\.float16"):
+        SparseFFN(ffn, KEPT)
+
+
 def test_refuses_quantised_and_adapted_and_offloaded_weights():
     class Linear4bit(nn.Linear):
         def forward(self, x):
