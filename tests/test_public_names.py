@@ -33,7 +33,7 @@ TO_SUBCLASS = """
 RESULTS = "Choices Report Run SampleReport"
 ERRORS = """
     AlreadyInstalledError BusyMachineError ConfigError CoreMatchingError InputError
-    InvalidTensorError MemoryCapError UnsupportedModelError
+    InvalidTensorError MemoryCapError MissingPackageError UnsupportedModelError
 """
 LOADING = "__version__ load load_demo"
 GROUPS = (METHODS, RULES, SCORES, AMOUNTS, TO_SUBCLASS, RESULTS, ERRORS, LOADING)

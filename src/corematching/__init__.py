@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         InputError,
         InvalidTensorError,
         MemoryCapError,
+        MissingPackageError,
         UnsupportedModelError,
     )
     from corematching.methods import (
@@ -99,6 +100,8 @@ _EXPORTS = {
         "InputError",
         "InvalidTensorError",
         "MemoryCapError",
+        "MissingPackageError",
+        "MissingPackageError",
         "UnsupportedModelError",
     ),
     "methods": (
@@ -202,6 +205,7 @@ __all__ = [
     "Knee",
     "Magnitude",
     "MemoryCapError",
+    "MissingPackageError",
     "NeuronChoice",
     "NeuronPolicy",
     "NeuronRule",

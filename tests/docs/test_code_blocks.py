@@ -89,13 +89,12 @@ def session(checkpoint, loaded, monkeypatch, tmp_path):
         return loaded[key]
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load))
-    known = {kind: dict(classes) for kind, classes in REGISTRY.items()}
     module = types.ModuleType("page_of_the_documentation")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     yield module
-    for kind, classes in known.items():
-        REGISTRY[kind].clear()
-        REGISTRY[kind].update(classes)
+    for classes in REGISTRY.values():
+        for name in [name for name, cls in classes.items() if cls.__module__ == module.__name__]:
+            del classes[name]
 
 
 @pytest.mark.parametrize("page", SESSIONS)

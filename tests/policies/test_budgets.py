@@ -100,9 +100,22 @@ def test_samples_have_their_own_number_of_image_tokens():
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
 @pytest.mark.parametrize("budget", [Knee(), Ratio(0.5), Count(1)])
 def test_broken_scores_are_refused(budget, bad):
-    scores = torch.tensor([[1.0, 2.0], [1.0, bad]])
-    with pytest.raises(ConfigError, match="NaN or infinite on 1 image tokens of sample 1"):
+    scores = torch.tensor([[bad, 2.0], [1.0, bad]])
+    with pytest.raises(ConfigError, match="token scores of sample 0, 1 hold NaN or infinite"):
         budget(scores, torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="token scores of sample 1 hold NaN or infinite"):
+        budget(scores, torch.tensor([[False, False], [True, True]]))
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("budget", [Knee(), Ratio(0.5), Count(1)])
+def test_a_broken_sample_leaves_the_others_alone(budget, bad, caplog):
+    scores = torch.tensor([[1.0, 2.0, 0.5, 0.1], [1.0, bad, 3.0, 0.1]])
+    image = torch.ones(2, 4, dtype=torch.bool)
+    assert torch.equal(budget(scores, image)[0], budget(scores[:1], image[:1])[0])
+    assert "token scores of sample 1 hold NaN or infinite values" in caplog.text
+    assert budget(scores, image)[1].any()
+    scores = torch.tensor([[1.0, 2.0], [1.0, bad]])
     assert budget(scores, torch.tensor([[True, True], [True, False]]))[1].tolist() == [True, False]
 
 

@@ -99,3 +99,15 @@ def test_wrong_input_is_refused():
         calibrate_threshold(VALUES, TOKENS, 0)
     with pytest.raises(ConfigError, match="sample 0 hold NaN or infinite"):
         calibrate_threshold(torch.full_like(VALUES, torch.inf), TOKENS, 0.5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_sample_leaves_the_others_alone(bad, caplog):
+    values = torch.stack([VALUES[0], torch.full_like(VALUES[0], bad), VALUES[0]])
+    tokens = TOKENS[:1].expand(3, -1).clone()
+    expected = calibrate_threshold(VALUES[:1], TOKENS[:1], 0.5).item()
+    assert calibrate_threshold(values, tokens, 0.5).tolist() == [expected, 0, expected]
+    assert "activations of sample 1 hold NaN or infinite values" in caplog.text
+    tokens[0] = tokens[2] = False
+    with pytest.raises(ConfigError, match="sample 1 hold NaN"):
+        calibrate_threshold(values, tokens, 0.5)

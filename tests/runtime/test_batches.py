@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from corematching import (
+    CoreMatching,
+    GateThreshold,
+    GriffinScore,
+    Knee,
+    Ratio,
+    Sparsifier,
+    TopNeurons,
+)
 from corematching.cache.pruned_cache import pruned_prompt_of
-from corematching.methods import CoreMatching, GateThreshold, Sparsifier, TopNeurons
-from corematching.methods.sparsifier import NeuronRule
 from corematching.methods.staged import StagedRule
-from corematching.policies.budgets import Knee, Ratio
-from corematching.policies.neuron_scores import GriffinScore, PaperScore
-from corematching.policies.schedules import DenseEnds
 from corematching.policies.token_scores import TextOverlap
 from tests.models import LAYERS, WIDTH, build, image_mask, make_inputs
 from tests.runtime.test_families import single
 
 STEPS = 4
 IMAGES, WORDS = [1, 2, 1], [9, 17, 12]
-TOP = TopNeurons(0.5, dense_first=1, dense_last=0)
+HALF = TopNeurons(0.5, dense_first=1, dense_last=0)
+KEPT = TopNeurons(0.5, dense_first=1, dense_last=0, score=GriffinScore(token_set="kept"))
 METHODS = {
     "default": CoreMatching(),
     "staged": CoreMatching(0.15),
     "paper": CoreMatching.paper(),
-    "compensating": CoreMatching(neurons=TOP),
-    "compensating and gated": CoreMatching(neurons=GateThreshold(0.5, TOP)),
-    "staged and compensating": CoreMatching(
-        0.15, neurons=replace(TOP, score=GriffinScore(token_set="kept"))
-    ),
-    "compensating by the paper's score": CoreMatching(
-        layer=1, neurons=NeuronRule(PaperScore(), DenseEnds(0.4), compensate=True)
-    ),
-    "proportional knee": CoreMatching(budget=Knee(), layer=1, neurons=None),
+    "compensating": CoreMatching(neurons=HALF),
+    "compensating and gated": CoreMatching(neurons=GateThreshold(0.5, among=HALF)),
+    "staged and compensating": CoreMatching(0.15, neurons=KEPT),
+    "compensating paper": CoreMatching.paper(compensate=True),
+    "proportional knee": CoreMatching(budget=Knee(cover=0.9), layer=1, neurons=None),
 }
 COMPENSATING = [name for name in METHODS if "compensating" in name]
 
@@ -101,8 +102,8 @@ def test_a_padded_batch_in_a_static_cache_is_the_same(name, batch):
 
 
 @pytest.mark.parametrize("engine", ["auto", "torch"])
-@pytest.mark.parametrize("active", [None, 0.5])
-def test_means_are_over_each_sample_s_own_tokens(active, engine, batch):
+@pytest.mark.parametrize("active_ratio", [None, 0.5])
+def test_means_are_over_each_sample_s_own_tokens(active_ratio, engine, batch):
     model, inputs = batch
     seen, handles = [], []
     for layer in model.get_decoder().layers:
@@ -112,8 +113,9 @@ def test_means_are_over_each_sample_s_own_tokens(active, engine, batch):
         model(**inputs)
     for handle in handles:
         handle.remove()
-    top = TopNeurons(0.5, dense_first=0, dense_last=0, multiple=1)
-    method = Sparsifier(neurons=top if active is None else GateThreshold(active, top))
+    half = TopNeurons(0.5, dense_first=0, dense_last=0, multiple=1)
+    gated = half if active_ratio is None else GateThreshold(active_ratio, among=half)
+    method = CoreMatching(score=None, neurons=gated)
     _, _, memory, _ = run(model, inputs, method, engine)
     assert len(memory.neurons) == len(seen) == LAYERS
     valid = inputs["attention_mask"].bool()
@@ -127,17 +129,14 @@ def test_means_are_over_each_sample_s_own_tokens(active, engine, batch):
             close(choice.mean[sample], torch.where(dropped[sample], mean, 0.0), 1e-5)
 
 
-class Recorder:
-    """Shows the views that a token policy gets, and what it answers."""
+@dataclass(frozen=True)
+class Recorder(StagedRule, name="recorder"):
+    """Staged rule that keeps the views it gets, and its choices."""
 
-    def __init__(self, inner):
-        self.inner, self.seen = inner, []
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
+    seen: list = field(default_factory=list)
 
     def choose(self, view):
-        choice = self.inner.choose(view)
+        choice = super().choose(view)
         self.seen.append((view, choice))
         return choice
 
@@ -160,8 +159,8 @@ def standing_for(seen, sample, length):
 @pytest.mark.parametrize("after", [(1,), (0, 2), (0, 1, 2)])
 def test_after_several_cuts_each_token_counts_for_all_that_went_to_it(after, engine, batch):
     model, inputs = batch
-    budgets = [Ratio(keep, cover=0.5) for keep in (0.6, 0.3, 0.15)[-len(after) :]]
-    rule = Recorder(StagedRule(TextOverlap(), budgets, after, proportional=True))
+    budgets = tuple(Ratio(ratio, cover=0.5) for ratio in (0.6, 0.3, 0.15)[-len(after) :])
+    rule = Recorder(TextOverlap(), budgets, after, proportional=True)
     _, _, memory, _ = run(model, inputs, Sparsifier(tokens=rule, neurons=None), engine)
     assert [view.layer for view, _ in rule.seen] == list(after)
     image, length = image_mask("llava", inputs), inputs["input_ids"].shape[1]
@@ -175,3 +174,17 @@ def test_after_several_cuts_each_token_counts_for_all_that_went_to_it(after, eng
         assert int((expected > 1).sum()) > 1 and not any(
             len(stands[column]) > 1 for column in left if not image[sample, column]
         )
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_sample_of_nan_changes_no_other(name, engine, batch):
+    model, inputs = batch
+    broken = dict(inputs, pixel_values=inputs["pixel_values"].clone())
+    broken["pixel_values"][0] = torch.nan
+    expected, logits, _, masks = run(model, inputs, METHODS[name], engine)
+    out, others, _, found = run(model, broken, METHODS[name], engine)
+    assert masks[1:] == found[1:]
+    assert torch.equal(out.sequences[1:], expected.sequences[1:])
+    close(others[1:], logits[1:])
+    assert others[0].isnan().any()

@@ -76,7 +76,7 @@ def masked(sparse: SparseFFN, x, choice: NeuronChoice):
     def overwrite(module, args):
         return (torch.where(keep[:, None], args[0], filler[:, None]),)
 
-    handle = sparse.down_proj.register_forward_pre_hook(overwrite)
+    handle = sparse.parts.down.register_forward_pre_hook(overwrite)
     out = type(sparse.mlp).forward(sparse.mlp, x)
     handle.remove()
     return out
@@ -89,7 +89,8 @@ def masked(sparse: SparseFFN, x, choice: NeuronChoice):
 def test_compact_neurons_equal_masked_neurons(form, bias, mean, batch):
     sparse, choice = make(form, bias), choose(batch, mean=mean)
     x = torch.randn(batch, 1, HIDDEN)
-    sparse.set(choice)
+    sparse.take(choice)
+    sparse.gather()
     torch.testing.assert_close(sparse.mlp(x), masked(sparse, x, choice), rtol=1e-5, atol=1e-6)
 
 
@@ -99,7 +100,8 @@ def test_prompts_and_cleared_ffns_stay_dense(form):
     prompt, token = torch.randn(2, 5, HIDDEN), torch.randn(2, 1, HIDDEN)
     dense = form.forward(sparse.mlp, token)
     assert torch.equal(sparse.mlp(token), dense)
-    sparse.set(choose(2))
+    sparse.take(choose(2))
+    sparse.gather()
     assert torch.equal(sparse.mlp(prompt), form.forward(sparse.mlp, prompt))
     assert not torch.allclose(sparse.mlp(token), dense)
     sparse.clear()
@@ -108,31 +110,37 @@ def test_prompts_and_cleared_ffns_stay_dense(form):
 
 def test_every_neuron_is_exactly_dense():
     sparse = make(count=WIDTH)
-    sparse.set(NeuronChoice(torch.arange(WIDTH)[None]))
+    sparse.take(NeuronChoice(torch.arange(WIDTH)[None]))
+    sparse.gather()
     x = torch.randn(1, 1, HIDDEN)
     assert torch.equal(sparse.mlp(x), GatedFFN.forward(sparse.mlp, x))
 
 
 def test_buffers_are_reused_in_place():
     sparse = make(bias=True)
-    sparse.set(choose(2, seed=1, mean=True))
+    sparse.take(choose(2, seed=1, mean=True))
+    sparse.gather()
     before = [(t.data_ptr(), t.clone()) for t in sparse._weights.tensors]
     bias = sparse._bias.data_ptr()
-    sparse.set(choose(2, seed=2, mean=True))
+    sparse.take(choose(2, seed=2, mean=True))
+    sparse.gather()
     for (address, old), new in zip(before, sparse._weights.tensors, strict=True):
         assert new.data_ptr() == address
         assert not torch.equal(new, old)
     assert sparse._bias.data_ptr() == bias
-    sparse.set(choose(3, seed=2))
+    sparse.take(choose(3, seed=2))
+    sparse.gather()
     assert sparse._weights.up.shape == (3, KEPT, HIDDEN)
 
 
 def test_a_choice_made_in_inference_mode_can_be_replaced_outside():
     sparse, x = make(), torch.randn(1, 1, HIDDEN)
     with torch.inference_mode():
-        sparse.set(choose(1, seed=1))
+        sparse.take(choose(1, seed=1))
+        sparse.gather()
         sparse.mlp(x.clone())
-    sparse.set(choose(1, seed=2))
+    sparse.take(choose(1, seed=2))
+    sparse.gather()
     torch.testing.assert_close(sparse.mlp(x), masked(sparse, x, choose(1, seed=2)))
 
 
@@ -145,10 +153,12 @@ def test_equal_neighbours_share_one_set(mean):
         None if two.mean is None else two.mean.repeat_interleave(3, 0),
     )
     sparse, x = make(), torch.randn(6, 1, HIDDEN)
-    sparse.set(beams)
+    sparse.take(beams)
+    sparse.gather()
     assert sparse._weights.up.shape[0] == 2
     torch.testing.assert_close(sparse.mlp(x), masked(sparse, x, beams), rtol=1e-5, atol=1e-6)
-    sparse.set(NeuronChoice(two.indices[:1].expand(6, -1)))
+    sparse.take(NeuronChoice(two.indices[:1].expand(6, -1)))
+    sparse.gather()
     assert sparse._weights.up.shape[0] == 1
 
 
@@ -156,14 +166,16 @@ def test_equal_sets_that_are_no_neighbours_stay_apart():
     choice = choose(4)
     choice.indices[3] = choice.indices[0]
     sparse, x = make(), torch.randn(4, 1, HIDDEN)
-    sparse.set(choice)
+    sparse.take(choice)
+    sparse.gather()
     assert sparse._weights.up.shape[0] == 4
     torch.testing.assert_close(sparse.mlp(x), masked(sparse, x, choice), rtol=1e-5, atol=1e-6)
 
 
 def test_an_expanded_batch_shares_its_samples_choices():
     sparse, choice, x = make(), choose(2, mean=True), torch.randn(6, 1, HIDDEN)
-    sparse.set(choice)
+    sparse.take(choice)
+    sparse.gather()
     expanded = NeuronChoice(
         choice.indices.repeat_interleave(3, 0), choice.mean.repeat_interleave(3, 0)
     )
@@ -174,9 +186,11 @@ def test_bytes_read_count_every_set_once():
     sparse = make()
     dense = 3 * WIDTH * HIDDEN * 4
     assert sparse.bytes_read(1) == dense
-    sparse.set(choose(1))
+    sparse.take(choose(1))
+    sparse.gather()
     assert sparse.bytes_read(1) == sparse.bytes_read(4) == 3 * KEPT * HIDDEN * 4
-    sparse.set(choose(2, mean=True))
+    sparse.take(choose(2, mean=True))
+    sparse.gather()
     assert sparse.bytes_read(2) == 2 * (3 * KEPT * HIDDEN * 4 + HIDDEN * 4)
     sparse.clear()
     assert sparse.bytes_read(2) == dense
@@ -190,7 +204,8 @@ def test_remove_leaves_nothing_behind():
     assert vars(mlp) == before
     sparse.install()
     sparse.install()
-    sparse.set(choose(1))
+    sparse.take(choose(1))
+    sparse.gather()
     sparse.remove()
     sparse.remove()
     assert vars(mlp) == before
@@ -235,7 +250,8 @@ def test_compiles_without_a_break_and_without_a_second_compilation():
     x = torch.randn(2, 1, HIDDEN)
     for seed in (1, 2, 3):
         choice = choose(2, seed=seed, mean=True)
-        sparse.set(choice)
+        sparse.take(choice)
+        sparse.gather()
         with torch.no_grad():
             torch.testing.assert_close(step(x), masked(sparse, x, choice), rtol=1e-5, atol=1e-6)
     assert len(graphs) == 1
@@ -246,7 +262,8 @@ def test_other_dtypes(dtype):
     torch.manual_seed(0)
     sparse = SparseFFN(GatedFFN(bias=True).to(dtype).eval(), KEPT)
     sparse.install()
-    sparse.set(choose(2, mean=True))
+    sparse.take(choose(2, mean=True))
+    sparse.gather()
     assert sparse.mlp(torch.randn(2, 1, HIDDEN, dtype=dtype)).dtype == dtype
 
 
@@ -259,9 +276,11 @@ def test_refuses_a_count_out_of_range(count):
 def test_refuses_a_choice_of_another_size():
     sparse = make()
     with pytest.raises(ConfigError, match="as many neurons as it was asked for"):
-        sparse.set(choose(1, count=KEPT + 1))
+        sparse.take(choose(1, count=KEPT + 1))
+        sparse.gather()
     with pytest.raises(ConfigError, match="one mean per neuron"):
-        sparse.set(NeuronChoice(choose(1).indices, torch.zeros(2, WIDTH)))
+        sparse.take(NeuronChoice(choose(1).indices, torch.zeros(2, WIDTH)))
+        sparse.gather()
     assert not sparse.active
 
 
@@ -272,6 +291,25 @@ def test_refuses_what_computes_something_else():
 
     with pytest.raises(UnsupportedModelError, match="Scaled computes more"):
         SparseFFN(Scaled(), KEPT)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_weights_that_are_nan_are_named(name, bad):
+    ffn = GatedFFN()
+    with torch.no_grad():
+        getattr(ffn, name).weight[3, 5] = bad
+    with pytest.raises(UnsupportedModelError, match=rf"GatedFFN's {name}.weight hold NaN or inf"):
+        SparseFFN(ffn, KEPT)
+
+
+def test_weights_that_overflow_are_spoken_of():
+    ffn = GatedFFN().half()
+    with torch.no_grad():
+        ffn.down_proj.weight.fill_(6e4)
+        ffn.up_proj.weight.fill_(6e4)
+    with pytest.raises(UnsupportedModelError, match=r"GatedFFN overflows in torch\.float16"):
+        SparseFFN(ffn, KEPT)
 
 
 def test_refuses_quantised_and_adapted_and_offloaded_weights():

@@ -10,6 +10,7 @@ from corematching.backends.cpu.native import find_library, find_unit, list_dtype
 from corematching.methods import gate_threshold
 from corematching.model.gate_store import GateStore, make_gate_request
 from tests import models
+from tests.runtime.families import generate
 
 TEXT = torch.tensor([[True, False, True, True], [False, False, True, True]])
 
@@ -68,3 +69,29 @@ def test_thresholds_are_those_of_a_gate_computed_anew(dtype, monkeypatch):
         assert all(gate is not None for gate in kept)
     for ours, theirs in zip(seen[:layers], seen[layers:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-6)
+
+
+class Renamed(torch.nn.Module):
+    """An FFN whose activation function goes by another name; ``act_fn`` is no function."""
+
+    def __init__(self, mlp, name):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn, self.name = "silu", name
+        setattr(self, name, mlp.act_fn)
+
+    def forward(self, x):
+        return self.down_proj(getattr(self, self.name)(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+@pytest.mark.parametrize("name", ["activation", "activation_fn", "act", "act_fn"])
+def test_an_activation_of_any_known_name_gives_the_gate(name, engine):
+    logits = []
+    for renamed in (False, True):
+        model = models.build("llava")
+        for layer in model.get_decoder().layers if renamed else ():
+            layer.mlp = Renamed(layer.mlp, name)
+        with torch.no_grad(), CoreMatching()(model, engine=engine):
+            logits.append(generate(model, models.make_inputs("llava", model)).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)

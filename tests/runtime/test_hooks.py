@@ -5,8 +5,18 @@ import functools
 import pytest
 import torch
 from torch import nn
+from transformers.utils import output_capturing
 
-from corematching.model.hooks import HookMonitor, promise_input
+from corematching import CoreMatching
+from corematching.model.hooks import (
+    HookMonitor,
+    ShapeReader,
+    captures_outputs,
+    promise_input,
+    reads_shapes,
+)
+from tests.models import build, make_inputs
+from tests.runtime.families import generate
 
 
 def watched(*arguments):
@@ -24,13 +34,50 @@ def test_any_hook_is_seen(hook):
     assert not watch.sees_any()
 
 
-def test_a_named_function_is_passed_over_and_a_nameless_one_is_not():
-    module = nn.Linear(2, 2)
-    watch = HookMonitor([module], ignored=["watched"])
-    module.register_forward_pre_hook(watched)
+def test_own_hooks_are_passed_over_and_those_of_the_same_name_are_not():
+    module, layer = nn.Linear(2, 2), nn.Linear(2, 2)
+    watch = HookMonitor([module], ignored=[reads_shapes, captures_outputs])
+    module.register_forward_hook(ShapeReader(lambda *_: None))
+    output_capturing.install_output_capuring_hook(module, "hidden_states", 0)
+    assert len(module._forward_hooks) == 2 and not watch.sees_any()
+    output_capturing.install_output_capuring_hook(layer, "hidden_states", 0)
+    (theirs,) = layer._forward_hooks.values()
+    for name in ("_count", "output_capturing_hook"):
+
+        def hook(*_):
+            """Somebody's own."""
+
+        hook.__name__ = hook.__qualname__ = name
+        for own in (hook, functools.partial(hook, 1), functools.wraps(theirs)(hook)):
+            handle = module.register_forward_hook(own)
+            assert watch.sees_any()
+            handle.remove()
     assert not watch.sees_any()
-    module.register_forward_hook(functools.partial(watched, 1))
-    assert watch.sees_any()
+
+
+@pytest.mark.parametrize("name", ["_count", "output_capturing_hook"])
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_hook_of_any_name_changes_what_is_answered(name, engine):
+    model = build("llava")
+    inputs = make_inputs("llava", model)
+
+    def hook(module, args, output):
+        return 0 * output
+
+    hook.__name__ = hook.__qualname__ = name
+    with torch.no_grad(), CoreMatching()(model, engine=engine):
+        plain = generate(model, inputs).logits
+        places = (
+            model.model.vision_tower.encoder.layers[0].mlp.fc1,
+            model.get_decoder().layers[3].input_layernorm,
+            model.get_decoder().norm,
+        )
+        for place in places:
+            handle = place.register_forward_hook(hook)
+            changed = generate(model, inputs).logits
+            handle.remove()
+            assert not torch.allclose(changed[:, 0], plain[:, 0], atol=1e-3)
+        assert torch.equal(generate(model, inputs).logits, plain)
 
 
 def test_a_hook_on_all_modules_is_seen():

@@ -115,3 +115,14 @@ def test_mixtures_of_experts_are_refused(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="mixture of experts"):
         load(tmp_path, CAP)
+
+
+def test_a_sample_of_nan_in_the_first_prompt_changes_no_other(stored):
+    whole, chosen = build("llava"), method()
+    model = load(stored("llava"), CAP, device="cpu")
+    inputs = make_inputs("llava", whole, batch=2)
+    inputs["pixel_values"][0] = torch.nan
+    expected = in_memory(whole, inputs, chosen)
+    with chosen(model):
+        for ours, theirs in zip(answer(model, inputs), expected, strict=True):
+            torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-5)

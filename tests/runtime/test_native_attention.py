@@ -17,7 +17,7 @@ from transformers import (
 from corematching import CoreMatching, Sparsifier
 from corematching.backends.cpu.native import PromptLayer, TiledAttention, has_tiles
 from corematching.backends.cpu.tower import TowerLayer
-from corematching.model.hooks import COUNTING, HookMonitor, show_result
+from corematching.model.hooks import HookMonitor, ShapeReader, reads_shapes, show_result
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
 
@@ -204,9 +204,8 @@ def test_results_are_shown_to_hooks_that_only_count():
     def count(module, args, out):
         shapes.append((args[0].shape, out.shape))
 
-    count.__name__ = COUNTING
-    watch = HookMonitor([module], ignored=[COUNTING])
-    module.register_forward_hook(count)
+    watch = HookMonitor([module], ignored=[reads_shapes])
+    module.register_forward_hook(ShapeReader(count))
     assert not watch.sees_any()
     show_result(module, torch.zeros(2, 3), torch.zeros(2, 5))
     module.register_forward_hook(

@@ -59,7 +59,8 @@ def test_compact_ffns_alone_equal_the_reference(name, compensated):
     ffns = [SparseFFN(find_ffn(layer), n) for layer, n in zip(layers, counts, strict=True)]
     for layer, ffn in enumerate(ffns):
         ffn.install()
-        ffn.set(policy.pick(layer, ffn.width, ffn.count))
+        ffn.take(policy.pick(layer, ffn.width, ffn.count))
+        ffn.gather()
     expected = reference(name, inputs, TestMethod(neurons=policy), STEPS)
     assert_same(generate(model, inputs), expected)
     for ffn in ffns:

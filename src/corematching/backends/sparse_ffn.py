@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from corematching.backends.buffers import count_sets, refill
 from corematching.backends.choice_checks import check_neurons, check_settled, limits_of
 from corematching.backends.kernels import (
     CompactWeights,
@@ -24,9 +25,8 @@ from corematching.backends.kernels import (
     IndexedKernel,
     NeuronSets,
     Thresholds,
+    copy_neurons,
     find_kernel,
-    gather_columns,
-    gather_rows,
     sparse_ffn,
 )
 from corematching.errors import ConfigError, InputError
@@ -123,11 +123,6 @@ class SparseFFN:
         return (int(self.active), *places)
 
     @property
-    def down_proj(self) -> nn.Linear:
-        """The module whose input is the activations."""
-        return self.parts.down
-
-    @property
     def taken(self) -> NeuronChoice | None:
         """A choice that the next `gather` makes hold."""
         return self._taken
@@ -172,11 +167,6 @@ class SparseFFN:
         assert weights is not None
         out = sparse_ffn(x[:, 0], weights, self._bias, self.parts.activation, self._limits)
         return out[:, None]
-
-    def set(self, choice: NeuronChoice) -> None:
-        """Take a choice and gather its weights at once; see `take` and `gather`."""
-        self.take(choice)
-        self.gather()
 
     def take(self, choice: NeuronChoice) -> None:
         """Take a choice; it holds from the next `gather` on, until then all neurons run.
@@ -318,11 +308,11 @@ class SparseFFN:
         limits = [None if x is None else x.to(device, torch.float32) for x in limits_of(choice)]
         indices = indices.to(device)
         self._batch = indices.shape[0]
-        step = indices.shape[0] // _count_sets([indices, *(x for x in limits if x is not None)])
+        step = indices.shape[0] // count_sets([indices, *(x for x in limits if x is not None)])
         own = (None if x is None else x[::step] for x in limits)
         self._limits = Thresholds(
             *(
-                None if x is None else _refill(old, x)
+                None if x is None else refill(old, x)
                 for old, x in zip(_fields(self._limits), own, strict=True)
             )
         )
@@ -338,20 +328,8 @@ class SparseFFN:
     def _copy_neurons(self) -> None:
         """Fill the buffers of compact copies, in place where their shapes match."""
         assert self._sets is not None
-        old = self._weights
-        fresh: dict[str, Tensor] = {}
-        sets, count = self._sets.indices.shape
         with torch.inference_mode(False), torch.no_grad():
-            for name, dense in self.parts.dense().items():
-                buffer = None if old is None else getattr(old, name)
-                if name == "down":
-                    buffer = _buffer(buffer, (sets, dense.shape[0], count), dense)
-                    fresh[name] = gather_columns(dense, self._sets.indices, buffer)
-                else:
-                    buffer = _buffer(buffer, (sets, count, *dense.shape[1:]), dense)
-                    fresh[name] = gather_rows(dense, self._sets.indices, buffer)
-        if old is None or any(getattr(old, name) is not new for name, new in fresh.items()):
-            self._weights = CompactWeights(**fresh)
+            self._weights = copy_neurons(self.parts.dense(), self._sets.indices, self._weights)
         self._copied = True
 
     def _fold(self, mean: Tensor | None) -> None:
@@ -361,39 +339,8 @@ class SparseFFN:
             bias = self.parts.bias()
         else:
             bias = F.linear(mean.to(down.weight), down.weight, down.bias)
-        self._bias = None if bias is None else _refill(self._bias, bias)
+        self._bias = None if bias is None else refill(self._bias, bias)
 
 
 def _fields(limits: Thresholds) -> tuple[Tensor | None, ...]:
     return limits.input, limits.gate, limits.output
-
-
-def _refill(old: Tensor | None, new: Tensor) -> Tensor:
-    """A copy of ``new``, in ``old`` where it fits."""
-    buffer = _buffer(old, tuple(new.shape), new)
-    buffer.copy_(new)
-    return buffer
-
-
-def _buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """``old`` where it fits, else an empty tensor at an address that compiled code may rely on."""
-    kind = (like.dtype, like.device)
-    if old is not None and old.shape == shape and (old.dtype, old.device) == kind:
-        return old
-    fresh = torch.empty(shape, dtype=like.dtype, device=like.device)
-    torch._dynamo.mark_static_address(fresh)
-    return fresh
-
-
-def _count_sets(choices: list[Tensor]) -> int:
-    """The smallest S for which samples that follow each other, B / S at a time, choose the same."""
-    batch = choices[0].shape[0]
-    if batch == 1:
-        return 1
-    repeats = [(x[1:] == x[:-1]).reshape(batch - 1, -1).all(1) for x in choices]
-    same = torch.stack(repeats).all(0).tolist()
-    for sets in range(1, batch):
-        group, rest = divmod(batch, sets)
-        if not rest and all(same[row - 1] for row in range(1, batch) if row % group):
-            return sets
-    return batch

@@ -159,7 +159,7 @@ class PrunedPrompt:
         order = rows.tolist()
         if order == list(range(self.batch)):
             return
-        for name in ("valid", "origin", "logarithms", "sign"):
+        for name in ("valid", "origin", "log_counts", "sign"):
             part = getattr(self, name)
             if part is not None:
                 setattr(self, name, part.index_select(0, rows.to(part.device)))
@@ -177,7 +177,7 @@ class PrunedPrompt:
     def cut(self, columns: int) -> None:
         """Forget the last columns of the prompt."""
         rest = self.valid.shape[1] - columns
-        for name in ("valid", "origin", "logarithms"):
+        for name in ("valid", "origin", "log_counts"):
             part = getattr(self, name)
             if part is not None:
                 setattr(self, name, part[:, :rest])

@@ -63,6 +63,12 @@ def find_ffn(layer: nn.Module) -> nn.Module:
     )
 
 
+def find_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The activation function of an FFN, under one of the names that models give it."""
+    found = (getattr(mlp, name, None) for name in ACTIVATION_NAMES)
+    return next((function for function in found if callable(function)), None)
+
+
 class FFNParts:
     """The linear layers and the activation function of an FFN.
 
@@ -105,13 +111,13 @@ class FFNParts:
         for linear in (self._up, self.down, self._gate):
             if linear is not None:
                 check_linear(mlp, linear)
-        found = [getattr(mlp, n) for n in ACTIVATION_NAMES if callable(getattr(mlp, n, None))]
-        if not found:
+        found = find_activation(mlp)
+        if found is None:
             raise UnsupportedModelError(
                 f"{type(mlp).__name__} has no activation function named "
                 f"{', '.join(ACTIVATION_NAMES)}: drop tokens only (neurons=None)"
             )
-        self.activation: Callable[[Tensor], Tensor] = found[0]
+        self.activation: Callable[[Tensor], Tensor] = found
         self.activation_name = activation_name(self.activation)
 
     @property
@@ -189,7 +195,7 @@ class FFNParts:
             self.compare(x[0], self.mlp.forward(x)[0])
 
     def compare(self, x: Tensor, theirs: Tensor) -> None:
-        """Compare (n, d) outputs of the FFN's own forward with ours on the (n, d) inputs ``x``.
+        """Compare (n, d) outputs of the FFN's own forward with ours on finite inputs (n, d).
 
         Raises
         ------
@@ -199,6 +205,8 @@ class FFNParts:
         weight = self.down.weight
         with torch.inference_mode(False), torch.no_grad():
             ours = self._compute(x)
+        if not bool(ours.isfinite().all()) or not bool(theirs.isfinite().all()):
+            self._refuse_broken()
         scale = theirs.float().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
         error = float((ours.float() - theirs.float()).abs().max() / scale)
         if not error < (1e-3 if weight.dtype == torch.float32 else 5e-2):
@@ -207,6 +215,20 @@ class FFNParts:
                 f"(a probe differs by {error:.1e} of the output): put the model in eval mode, "
                 "merge its adapters, or drop tokens only (neurons=None)"
             )
+
+    def _refuse_broken(self) -> None:
+        """Say why the outputs of finite inputs are NaN or infinite."""
+        kind = type(self.mlp).__name__
+        weights = self.mlp.named_parameters()
+        broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
+        if broken:
+            raise UnsupportedModelError(
+                f"{kind}'s {', '.join(broken)} hold NaN or infinite values: download the "
+                "checkpoint again, or load it in the dtype that it is stored in"
+            )
+        raise UnsupportedModelError(
+            f"{kind} overflows in {self.down.weight.dtype}: load the model in bf16 or fp32"
+        )
 
     def _compute(self, x: Tensor) -> Tensor:
         """(n, d) to (n, d), with all neurons."""

@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CAPTURING = "output_capturing_hook"
-"""Hooks of this name are transformers' own; behind an attention they collect its weights."""
-COUNTING = "_count"
-"""Hooks of this name only read the shape of what a layer gives: `show_result` serves them."""
+CAPTURING_MODULE = "transformers.utils.output_capturing"
+
+
+def captures_outputs(hook: Any) -> bool:
+    """Whether a hook is transformers' own; behind an attention these collect its weights."""
+    namespace = getattr(hook, "__globals__", {})
+    return bool(namespace.get("__name__") == CAPTURING_MODULE)
+
+
+def reads_shapes(hook: Any) -> bool:
+    """Whether a hook is a `ShapeReader`."""
+    return isinstance(hook, ShapeReader)
 
 
 def stay_eager(function: Any) -> Any:
@@ -34,8 +42,8 @@ class HookMonitor:
     Parameters
     ----------
     modules : iterable of nn.Module
-    ignored : iterable of str
-        Functions of these names do not count.
+    ignored : iterable of callable
+        Hooks for which one of these gives True do not count.
     called : iterable of nn.Module
         Modules whose hooks in front of them the caller runs (`promise_input`, `run_pre_hooks`):
         only those behind them count.
@@ -44,14 +52,14 @@ class HookMonitor:
     def __init__(
         self,
         modules: Iterable[nn.Module],
-        ignored: Iterable[str] = (),
+        ignored: Iterable[Callable[[Any], bool]] = (),
         called: Iterable[nn.Module] = (),
     ) -> None:
         self._hooks: list[Any] = [
             hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)
         ]
         self._hooks += [m._forward_hooks for m in called]
-        self._ignored = frozenset(ignored)
+        self._ignored = tuple(ignored)
 
     def sees_any(self) -> bool:
         """Whether there are hooks on these modules, or on all modules there are."""
@@ -63,7 +71,7 @@ class HookMonitor:
         if not self._ignored:
             return True
         every = (hook for hooks in self._hooks for hook in hooks.values())
-        return any(getattr(hook, "__name__", "") not in self._ignored for hook in every)
+        return not all(any(ignores(hook) for ignores in self._ignored) for hook in every)
 
 
 class Reader:
@@ -82,6 +90,22 @@ class Reader:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._read(args[0])
+
+
+class ShapeReader:
+    """A hook behind a module that only reads the shape of what it gives: `show_result` serves it.
+
+    Parameters
+    ----------
+    read : callable
+        ``read(module, args, output)``.
+    """
+
+    def __init__(self, read: Callable[[nn.Module, Any, Tensor], None]) -> None:
+        self._read = read
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._read(module, args, output)
 
 
 def may_run_late(module: nn.Module) -> bool:

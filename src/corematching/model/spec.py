@@ -8,11 +8,18 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from corematching.errors import UnsupportedModelError
+from corematching.errors import ConfigError, UnsupportedModelError
 from corematching.model.attention import find_attention
 from corematching.model.ffn import find_ffn
 from corematching.model.gate_store import GateStore
-from corematching.protocol import ACTIVATIONS, ATTENTION, CONTRIBUTIONS, Method, NeuronPolicy
+from corematching.protocol import (
+    ACTIVATIONS,
+    ATTENTION,
+    CONTRIBUTIONS,
+    Method,
+    NeuronPolicy,
+    TokenPolicy,
+)
 
 DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 VISION_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_encoder")
@@ -257,3 +264,20 @@ def choose_counts(parts: ModelSpec, neurons: NeuronPolicy | None) -> list[int]:
         return list(widths)
     counts = {width: neurons.counts(len(widths), width) for width in set(widths)}
     return [counts[width][index] for index, width in enumerate(widths)]
+
+
+def check_policies(method: Method) -> None:
+    """Refuse a method whose policies do not subclass those of `corematching.protocol`.
+
+    Raises
+    ------
+    ConfigError
+        Naming the class to subclass.
+    """
+    pairs = ("tokens", method.tokens, TokenPolicy), ("neurons", method.neurons, NeuronPolicy)
+    for name, policy, base in pairs:
+        if policy is not None and not isinstance(policy, base):
+            raise ConfigError(
+                f"{name} is a {type(policy).__name__}, which is no {base.__name__}: let the class "
+                f"subclass corematching.protocol.{base.__name__}"
+            )

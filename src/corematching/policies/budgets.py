@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corematching.errors import ConfigError
 from corematching.policies.amounts import counts_of
+from corematching.policies.broken import report_broken
 from corematching.policies.check import (
     check_bool,
     check_number,
@@ -18,6 +19,8 @@ from corematching.policies.check import (
     normalize_amount,
 )
 from corematching.policies.component import Component
+
+ADVICE = "check the score's formula, and the model's dtype for overflow"
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +111,13 @@ class Budget(Component, kind="budget"):
         Raises
         ------
         ConfigError
-            When a score of an image token is NaN or infinite.
+            When every sample has an image token whose score is NaN or infinite. Where only some
+            have, a warning names them, and all scores of theirs count as equal.
         """
-        _refuse_broken(scores, image)
-        filled = torch.where(image, scores.float(), -torch.inf)
+        broken = (~scores.isfinite() & image).any(1)
+        report_broken("token scores", broken, image.any(1), ADVICE)
+        scores = scores.float().masked_fill(broken.unsqueeze(1), 0.0)
+        filled = torch.where(image, scores, -torch.inf)
         order = filled.argsort(dim=1, descending=True, stable=True)
         present = image.sum(1)
         totals = present if picture is None else picture.prompt_totals
@@ -309,12 +315,3 @@ def measure_chord_distance(curve: Tensor, totals: Tensor) -> Tensor:
 def _invert(order: Tensor) -> Tensor:
     ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, ranks)
-
-
-def _refuse_broken(scores: Tensor, image: Tensor) -> None:
-    broken = (~scores.isfinite() & image).sum(1)
-    if broken.any():
-        raise ConfigError(
-            f"the token score is NaN or infinite on {int(broken.sum())} image tokens of sample "
-            f"{int(broken.argmax())}: check the score's formula, and the model's dtype for overflow"
-        )

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from corematching.backends.kernels.statistics import find_size
-from corematching.errors import ConfigError
 from corematching.policies.activated import find_kth_largest
 from corematching.policies.amounts import PPM, parts
+from corematching.policies.broken import report_broken
 from corematching.policies.check import check_ratio
 
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -52,7 +52,8 @@ def calibrate_threshold(
     Raises
     ------
     ConfigError
-        When ``sparsity`` is out of range; on the CPU also when a value is NaN or infinite. Other
+        When ``sparsity`` is out of range; on the CPU also when every sample has a value that is NaN
+        or infinite. Where only some have, a warning names them, and their threshold is 0. Other
         devices are not waited for: there NaN counts as larger than all numbers.
     """
     check_ratio("sparsity", sparsity)
@@ -64,6 +65,7 @@ def calibrate_threshold(
     if values.device.type != "cpu":
         return _calibrate_at_once(values, tokens, ranks, neurons)
     thresholds = values.new_zeros(len(values), dtype=torch.float32)
+    broken = torch.zeros(len(values), dtype=torch.bool)
     for sample, chosen in enumerate(tokens):
         rows = values[sample, chosen]
         if neurons is not None:
@@ -71,13 +73,13 @@ def calibrate_threshold(
         entries = rows.float().abs().flatten()
         if not entries.numel():
             continue
-        if not math.isfinite(entries.max()):
-            raise ConfigError(
-                f"the activations of sample {sample} hold NaN or infinite values: check the "
-                "model's dtype for overflow"
-            )
+        broken[sample] = not math.isfinite(entries.max())
+        if broken[sample]:
+            continue
         largest = entries.numel() - int(ranks[sample]) + 1
         thresholds[sample] = find_kth_largest(entries, largest)[0]
+    advice = "check the model's dtype for overflow"
+    report_broken("the activations", broken, tokens.any(1), advice)
     return thresholds
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from corematching.backends.choice_checks import check_settled
-from corematching.errors import AlreadyInstalledError, ConfigError, InputError
+from corematching.errors import AlreadyInstalledError, InputError
+from corematching.model.spec import check_policies
 from corematching.offload.offload import find_offload
-from corematching.protocol import Method, NeuronPolicy, TokenPolicy
+from corematching.protocol import Method
 from corematching.report import Report
 from corematching.runtime.choices import Choices, read_choices
 from corematching.runtime.flops import build_report
@@ -159,23 +160,6 @@ def attach(
             offload.remove()
         _forget(model, claim, at_work)
         raise
-
-
-def check_policies(method: Method) -> None:
-    """Refuse a method whose policies do not subclass the classes of `corematching.protocol`.
-
-    Raises
-    ------
-    ConfigError
-        Naming the class to subclass.
-    """
-    pairs = ("tokens", method.tokens, TokenPolicy), ("neurons", method.neurons, NeuronPolicy)
-    for name, policy, base in pairs:
-        if policy is not None and not isinstance(policy, base):
-            raise ConfigError(
-                f"{name} is a {type(policy).__name__}, which is no {base.__name__}: let the class "
-                f"subclass corematching.protocol.{base.__name__}"
-            )
 
 
 def _claim(model: nn.Module, claim: object) -> None:

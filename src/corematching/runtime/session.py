@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import deque
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -26,44 +24,12 @@ from corematching.runtime.flops import layer_costs
 from corematching.runtime.generation import Generation, GenerationPatches, replay_error
 from corematching.runtime.installation import Installation
 from corematching.runtime.lock import UseLock
+from corematching.runtime.phase import ForwardPass, Phase
 from corematching.runtime.prefill.prefill import Prefill
 from corematching.runtime.prefill.prompt import batch_size, query_length, read_prompt
 from corematching.runtime.prefill.selection import Selection
 from corematching.runtime.record import Mark, Record, mark
 from corematching.runtime.run_log import RunLog
-
-
-class Phase(Enum):
-    """Kinds of forward pass."""
-
-    PREFILL = "a prompt on an empty cache"
-    TURN = "further tokens on a cache"
-    STEP = "a hand-written loop's decode step"
-
-
-@dataclass
-class ForwardPass:
-    """The forward pass under way.
-
-    Attributes
-    ----------
-    phase : Phase
-        Its kind.
-    start : Mark or None
-        When it began; not of a step.
-    prefill : Prefill or None
-        Of a prompt.
-    record : Record or None
-        Of a turn.
-    native_layers : int
-        The backend's count of native layers when it began.
-    """
-
-    phase: Phase
-    start: Mark | None = None
-    prefill: Prefill | None = None
-    record: Record | None = None
-    native_layers: int = 0
 
 
 class Session:
@@ -246,7 +212,6 @@ class Session:
     def _begin(self, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
         """Get ready for this forward; gives its inputs."""
         self.refresh()
-        self._leave()
         self.place.backend.refresh()
         cache = kwargs.get("past_key_values")
         if is_fresh(cache, length):

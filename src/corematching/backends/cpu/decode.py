@@ -19,7 +19,7 @@ from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.pruned_cache import log_counts_of
 from corematching.errors import InvalidTensorError
 from corematching.model.ffn import FFNParts
-from corematching.model.hooks import CAPTURING, HookMonitor
+from corematching.model.hooks import HookMonitor, captures_outputs
 from corematching.model.patching import Patches
 from corematching.model.snapshot import WeightSnapshot
 from corematching.model.spec import ModelSpec
@@ -122,7 +122,7 @@ class NativeSteps:
             len(layout.layers), shape.kv_heads, shape.head_dim, layout.final_norm.dtype
         )
         modules = [m for layer in self.parts.layers for m in layer.modules()]
-        self._hooks = HookMonitor([*modules, self._decoder.norm], ignored=[CAPTURING])
+        self._hooks = HookMonitor([*modules, self._decoder.norm], ignored=[captures_outputs])
 
     @property
     def form(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from corematching.backends.cpu.native import (
     refuse_product,
 )
 from corematching.backends.kernels import activation_name
-from corematching.model.hooks import CAPTURING, COUNTING, HookMonitor, show_result
+from corematching.model.hooks import HookMonitor, captures_outputs, reads_shapes, show_result
 from corematching.model.snapshot import WeightSnapshot
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -61,7 +61,7 @@ class TowerAttention:
         self.module: Any = module
         self._project, self._attention = project, attention
         self._inputs = [getattr(module, name, module) for name in PROJECTIONS[:3]]
-        self._hooks = HookMonitor(self._inputs, ignored=[COUNTING])
+        self._hooks = HookMonitor(self._inputs, ignored=[reads_shapes])
 
     def is_known(self) -> bool:
         """Whether the module has this form, and computes what `forward` does."""
@@ -148,7 +148,7 @@ class TowerLayer:
             return False
         attention = set(layer.self_attn.modules()) - {layer.self_attn, layer.self_attn.out_proj}
         inner = [module for module in layer.modules() if module not in (layer, *attention)]
-        self._hooks = HookMonitor(inner, ignored=[COUNTING, CAPTURING])
+        self._hooks = HookMonitor(inner, ignored=[reads_shapes, captures_outputs])
         with torch.inference_mode(False), torch.no_grad():
             width, dtype = layer.mlp.fc1.in_features, layer.mlp.fc1.weight.dtype
             x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)

@@ -22,7 +22,7 @@ from corematching.backends.kv_buffers import CacheBuffers
 from corematching.backends.plain_step import embed_step, is_plain_step
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.pruned_cache import log_counts_of
-from corematching.model.hooks import CAPTURING, HookMonitor
+from corematching.model.hooks import HookMonitor, captures_outputs
 from corematching.model.patching import Patches
 from corematching.model.snapshot import WeightSnapshot
 from corematching.model.spec import ModelSpec
@@ -107,7 +107,7 @@ class GraphSteps:
         modules = [module for layer in parts.layers for module in layer.modules()]
         final = getattr(parts.decoder, "norm", None)
         self._hooks = HookMonitor(
-            [*modules, *([] if final is None else [final])], ignored=[CAPTURING]
+            [*modules, *([] if final is None else [final])], ignored=[captures_outputs]
         )
 
     def install(self) -> None:

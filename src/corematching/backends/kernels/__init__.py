@@ -9,6 +9,7 @@ from corematching.backends.kernels.interface import IndexedKernel, NeuronSets, T
 from corematching.backends.kernels.select import find_kernel
 from corematching.backends.torch.sparse_ffn import (
     CompactWeights,
+    copy_neurons,
     gather_columns,
     gather_rows,
     sparse_ffn,
@@ -23,6 +24,7 @@ __all__ = [
     "NeuronSets",
     "Thresholds",
     "activation_name",
+    "copy_neurons",
     "find_kernel",
     "gather_columns",
     "gather_rows",

@@ -5,13 +5,14 @@ Shapes: S sets of neurons, G rows of the batch that share a set, K neurons per s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from corematching.backends.buffers import find_buffer
 from corematching.backends.kernels.interface import Thresholds
 
 
@@ -89,6 +90,35 @@ def gather_columns(weight: Tensor, indices: Tensor, out: Tensor | None = None) -
     for columns, chosen in zip(out, indices, strict=True):
         torch.gather(weight, 1, chosen.expand(weight.shape[0], -1), out=columns)
     return out
+
+
+def copy_neurons(
+    dense: Mapping[str, Tensor], indices: Tensor, old: CompactWeights | None
+) -> CompactWeights:
+    """Compact copies of some neurons' weights, in the memory of earlier ones where they fit.
+
+    Parameters
+    ----------
+    dense : mapping
+        The dense weights, by their names in `CompactWeights`.
+    indices : Tensor
+        (S, K) long, the neurons of each set.
+    old : CompactWeights or None
+        Earlier copies.
+    """
+    fresh: dict[str, Tensor] = {}
+    sets, count = indices.shape
+    for name, weight in dense.items():
+        buffer = None if old is None else getattr(old, name)
+        if name == "down":
+            buffer = find_buffer(buffer, (sets, weight.shape[0], count), weight)
+            fresh[name] = gather_columns(weight, indices, buffer)
+        else:
+            buffer = find_buffer(buffer, (sets, count, *weight.shape[1:]), weight)
+            fresh[name] = gather_rows(weight, indices, buffer)
+    if old is not None and all(getattr(old, name) is new for name, new in fresh.items()):
+        return old
+    return CompactWeights(**fresh)
 
 
 def sparse_ffn(

@@ -108,11 +108,16 @@ def evaluate(
     with run.hold(), ExitStack() as stack:
         crew = crew or stack.enter_context(closing(Respondent(subject, task, methods, plan)))
         survey = Survey(run, batches, crew.answer_all, progress or _ignore, plan.share)
-        for texts in ([DENSE], [text for text in methods if text != DENSE]):
-            for text in texts:
-                run.enter(text, methods[text].to_dict())
-            survey.answer(texts)
+        _survey_all(run, survey, methods)
         return make_board(run, task, questions, command)
+
+
+def _survey_all(run: RunDirectory, survey: Survey, methods: Mapping[str, BaseMethod]) -> None:
+    """The dense answers first, which the others are compared with."""
+    for texts in ([DENSE], [text for text in methods if text != DENSE]):
+        for text in texts:
+            run.enter(text, methods[text].to_dict())
+        survey.answer(texts)
 
 
 def list_settings(subject: Subject, task: Task[Any], plan: Plan, questions: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from corematching.cache.masks import take
 from corematching.errors import UnsupportedModelError
 from corematching.model.attention import output_projection
+from corematching.model.ffn import find_activation
 from corematching.model.gate_store import GateStore
 
 PROBE = "corematching_probe"
@@ -172,8 +173,7 @@ class FFNObserver:
         self._mlp, self._gates, self._begin = mlp, gates, begin
         self._source: Tensor | None = None
         self._make: Callable[[], Tensor] | None = None
-        names = ("act_fn", "activation_fn", "act")
-        self._activation: Any = next((getattr(mlp, n) for n in names if hasattr(mlp, n)), None)
+        self._activation: Any = find_activation(mlp)
         found = (getattr(mlp, name, None) for name in ("gate_proj", "gate_up_proj"))
         self._gate: Any = next((gate for gate in found if gate is not None), None)
 

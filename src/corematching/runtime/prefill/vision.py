@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corematching.model.hooks import ShapeReader
 from corematching.model.patching import Patches
 from corematching.runtime.record import Mark, mark
 
@@ -37,9 +38,10 @@ class VisionMeter:
             return
         patches.add_pre_hook(self.tower, self._before)
         patches.add_hook(self.tower, self._after)
+        count = ShapeReader(self._count)
         for module in self.tower.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-                patches.add_hook(module, self._count)
+                patches.add_hook(module, count)
 
     def take(self) -> tuple[list[tuple[Mark, Mark]], int]:
         """The spans and the FLOPs so far; then start anew."""

@@ -1,0 +1,39 @@
+"""Samples whose numbers are NaN or infinite."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor
+
+from corematching.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def report_broken(what: str, broken: Tensor, present: Tensor, advice: str) -> None:
+    """Say which samples of a batch are broken; the others need not suffer for them.
+
+    Parameters
+    ----------
+    what : str
+        What is NaN or infinite, such as ``"the activations"``.
+    broken : Tensor
+        (B,) bool, the samples in which some of it is.
+    present : Tensor
+        (B,) bool, the samples that have any of it.
+    advice : str
+        What to do about it.
+
+    Raises
+    ------
+    ConfigError
+        No sample is left that is not broken.
+    """
+    samples = ", ".join(map(str, broken.nonzero().flatten().tolist()))
+    if not samples:
+        return
+    text = f"{what} of sample {samples} hold NaN or infinite values: {advice}"
+    if not bool((present & ~broken).any()):
+        raise ConfigError(text)
+    log.warning("%s; the other samples of the batch are not affected", text)
