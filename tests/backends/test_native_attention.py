@@ -20,11 +20,11 @@ def _seed():
 
 
 def draw(batch, heads, groups, length, stored, size):
-    """Queries inside of a joint tensor, as projections leave them, keys and values apart."""
-    joint = torch.randn(batch, length, heads + 2, size).to(BF16)
+    """Queries inside of a qkv tensor, as projections leave them, keys and values apart."""
+    qkv = torch.randn(batch, length, heads + 2, size).to(BF16)
     key = torch.randn(batch, groups, stored, size).to(BF16)
     value = torch.randn(batch, stored, groups, size).to(BF16).transpose(1, 2)
-    return joint.transpose(1, 2)[:, :heads], key, value
+    return qkv.transpose(1, 2)[:, :heads], key, value
 
 
 def exact(query, key, value, mask, scaling, causal):

@@ -57,10 +57,10 @@ def run_in_turn(x, weights, norms, cos_sin, mask, causal, kept):
     def bias(name):
         return weights.get(f"{name}_bias")
 
-    joint = products.several(
-        x, [weights[n] for n in "qkv"], [bias(n) for n in "qkv"], norms[0]
-    ).view(*x.shape[:2], -1, SIZE)
-    query, key, value = rotate_apart(joint, *cos_sin, GROUPS)
+    qkv = products.several(x, [weights[n] for n in "qkv"], [bias(n) for n in "qkv"], norms[0]).view(
+        *x.shape[:2], -1, SIZE
+    )
+    query, key, value = rotate_apart(qkv, *cos_sin, GROUPS)
     mixed = TiledAttention().attend(query, key, value, mask, SCALING, causal).flatten(2)
     middle = products.linear(mixed, weights["o"], bias("o"), x)
     active = products.gated(
@@ -120,8 +120,8 @@ def test_layers_of_towers(length, mask):
     first, second = (norm._replace(shift=draw(HIDDEN)) for norm in norms)
     x, mask = draw(2, length, HIDDEN), make_mask(mask, 2, length)
     products, bias = Products("tiles"), {name: weights[f"{name}_bias"] for name in NAMES}
-    joint = products.several(x, [weights[n] for n in "qkv"], [bias[n] for n in "qkv"], first)
-    parts = joint.view(2, length, -1, SIZE).transpose(1, 2).chunk(3, dim=1)
+    qkv = products.several(x, [weights[n] for n in "qkv"], [bias[n] for n in "qkv"], first)
+    parts = qkv.view(2, length, -1, SIZE).transpose(1, 2).chunk(3, dim=1)
     mixed = TiledAttention().attend(*parts, mask, SCALING, False).flatten(2)
     middle = products.linear(mixed, weights["o"], bias["o"], x)
     active = products.linear(
@@ -131,6 +131,6 @@ def test_layers_of_towers(length, mask):
     layer = PromptLayer(weights, (first, second), SIZE, "quick_gelu", SCALING, Scratch())
     done = layer.run(x, None, mask, False)
     assert done.key is None and done.value is None
-    expected = joint, middle, active, out
-    for ours, theirs in zip((done.joint, *done[3:]), expected, strict=True):
+    expected = qkv, middle, active, out
+    for ours, theirs in zip((done.qkv, *done[3:]), expected, strict=True):
         assert torch.equal(ours, theirs)

@@ -18,9 +18,9 @@ TEXT = torch.tensor([[True, False, True, True], [False, False, True, True]])
 def test_a_wish_lists_the_tokens_and_their_places():
     request = make_gate_request(TEXT)
     assert request.rows.tolist() == [[0, 2, 3], [2, 3, 0]]  # the last one fills up
-    assert request.places.tolist() == [0, -1, 1, 2, 5, -1, 3, 4]
+    assert request.slots.tolist() == [0, -1, 1, 2, 5, -1, 3, 4]
     none = make_gate_request(torch.zeros(2, 4, dtype=torch.bool))
-    assert none.rows.shape == (2, 0) and none.places.eq(-1).all()
+    assert none.rows.shape == (2, 0) and none.slots.eq(-1).all()
 
 
 def test_only_who_asked_finds_what_was_kept():
@@ -31,7 +31,7 @@ def test_only_who_asked_finds_what_was_kept():
     assert gates.make_room(object(), x, 5) is None
     assert gates.make_room(mlp, x[:, :2], 5) is None
     places, kept = gates.make_room(mlp, x, 5)
-    assert places is request.places and kept.shape == (2, 3, 5)
+    assert places is request.slots and kept.shape == (2, 3, 5)
     assert gates.find(mlp, x, request.rows.clone()) is kept
     assert gates.find(mlp, x, request.rows[:, :2]) is None
     assert gates.find(mlp, x.clone(), request.rows) is None

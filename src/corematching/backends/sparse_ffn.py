@@ -149,7 +149,7 @@ class SparseFFN:
         """Compare the weights as found with the FFN's own forward; see `FFNParts.check`."""
         self.parts.check()
 
-    def at_hand(self) -> AbstractContextManager[None]:
+    def weights_present(self) -> AbstractContextManager[None]:
         """A block in which all neurons' weights are there; here they always are."""
         return nullcontext()
 

@@ -109,7 +109,7 @@ def store(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, T
     index : int
         The layer.
     """
-    if not takes_as_is(cache, index):
+    if not stores_as_given(cache, index):
         keys, values = cache.update(key, value, index)
         return keys, values
     layer = cache.layers[index]
@@ -118,7 +118,7 @@ def store(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, T
     return key, value
 
 
-def takes_as_is(cache: Any, index: int) -> bool:
+def stores_as_given(cache: Any, index: int) -> bool:
     """Whether `store` gives back the very keys and values that it gets for this layer."""
     kind: Any = type(cache)
     if issubclass(kind, PrunedCache):

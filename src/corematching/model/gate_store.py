@@ -17,14 +17,14 @@ class GateRequest:
     ----------
     rows : Tensor
         (B, R) long, tokens of each sample.
-    places : Tensor
+    slots : Tensor
         (B * T,) int32, where the gate of each token goes among B * R, or -1.
     same : Tensor or None
         Other rows that were found to be equal to these.
     """
 
     rows: Tensor
-    places: Tensor
+    slots: Tensor
     same: Tensor | None = None
 
     def lists(self, rows: Tensor) -> bool:
@@ -39,9 +39,9 @@ def make_gate_request(tokens: Tensor) -> GateRequest:
     batch, length = tokens.shape
     most = int(tokens.sum(1).max())
     rows = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-    places = torch.full((batch, length), -1, dtype=torch.int32)
+    slots = torch.full((batch, length), -1, dtype=torch.int32)
     numbers = torch.arange(batch * most, dtype=torch.int32).view(batch, most)
-    return GateRequest(rows, places.scatter(1, rows, numbers).flatten())
+    return GateRequest(rows, slots.scatter(1, rows, numbers).flatten())
 
 
 class GateStore:
@@ -61,10 +61,10 @@ class GateStore:
     def make_room(self, mlp: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
         """Places and a tensor for the gates of ``mlp`` on x (B, T, d); None if none are wanted."""
         request = self._gate_request
-        if request is None or self._owner is not mlp or request.places.numel() != x[..., 0].numel():
+        if request is None or self._owner is not mlp or request.slots.numel() != x[..., 0].numel():
             return None
         self._inputs, self._kept = x, x.new_empty(*request.rows.shape, width)
-        return request.places, self._kept
+        return request.slots, self._kept
 
     def find(self, mlp: Any, x: Tensor | None, rows: Tensor) -> Tensor | None:
         """(B, R, F), what was kept of ``mlp`` on this very x for these rows, or None."""

@@ -45,7 +45,7 @@ class StreamedFFN(SparseFFN):
             self._checked = True
             self.parts.check()
 
-    def at_hand(self) -> AbstractContextManager[None]:
+    def weights_present(self) -> AbstractContextManager[None]:
         """A block in which all neurons' weights are there."""
         return self._present()
 
@@ -53,7 +53,7 @@ class StreamedFFN(SparseFFN):
         """(B, T, d) to (B, T, d), on the chosen neurons where T is 1 and a choice is set."""
         if self.active and x.dim() == 3 and x.shape[1] == 1:
             return super().forward(x, *args, **kwargs)
-        with self.at_hand(), torch.no_grad():
+        with self.weights_present(), torch.no_grad():
             out = super().forward(x, *args, **kwargs)
             if not self._checked:
                 self._compare(x[:, -2:], out[:, -2:])
@@ -72,7 +72,7 @@ class StreamedFFN(SparseFFN):
 
     def take(self, choice: NeuronChoice) -> None:
         """Take a choice and copy its neurons."""
-        with self.at_hand():
+        with self.weights_present():
             super().take(choice)
             super().gather(copies=True)
 

@@ -29,7 +29,7 @@ class PromptAttention:
         self._tiled = TiledAttention() if unit == TILES else None
 
     def attend(
-        self, module: Any, joint: Tensor, cos_sin: Any, mask: Any, cache: Any, **kwargs: Any
+        self, module: Any, qkv: Tensor, cos_sin: Any, mask: Any, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         """Llama's attention: (B, T, H + 2G, D), not rotated yet, to (B, T, H * D), and no weights.
 
@@ -37,14 +37,14 @@ class PromptAttention:
         """
         groups = module.v_proj.out_features // module.head_dim
         cos, sin = cos_sin
-        query, key, value = rotate_apart(joint, cos, sin, groups)
+        query, key, value = rotate_apart(qkv, cos, sin, groups)
         if cache is not None:
             key, value = store(cache, key, value, module.layer_idx)
         return self._mix(module, query, key, value, mask, module.scaling, kwargs)
 
-    def attend_to_patches(self, module: Any, joint: Tensor, mask: Any) -> Tensor:
+    def attend_to_patches(self, module: Any, qkv: Tensor, mask: Any) -> Tensor:
         """CLIP's attention: (B, T, 3H, D) to (B, T, H * D)."""
-        query, key, value = joint.transpose(1, 2).chunk(3, dim=1)
+        query, key, value = qkv.transpose(1, 2).chunk(3, dim=1)
         return self._mix(module, query, key, value, mask, module.scale, {"dropout": 0.0})[0]
 
     def _mix(

@@ -20,7 +20,7 @@ from corematching.backends.cpu.native import (
     normalise,
     refuse_product,
 )
-from corematching.cache.layers import store, takes_as_is
+from corematching.cache.layers import store, stores_as_given
 from corematching.model.ffn import FFNParts
 from corematching.model.gate_store import GateStore
 from corematching.model.hooks import may_run_late, promise_input, run_pre_hooks
@@ -100,9 +100,9 @@ class LlamaLayer:
 
     def _goes_at_once(self, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
         """Whether attention reads this prompt's own keys alone, and hooks can wait for the end."""
-        if cache is not None and not takes_as_is(cache, self.layer.self_attn.layer_idx):
+        if cache is not None and not stores_as_given(cache, self.layer.self_attn.layer_idx):
             return False
-        known = PromptLayer.takes(x, mask) and not asks_for_more(kwargs)
+        known = PromptLayer.supports(x, mask) and not asks_for_more(kwargs)
         return known and may_run_late(self.ffn.down)
 
     def _run_at_once(
@@ -138,9 +138,9 @@ class LlamaLayer:
     ) -> Tensor:
         attention, products = weights.attention, self._products
         first, second = weights.norms
-        joint = products.several(x, weights.inputs, weights.input_biases, first)
-        joint = joint.view(*x.shape[:-1], -1, attention.head_dim)
-        mixed = self._attend.attend(attention, joint, cos_sin, mask, cache, **kwargs)[0]
+        qkv = products.several(x, weights.inputs, weights.input_biases, first)
+        qkv = qkv.view(*x.shape[:-1], -1, attention.head_dim)
+        mixed = self._attend.attend(attention, qkv, cos_sin, mask, cache, **kwargs)[0]
         x = products.linear(mixed, weights.output, weights.output_bias, x)
         make = functools.partial(normalise, x, second)
         if promise_input(self.ffn.mlp, x, make):

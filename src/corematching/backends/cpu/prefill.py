@@ -111,7 +111,7 @@ class NativePrompts:
 
     def _install_in_tower(self, modules: list[nn.Module]) -> None:
         """Whole layers, and attentions; a layer is compared before its attention is replaced."""
-        found = [TowerAttention(m, self._project_jointly, self._attend) for m in modules]
+        found = [TowerAttention(m, self._project_qkv, self._attend) for m in modules]
         known = {attention.module: attention for attention in found if attention.is_known()}
         for module in modules:
             attention = known.get(getattr(module, "self_attn", None))
@@ -222,17 +222,17 @@ class NativePrompts:
     ) -> Any:
         x, cos_sin = hidden_states, position_embeddings
         known = uses_sdpa(module) and not hooks.sees_any()
-        joint = self._project(module, x, cos_sin) if known else None
-        if joint is None:
+        qkv = self._project(module, x, cos_sin) if known else None
+        if qkv is None:
             return original(
                 hidden_states=x, position_embeddings=cos_sin, attention_mask=attention_mask,
                 past_key_values=past_key_values, **kwargs,
             )  # fmt: skip
         seen = cos_sin, attention_mask, past_key_values
-        mixed, weights = self._attend.attend(module, joint, *seen, **kwargs)
+        mixed, weights = self._attend.attend(module, qkv, *seen, **kwargs)
         return module.o_proj(mixed), weights
 
-    def _project_jointly(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
+    def _project_qkv(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
         """(B, T, queries, keys and values, D), not rotated; None where C cannot do that."""
         inputs = inputs_of(module)
         if not is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
@@ -240,14 +240,14 @@ class NativePrompts:
         weights = [linear.weight for linear in inputs]
         if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
             return None
-        joint = self._products.several(x, weights, [linear.bias for linear in inputs], norm)
-        return joint.view(*x.shape[:-1], -1, module.head_dim)
+        qkv = self._products.several(x, weights, [linear.bias for linear in inputs], norm)
+        return qkv.view(*x.shape[:-1], -1, module.head_dim)
 
     def _project(self, module: Any, x: Tensor, cos_sin: Any) -> Tensor | None:
         """(B, T, H + 2G, D), queries, keys and values, not rotated; None where C cannot do that."""
         if not _are_angles(cos_sin, x, module.head_dim):
             return None
-        return self._project_jointly(module, x) if type(module.o_proj) is nn.Linear else None
+        return self._project_qkv(module, x) if type(module.o_proj) is nn.Linear else None
 
     def _attends_like_llama(self) -> bool:
         """Whether the attentions are of one form, and that form computes what `attend` does."""
@@ -263,11 +263,11 @@ class NativePrompts:
             return False
         x, cos_sin = self._make_probe(first)
         with torch.inference_mode(False), torch.no_grad():
-            joint = self._project(first, x, cos_sin)
-            if joint is None:
+            qkv = self._project(first, x, cos_sin)
+            if qkv is None:
                 return False
             theirs = first(hidden_states=x, position_embeddings=cos_sin, attention_mask=None)[0]
-            ours = self._attend.attend(first, joint, cos_sin, None, None)[0]
+            ours = self._attend.attend(first, qkv, cos_sin, None, None)[0]
             return is_close(first.o_proj(ours), theirs)
 
 

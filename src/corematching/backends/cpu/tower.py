@@ -103,13 +103,13 @@ class TowerAttention:
 
     def mix(self, x: Tensor, mask: Any, norm: Norm | None = None) -> Tensor | None:
         """(B, T, d) to what the output projection gets, (B, T, d); None where C cannot do it."""
-        joint = self._project(self.module, x, norm)
-        if joint is None:
+        qkv = self._project(self.module, x, norm)
+        if qkv is None:
             return None
-        parts = joint.flatten(2).chunk(len(self._inputs), -1)
+        parts = qkv.flatten(2).chunk(len(self._inputs), -1)
         for linear, part in zip(self._inputs, parts, strict=True):
             show_result(linear, x, part)
-        return self._attention.attend_to_patches(self.module, joint, mask)
+        return self._attention.attend_to_patches(self.module, qkv, mask)
 
 
 class TowerLayer:
@@ -170,7 +170,7 @@ class TowerLayer:
         layer, (first, second) = self.layer, self._norms
         if not self._plain or first.weight.dtype != x.dtype:
             return None
-        if self._whole is not None and is_prompt(x) and self._whole.takes(x, mask):
+        if self._whole is not None and is_prompt(x) and self._whole.supports(x, mask):
             return self._run_at_once(self._whole, x, mask)
         mixed = self._attention.mix(x, mask, first)
         if mixed is None:
@@ -183,9 +183,9 @@ class TowerLayer:
         """The same in one call; the hooks, which count, read nothing but shapes."""
         attention, mlp = self.layer.self_attn, self.layer.mlp
         done = whole.run(x.contiguous(), None, mask, is_causal(attention, mask, {}))
-        assert done.joint is not None
+        assert done.qkv is not None
         inputs = inputs_of(attention)
-        for linear, part in zip(inputs, done.joint.chunk(len(inputs), -1), strict=True):
+        for linear, part in zip(inputs, done.qkv.chunk(len(inputs), -1), strict=True):
             show_result(linear, x, part)
         show_result(attention.out_proj, x, done.middle)
         show_result(mlp.fc1, done.middle, done.active)

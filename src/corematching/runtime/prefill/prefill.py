@@ -228,7 +228,7 @@ class Prefill:
     def _choose_neurons(self, view: PrefillView) -> None:
         assert self.method.neurons is not None
         ffn = self.sparse[view.layer]
-        with ffn.at_hand():
+        with ffn.weights_present():
             choice = self.method.neurons.choose(view, ffn.count)
             ffn.take(choice)
         self.selection.neurons[view.layer] = choice

@@ -17,7 +17,7 @@ typedef struct {
 typedef struct {
     const void *x, *cosine, *sine, *mask; /* x (batch, length, hidden) */
     const int32_t *places;
-    void *joint; /* (batch, length, heads + 2 * groups, size), queries, keys and values; NULL: in
+    void *qkv; /* (batch, length, heads + 2 * groups, size), queries, keys and values; NULL: in
                     scratch memory */
     void *keys, *values; /* (batch, groups, length, size), rotated; NULL: none are, and there are no
                             angles */
@@ -31,7 +31,7 @@ typedef struct {
 #if defined(CM_HAS_TILES)
 /* Where queries, keys and values, what attention gives, and the rest of the scratch memory lie */
 typedef struct {
-    bf16 *joint, *mixed;
+    bf16 *qkv, *mixed;
     void *rest;
     int64_t bytes;
 } prompt_scratch_t;
@@ -39,34 +39,34 @@ typedef struct {
 static attention_t describe_attention(const prompt_layer_t *l, const prompt_t *p,
                                       const prompt_scratch_t *s) {
     int64_t total = l->heads + 2 * l->groups, length = p->length, size = l->size;
-    const bf16 *key = p->keys ? p->keys : s->joint + l->heads * size;
+    const bf16 *key = p->keys ? p->keys : s->qkv + l->heads * size;
     const bf16 *value = p->keys ? p->values : key + l->groups * size;
-    int64_t joint[3] = {length * total * size, size, total * size};
+    int64_t qkv[3] = {length * total * size, size, total * size};
     int64_t apart[3] = {l->groups * length * size, length * size, size};
-    attention_t a = {.query = s->joint, .key = key, .value = value, .mask = p->mask,
+    attention_t a = {.query = s->qkv, .key = key, .value = value, .mask = p->mask,
                      .out = s->mixed, .scratch = s->rest,
                      .step_mask = {p->step_mask[0], p->step_mask[1]},
                      .batch = p->batch, .heads = l->heads, .groups = l->groups, .length = length,
                      .stored = length, .size = size, .mask_kind = p->mask_kind,
                      .causal = p->causal, .threads = p->threads, .scaling = l->scaling};
-    memcpy(a.step_query, joint, sizeof joint);
-    memcpy(a.step_key, p->keys ? apart : joint, sizeof joint);
-    memcpy(a.step_value, p->keys ? apart : joint, sizeof joint);
+    memcpy(a.step_query, qkv, sizeof qkv);
+    memcpy(a.step_key, p->keys ? apart : qkv, sizeof qkv);
+    memcpy(a.step_value, p->keys ? apart : qkv, sizeof qkv);
     return a;
 }
 
 static prompt_scratch_t lay_out_prompt(const prompt_layer_t *l, const prompt_t *p) {
     int64_t rows = p->batch * p->length, most = l->width > l->hidden ? l->width : l->hidden;
-    int64_t inner = l->heads * l->size, joint = inner + 2 * l->groups * l->size;
+    int64_t inner = l->heads * l->size, qkv = inner + 2 * l->groups * l->size;
     int64_t mixed = round_up(rows * inner, LINE);
-    joint = p->joint ? 0 : round_up(rows * joint, LINE);
+    qkv = p->qkv ? 0 : round_up(rows * qkv, LINE);
     most = inner > most ? inner : most;
-    prompt_scratch_t s = {.joint = p->joint ? p->joint : p->scratch};
-    s.mixed = (bf16 *)p->scratch + joint, s.rest = s.mixed + mixed;
+    prompt_scratch_t s = {.qkv = p->qkv ? p->qkv : p->scratch};
+    s.mixed = (bf16 *)p->scratch + qkv, s.rest = s.mixed + mixed;
     attention_t a = describe_attention(l, p, &s);
     int64_t attending = cm_attend_scratch(&a);
     int64_t multiplying = cm_multiply_scratch(rows, most, p->threads, TILES, 1);
-    s.bytes = (joint + mixed) * (int64_t)sizeof(bf16);
+    s.bytes = (qkv + mixed) * (int64_t)sizeof(bf16);
     s.bytes += attending > multiplying ? attending : multiplying;
     return s;
 }
@@ -90,7 +90,7 @@ static void project_jointly(const prompt_layer_t *l, const prompt_t *p, const pr
     int64_t widths[3] = {l->heads * l->size, l->groups * l->size, l->groups * l->size};
     int64_t stride = widths[0] + 2 * widths[1];
     product_bf16 products[3];
-    bf16 *out = s->joint;
+    bf16 *out = s->qkv;
     for (int i = 0; i < 3; out += widths[i++]) {
         products[i] = begin_product(p, weights[i], biases[i], p->x, out, l->hidden, widths[i],
                                     s->rest);
@@ -108,7 +108,7 @@ void cm_prompt_layer(const prompt_layer_t *l, const prompt_t *p) {
     int threads = (int)p->threads;
     project_jointly(l, p, &s);
     if (p->keys)
-        rotate_apart_bf16(s.joint, p->cosine, p->sine, p->keys, p->values, p->batch, p->length,
+        rotate_apart_bf16(s.qkv, p->cosine, p->sine, p->keys, p->values, p->batch, p->length,
                           l->heads, l->groups, l->size, p->angles, threads);
     attention_t a = describe_attention(l, p, &s);
     cm_attend(&a);

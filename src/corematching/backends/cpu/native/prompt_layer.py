@@ -34,7 +34,7 @@ class Computed(NamedTuple):
 
     Attributes
     ----------
-    joint : Tensor or None
+    qkv : Tensor or None
         (B, T, (H + 2G) * D), queries, keys and values; None where they are rotated.
     key, value : Tensor or None
         (B, G, T, D), contiguous, the keys rotated; None where nothing is.
@@ -46,7 +46,7 @@ class Computed(NamedTuple):
         (B, T, d), behind the FFN and its residual.
     """
 
-    joint: Tensor | None
+    qkv: Tensor | None
     key: Tensor | None
     value: Tensor | None
     middle: Tensor
@@ -114,7 +114,7 @@ class PromptLayer:
         self._place = ctypes.addressof(self._struct)
 
     @staticmethod
-    def takes(x: Tensor, mask: Tensor | None) -> bool:
+    def supports(x: Tensor, mask: Tensor | None) -> bool:
         """Whether tiles can attend to as many keys as x, (B, T, d), has tokens, under this mask."""
         batch, length, _ = x.shape
         return refuse_keys(mask, batch, length, length) is None
@@ -150,7 +150,7 @@ class PromptLayer:
         """
         library = find_library()
         assert library is not None
-        if x.ndim != 3 or not self.takes(x, mask):
+        if x.ndim != 3 or not self.supports(x, mask):
             raise InvalidTensorError(
                 "tiles cannot attend to so many tokens, or under this mask: call `takes` first"
             )
@@ -165,10 +165,10 @@ class PromptLayer:
             active=active.data_ptr(), batch=batch, length=length, causal=causal,
             threads=torch.get_num_threads(),
         )  # fmt: skip
-        joint = key = value = None
+        qkv = key = value = None
         if cos_sin is None:
-            joint = x.new_empty(batch, length, self._joint)
-            prompt.joint = joint.data_ptr()
+            qkv = x.new_empty(batch, length, self._joint)
+            prompt.qkv = qkv.data_ptr()
         else:
             cos, sin = (part.contiguous() for part in cos_sin)
             check_angles(x, cos, sin, self._size)
@@ -183,7 +183,7 @@ class PromptLayer:
         place = ctypes.byref(prompt)
         prompt.scratch = self._scratch.reserve(library.cm_prompt_layer_scratch(self._place, place))
         library.cm_prompt_layer(self._place, place)
-        return Computed(joint, key, value, middle, active, out)
+        return Computed(qkv, key, value, middle, active, out)
 
 
 def _check_layer(

@@ -80,7 +80,7 @@ class PromptStruct(Structure):
     """One prompt in a layer."""
 
     _fields_ = [
-        *_pointers("x cosine sine mask places joint keys values middle out active gates scratch"),
+        *_pointers("x cosine sine mask places qkv keys values middle out active gates scratch"),
         ("step_mask", c_int64 * 2),
         *_numbers("batch length cos_sin mask_kind causal threads"),
     ]
