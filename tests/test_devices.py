@@ -19,25 +19,20 @@ def test_products_are_in_what_the_processor_multiplies(monkeypatch, has):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_the_demo_loads_in_what_the_processor_multiplies(monkeypatch, has):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     asked = []
 
     class Model:
         def to(self, device):
             return self
 
-        def eval(self):
-            return self
-
-    def load(path, dtype):
+    def load(loader, path, dtype):
         asked.append(dtype)
         return Model()
 
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
     monkeypatch.setattr(cache, "demo_directory", lambda *_, **__: "nowhere")
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", load)
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(cache, "load_weights", load)
+    monkeypatch.setattr(cache, "load_processor", lambda *_, **__: None)
     cache.load_demo(device="cpu")
     cache.load_demo(torch.float16, device="cpu")
     assert asked == [BF16 if has else torch.float32, torch.float16]

@@ -14,13 +14,27 @@ from corematching.policies import plugins
 from corematching.policies.component import REGISTRY
 from tests.models import build, make_inputs
 
-DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[2] / "docs" / "guides" / "add-a-method.md"
 
 
-def read_blocks():
-    """The code blocks of the page's last section: the file, its entry point, its use."""
-    section = DOCS.read_text(encoding="utf-8").partition("\n## A method of your own\n")[2]
-    return dict(re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL))
+def read_classes():
+    """The documented file: the blocks of the page that define the score and the method."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    score = next(block for block in blocks if "class Loudest(" in block)
+    method = next(block for block in blocks if "class LoudTokens(" in block)
+    imports = "from dataclasses import field\nfrom corematching import TokenRule\n"
+    return score + imports + method.partition("\nwith ")[0]
+
+
+def read_entry():
+    """The documented entry point, of the module that the test installs."""
+    (toml,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    group = toml[toml.index("[project.entry-points") :]
+    return (
+        group.replace('[project.entry-points."', "[")
+        .replace('"]', "]")
+        .replace('"my_package.loud"', "loudest")
+    )
 
 
 @pytest.fixture
@@ -46,16 +60,10 @@ def package(tmp_path, monkeypatch):
         REGISTRY[kind].update(known)
 
 
-def entry_of(toml):
-    """The entry points of a pyproject.toml, as installers write them."""
-    return toml.replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
-
-
 def test_the_documented_file_is_found_by_name(package):
-    blocks = read_blocks()
-    package(blocks["python"], entry_of(blocks["toml"]))
-    method = method_from_text("loudest:keep_ratio=0.3,layer=1")
-    assert "loudest" in method_names() and type(method).__module__ == "loudest"
+    package(read_classes(), read_entry())
+    method = method_from_text("loud-tokens:keep_ratio=0.3,layer=1")
+    assert "loud-tokens" in method_names() and type(method).__module__ == "loudest"
     assert score_by_name("loudest")
     model = build("llava")
     inputs = make_inputs("llava", model, batch=2)
@@ -66,8 +74,8 @@ def test_the_documented_file_is_found_by_name(package):
 
 
 def test_the_documented_commands_name_what_the_file_has():
-    commands = read_blocks()["bash"]
-    assert "--method loudest:keep_ratio=0.2" in commands and "--score loudest" in commands
+    text = DOCS.read_text(encoding="utf-8")
+    assert "-M loud-tokens:keep_ratio=0.2" in text and "--score loudest" in text
 
 
 def test_a_package_that_cannot_be_loaded_is_named(package, caplog):
