@@ -9,17 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import corematching.methods
-import corematching.runtime
+import corematching
 from corematching.methods import CoreMatching, Sparsifier
 from corematching.runtime import is_attached
 from tests.models import build, make_inputs
 from tests.runtime.families import generate
 from tests.runtime.test_families import fingerprint
 
-OURS = tuple(
-    str(Path(package.__file__).parent) for package in (corematching.methods, corematching.runtime)
-)
+OURS = str(Path(corematching.__file__).parent)
 TRIES = 60
 
 
