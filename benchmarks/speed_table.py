@@ -1,6 +1,6 @@
 """Writes the tables of finished runs into a document, between the runs' markers.
 
-    python benchmarks/speed_table.py docs/results/speed.md scenevlm-bf16=corematching-bench/bench.json
+    python benchmarks/speed_table.py docs/results/speed.md scenevlm-bf16=runs/bench.json
 
 A run's place is ``<!-- bench:NAME -->`` to ``<!-- /bench:NAME -->``; what is between goes.
 """

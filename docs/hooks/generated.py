@@ -46,5 +46,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Let a method's text break behind its commas, colons and brackets where it stands in a cell."""
+    """Let a method's text break behind commas, colons and brackets where it is in a cell."""
     return CELL_CODE.sub(lambda code: BREAKS.sub("<wbr>", code[0]), html)

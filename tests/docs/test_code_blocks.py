@@ -163,7 +163,9 @@ def test_blocks_say_what_they_are(block):
         tomllib.loads(block.text)
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash"], ids=lambda b: b.place)
+@pytest.mark.parametrize(
+    "block", [b for b in BLOCKS if b.language == "bash"], ids=lambda b: b.place
+)
 def test_commands_that_are_not_run_exist(block):
     """Options are known, and scripts and targets are there."""
     group = typer.main.get_command(app)

@@ -47,7 +47,9 @@ def test_links_lead_somewhere(page):
 def anchors_of(page):
     """What a page's headings are called in links."""
     heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", head.lower())).strip("-") for head in heads}
+    return {
+        re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", head.lower())).strip("-") for head in heads
+    }
 
 
 def test_every_page_is_in_the_navigation():
@@ -95,3 +97,12 @@ def test_results_are_of_the_present_weights():
 def test_the_lead_picture_is_small():
     picture = ROOT / "docs" / "images" / "what-is-kept.png"
     assert picture.stat().st_size < 400_000
+
+
+def test_the_range_of_transformers_is_the_one_that_is_tested():
+    project = (ROOT / "pyproject.toml").read_text()
+    oldest, below = re.search(r'"transformers>=([\d.]+),<([\d.]+)"', project).groups()
+    assert f"OLDEST_TRANSFORMERS := {oldest}\n" in (ROOT / "Makefile").read_text()
+    pinned = re.search(r"^transformers==(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert below == f"{pinned[1]}.{int(pinned[2]) + 1}"
+    assert "make test-oldest" in (ROOT / ".ci" / "run").read_text()

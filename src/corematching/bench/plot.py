@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from corematching.bench.table import write_title
 
 MARGIN = 4.0
