@@ -2,6 +2,7 @@
 #
 #   make demo        set up, then one picture and one question, dense beside sparse
 #   make test        set up, then the tests
+#   make test-oldest the families of models with the oldest transformers that is supported
 #   make lint        set up, then ruff and mypy
 #   make docs        set up, then the documentation into site/, strictly
 #   make docs-serve  the documentation at http://127.0.0.1:8000, built anew after each change
@@ -12,9 +13,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST_TRANSFORMERS := 5.20.2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs docs-serve fuzz clean
+.PHONY: demo test test-oldest lint docs docs-serve fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,6 +24,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+test-oldest: $(VENV)/.installed-oldest
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/runtime/test_families.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -54,6 +59,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-oldest: $(VENV)/.installed-dev
+	$(PIP) --no-deps --target $(VENV)/oldest --upgrade "transformers==$(OLDEST_TRANSFORMERS)"
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -97,3 +97,12 @@ def test_results_are_of_the_present_weights():
 def test_the_lead_picture_is_small():
     picture = ROOT / "docs" / "images" / "what-is-kept.png"
     assert picture.stat().st_size < 400_000
+
+
+def test_the_range_of_transformers_is_the_one_that_is_tested():
+    project = (ROOT / "pyproject.toml").read_text()
+    oldest, below = re.search(r'"transformers>=([\d.]+),<([\d.]+)"', project).groups()
+    assert f"OLDEST_TRANSFORMERS := {oldest}\n" in (ROOT / "Makefile").read_text()
+    pinned = re.search(r"^transformers==(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert below == f"{pinned[1]}.{int(pinned[2]) + 1}"
+    assert "make test-oldest" in (ROOT / ".ci" / "run").read_text()
