@@ -303,7 +303,8 @@ def test_the_runtime_runs_it_in_place(batch, monkeypatch):
         mean = torch.rand(batch, 40, device=DEVICE)
         choice = NeuronChoice(choose(batch, 13, 40, seed).to(DEVICE), mean)
         with torch.inference_mode():
-            sparse.set(choice)
+            sparse.take(choice)
+            sparse.gather()
             ours = mlp(x)
         sparse.gather(copies=True)
         assert sparse.kernel_name == "triton" and sparse.plan is not None

@@ -111,7 +111,7 @@ def step(draw: Draw) -> Case:
         "x": draw.normal(batch, hidden, dtype=dtype),
         "cos": draw.normal(batch, size), "sin": draw.normal(batch, size),
         "valid": draw.flags(batch, length).to(torch.uint8),
-        "logarithms": draw.maybe(batch, draw.size(1, 50)),
+        "log_counts": draw.maybe(batch, draw.size(1, 50)),
     }  # fmt: skip
     tensors["valid"][:, -1] = 1
     names = (*shapes, "q_bias", "q_norm", "k_norm", "o_bias")

@@ -29,7 +29,7 @@ VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-marc
 ANSWER_SECONDS, COMPILE_SECONDS = 10, 90
 """A compiler says its version within the first, and compiles within the second."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 class BuildError(Exception):
