@@ -150,13 +150,7 @@ class PromptLayer:
         """
         library = find_library()
         assert library is not None
-        if x.ndim != 3 or not self.supports(x, mask):
-            raise InvalidTensorError(
-                "tiles cannot attend to so many tokens, or under this mask: call `takes` first"
-            )
-        check_tensor("x", x, (*x.shape[:2], self._struct.hidden), torch.bfloat16)
-        check_optional("the room for the middle", middle, tuple(x.shape), torch.bfloat16)
-        check_kept(kept, x.shape[0] * x.shape[1], self._width, torch.bfloat16)
+        self._check_call(x, mask, middle, kept)
         batch, length, _ = x.shape
         middle = torch.empty_like(x) if middle is None else middle
         active, out = x.new_empty(batch, length, self._width), torch.empty_like(x)
@@ -184,6 +178,21 @@ class PromptLayer:
         prompt.scratch = self._scratch.reserve(library.cm_prompt_layer_scratch(self._place, place))
         library.cm_prompt_layer(self._place, place)
         return Computed(qkv, key, value, middle, active, out)
+
+    def _check_call(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        middle: Tensor | None,
+        kept: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        if x.ndim != 3 or not self.supports(x, mask):
+            raise InvalidTensorError(
+                "tiles cannot attend to so many tokens, or under this mask: call `supports` first"
+            )
+        check_tensor("x", x, (*x.shape[:2], self._struct.hidden), torch.bfloat16)
+        check_optional("the room for the middle", middle, tuple(x.shape), torch.bfloat16)
+        check_kept(kept, x.shape[0] * x.shape[1], self._width, torch.bfloat16)
 
 
 def _check_layer(
