@@ -2,6 +2,7 @@
 #
 #   make demo        set up, then one picture and one question, dense beside sparse
 #   make test        set up, then the tests
+#   make test-fast   the tests of policies, methods and structure, within a minute and a half
 #   make test-oldest the families of models with the oldest transformers that is supported
 #   make lint        set up, then ruff and mypy
 #   make docs        set up, then the documentation into site/, strictly
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 OLDEST_TRANSFORMERS := 5.20.2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest lint docs docs-serve fuzz clean
+.PHONY: demo test test-fast test-oldest lint docs docs-serve fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +25,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/policies tests/methods tests/media tests/test_*.py
 
 test-oldest: $(VENV)/.installed-oldest
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/runtime/test_families.py
