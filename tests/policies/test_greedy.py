@@ -206,7 +206,7 @@ def test_broken_features_are_refused_by_the_budget(score):
     embeddings = torch.randn(1, 5, 4)
     embeddings[0, 2, 1] = torch.nan
     view = make_view(["tiiit"], embeddings=embeddings, layer=-1)
-    with pytest.raises(ConfigError, match="NaN or infinite on 1 image tokens"):
+    with pytest.raises(ConfigError, match="token scores of sample 0 hold NaN or infinite values"):
         Ratio(0.5)(score(view), view.image)
 
 
