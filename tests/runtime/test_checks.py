@@ -37,6 +37,20 @@ def linear_attention():
     return model
 
 
+def shared_layer():
+    model = build("llava")
+    layers = model.get_decoder().layers
+    layers[3] = layers[2]
+    return model
+
+
+def shared_ffn():
+    model = build("llava")
+    layers = model.get_decoder().layers
+    layers[3].mlp = layers[1].mlp
+    return model
+
+
 def encoder_decoder():
     config = transformers.T5Config(
         vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2
@@ -92,11 +106,13 @@ def flexible():
         (shared_keys, NEURONS, ["KV sharing", "num_kv_shared_layers"]),
         (chunked, NEURONS, ["chunks of 8"]),
         (cross_attention, TOKENS, ["cross-attention"]),
+        (shared_layer, TOKENS, ["one layer as layers 2 and 3", "weights may be shared"]),
+        (shared_ffn, NEURONS, ["one FFN as layers 1 and 3", "weights may be shared"]),
         (meta, NEURONS, ["'meta'", "off-loaded", "one device"]),
         (offloaded, NEURONS, ["disk", "one device"]),
         (without_head, NEURONS, ["no generate()"]),
         (flexible, TOKENS, ["flex_attention", "set_attn_implementation('sdpa')"]),
-        (lambda: build("llama"), TOKENS, ["LlamaForCausalLM", "image token", "tokens=None"]),
+        (lambda: build("llama"), TOKENS, ["LlamaForCausalLM", "image token", "score=None"]),
         (lambda: nn.Linear(2, 2), NEURONS, ["Linear", "PreTrainedModel"]),
     ],
 )

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import corematching.offload
 from corematching.runtime import is_attached, load
@@ -65,6 +66,7 @@ def test_leaving_the_block_restores(model):
         with Interrupter(at, OFFLOAD), pytest.raises(KeyboardInterrupt):
             use()
         assert not is_attached(model), at
+        assert torch._C._is_torch_function_enabled(), at
         assert unchanged(model, before), at
 
 

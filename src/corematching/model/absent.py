@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class AbsentWeight(nn.Parameter):
         func: Callable[..., Any],
         types: Sequence[type],
         args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func not in KNOWN:
             raise InputError(
@@ -50,8 +50,7 @@ class AbsentWeight(nn.Parameter):
                 f"so '{_name(func)}' cannot read or change it: remove the method first; a model "
                 "from load(path, memory=...) has to be loaded with from_pretrained for that"
             )
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return torch._C._disabled_torch_function_impl(func, types, tuple(args), kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"AbsentWeight(shape={tuple(self.shape)}, dtype={self.dtype})"

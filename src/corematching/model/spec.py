@@ -115,6 +115,9 @@ def check_model(model: nn.Module, method: Method) -> ModelSpec:
         projector=_named(model, PROJECTOR_NAMES),
     )
     parts.down_projs = [_down_proj(model, ffn) for ffn in parts.ffns]
+    _check_shared(model, "layer", parts.layers)
+    if method.neurons is not None:
+        _check_shared(model, "FFN", parts.ffns)
     if method.tokens is not None:
         _check_tokens(model, config, parts, method)
     return parts
@@ -167,6 +170,19 @@ def _check_architecture(model: PreTrainedModel, config: Any) -> None:
             f"{kind} shows images through cross-attention layers, so there are no image tokens to "
             "drop in the decoder: use a model that puts image tokens into the prompt"
         )
+
+
+def _check_shared(model: PreTrainedModel, what: str, modules: list[nn.Module]) -> None:
+    """Refuse modules that stand at several depths, where each depth chooses for itself."""
+    places: dict[int, int] = {}
+    for index, module in enumerate(modules):
+        first = places.setdefault(id(module), index)
+        if first != index:
+            raise UnsupportedModelError(
+                f"{_kind(model)} runs one {what} as layers {first} and {index}, which cannot "
+                "choose apart from each other: give each layer modules of its own (their weights "
+                "may be shared)"
+            )
 
 
 def _check_weights(model: PreTrainedModel) -> None:

@@ -55,9 +55,8 @@ class Outside:
             self._fill(fresh)
 
     def _fill(self, data: Tensor) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
-            self.parameter.data = data
         self.parameter.__class__ = self._kind
+        self.parameter.data = data
 
 
 def blank(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
