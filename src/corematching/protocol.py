@@ -1,8 +1,8 @@
-"""The one file where policy and runtime meet.
+"""The interface between policies and the runtime.
 
 A *policy* decides what to keep; the *runtime* keeps it. The runtime shows a policy what a decoder
-layer did during the prefill (`PrefillView`) and gets back a choice (`TokenChoice`, `NeuronChoice`).
-Neither side imports the other.
+layer computed in the prefill (`PrefillView`) and gets a choice back (`TokenChoice`,
+`NeuronChoice`). Neither side imports the other.
 
 Shapes in this file: B samples, T tokens still present (padding included), N image tokens,
 d hidden size, F intermediate neurons of the FFN, H attention heads, K kept neurons, I images.
@@ -35,9 +35,9 @@ NEEDS = frozenset({ACTIVATIONS, ATTENTION, CONTRIBUTIONS, EMBEDDINGS, GATE, INPU
 class VisionView:
     """The attention of one layer of the vision tower, for the images of a batch.
 
-    Only models in which one image token is one patch show it. Images stand in the prompts' order;
-    their patches, in order, are the batch's image tokens in order. N patches an image, S = N plus
-    the class tokens, D width of a head, c width of the features.
+    Available only in models with one image token per patch. Images are in the prompts' order;
+    their patches, in order, are the batch's image tokens in order. N patches per image, S = N plus
+    the class tokens, D head dimension, c feature width.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class VisionView:
     classes : int
         Class tokens, 0 or 1.
     features : Tensor
-        (I, N, c), the input of the projector.
+        (I, N, c), the projector's input.
     project : callable
         The model's projector: (..., c) features to (..., d) input embeddings.
     """
@@ -68,44 +68,44 @@ class PrefillView:
     Attributes
     ----------
     layer : int
-        The decoder layer that has just run, counted from 0; -1 is the input of layer 0.
+        Index of the decoder layer that has just run; -1 is the input of layer 0.
     num_layers : int
         Decoder layers of the model.
     valid : Tensor
         (B, T) bool, False on padding.
     image : Tensor
-        (B, T) bool, True on image tokens; never True on padding.
+        (B, T) bool, True on image tokens; False on padding.
     activations : Tensor or None
         (B, T, F), the input of ``down_proj``: ``act(gate(x)) * up(x)``, or ``act(up(x))``.
     hidden : Tensor or None
-        (B, T, d), the output of the layer. None while the layer still runs.
+        (B, T, d), the layer's output. None until the layer has finished.
     embeddings : Tensor or None
         (B, T, d), the model's input embeddings of the tokens still present.
     attention : callable or None
-        Rows of this layer's attention: ``attention(rows)`` with ``rows`` (B, R) long gives
-        (B, H, R, T) probabilities, computed for these rows only.
+        Attention probabilities of some queries: ``attention(rows)`` with ``rows`` (B, R) long gives
+        (B, H, R, T), computed for these rows only.
     contributions : callable or None
         ``contributions()`` gives (B, T, d): token j's term of the last token's attention output,
-        ``sum_h A_h[last, j] * W_O,h V_h,j``; their sum over j is that output.
+        ``sum_h A_h[last, j] * W_O,h V_h,j``. The sum over j is that output.
     down_proj : Tensor or None
-        (d, F), the weight behind the activations.
+        (d, F), the weight of the down projection.
     inputs : Tensor or None
         (B, T, d), the input of the FFN.
     gate : callable or None
-        The FFN's gate, computed anew for some tokens: ``gate(rows)`` with ``rows`` (B, R) long
-        gives (B, R, F), ``act(gate(x))``; in an FFN without a gate ``act(up(x))``.
+        The FFN's gate for some tokens: ``gate(rows)`` with ``rows`` (B, R) long gives (B, R, F),
+        ``act(gate(x))``; in an FFN without a gate ``act(up(x))``.
     kept : Tensor or None
-        (B, T) bool, the tokens that go on behind the last layer after which tokens are dropped;
-        a neuron policy that reads it chooses the neurons of the layers before when this is known.
+        (B, T) bool, the tokens left after the last cut. A neuron policy that needs it chooses the
+        neurons of earlier layers only once this mask is known.
     vision : VisionView or None
         The vision tower's attention.
     origin : Tensor or None
-        (B, T) long, the columns of the whole prompt in which these tokens stood.
+        (B, T) long, the tokens' columns in the whole prompt.
     weights : Tensor or None
-        (B, T) float, how many of the prompt's tokens each one counts for since an earlier choice;
-        None: each for itself.
+        (B, T) float, the number of prompt tokens that each one represents after an earlier choice;
+        None: one each.
     memory : dict
-        One object of each type, shared by all views of one prefill; see `recall`.
+        One object per type, shared by all views of one prefill; see `recall`.
     """
 
     layer: int
@@ -128,7 +128,7 @@ class PrefillView:
 
     @property
     def text(self) -> Tensor:
-        """(B, T) bool, the tokens that are neither image nor padding."""
+        """(B, T) bool, True on text tokens: neither image nor padding."""
         return self.valid & ~self.image
 
     @property
@@ -138,13 +138,13 @@ class PrefillView:
         return (self.valid * positions).argmax(dim=1)
 
     def recall(self, kind: type[T]) -> T:
-        """The object of a type that all views of one prefill share.
+        """State that all views of one prefill share, one object per type.
 
         Parameters
         ----------
         kind : type
-            A class that a policy defines for what it wants to find again at a later layer. The
-            first call makes the object, ``kind()``.
+            A class of the policy's own, for state that it reads again at a later layer. The first
+            call creates the object with ``kind()``.
         """
         if kind not in self.memory:
             self.memory[kind] = kind()
@@ -154,22 +154,22 @@ class PrefillView:
 
 @dataclass
 class TokenChoice:
-    """The tokens that travel on.
+    """The tokens to keep.
 
     Attributes
     ----------
     keep : Tensor
         (B, T) bool; True on every text token, False on padding.
     scores : Tensor
-        (B, T) float; NaN where the token is no image token.
+        (B, T) float; NaN on all but image tokens.
     cut : Tensor
-        (B,) float, the lowest score that is kept; NaN in a sample without image tokens.
+        (B,) float, the lowest kept score; NaN in a sample without image tokens.
     hidden : Tensor or None
         (B, T, d), hidden states that replace the layer's, for methods that merge tokens.
     weights : Tensor or None
-        (B, T) float, positive: how many tokens each kept one counts for. Whoever attends to it, in
-        the layers behind and in all layers of every later token, adds the logarithm to its score
-        (proportional attention: Token Merging, arXiv:2210.09461, section 3). None: as before.
+        (B, T) float, positive: the number of tokens that each kept one represents. Later layers of
+        the prefill, and all layers of every later token, add its logarithm to the attention scores
+        (proportional attention: Token Merging, arXiv:2210.09461, section 3). None: unchanged.
     """
 
     keep: Tensor
@@ -181,27 +181,27 @@ class TokenChoice:
 
 @dataclass
 class NeuronChoice:
-    """The intermediate neurons that the decode steps compute.
+    """The intermediate neurons of the decode steps.
 
     Attributes
     ----------
     indices : Tensor or None
-        (B, K) long, ascending. None as long as it is left for later.
+        (B, K) long, ascending. None while ``later`` has yet to give them.
     mean : Tensor or None
-        (B, F), the stand-in of each dropped neuron (its mean over the prompt), 0 on kept ones;
-        the runtime folds it into one bias vector, ``down_proj @ mean``. None: dropped ones count 0.
+        (B, F), a constant for each dropped neuron (its mean over the prompt), 0 on kept ones. The
+        runtime folds it into one bias vector, ``down_proj @ mean``. None: dropped neurons are 0.
     input_threshold : Tensor or None
-        (B,) float: per decoded token, entries of the FFN's input with a smaller magnitude count 0.
+        (B,) float: per decoded token, entries of the FFN's input below this magnitude are set to 0.
     gate_threshold : Tensor or None
-        (B,) float: per decoded token, a kept neuron goes on to ``up`` and ``down`` only if
-        ``|act(gate(x))|`` reaches it.
+        (B,) float: per decoded token, ``up`` and ``down`` skip kept neurons whose
+        ``|act(gate(x))|`` is below this.
     output_threshold : Tensor or None
-        (B,) float: per decoded token, a kept neuron goes on to ``down`` only if its activation's
-        magnitude reaches it.
+        (B,) float: per decoded token, ``down`` skips kept neurons whose activation is below this
+        magnitude.
     later : callable or None
-        ``later()`` gives further attributes by name. It is called once, when a token is about to be
-        decoded, so that the first token, which comes from the prompt, need not wait for them. It
-        holds little in memory until then.
+        ``later()`` gives further attributes by name. It is called once, before the first decode
+        step, so that the first token does not wait for them. Until then it should hold little
+        memory.
     """
 
     indices: Tensor | None = None
@@ -221,7 +221,7 @@ class NeuronChoice:
 
 
 class TokenPolicy(ABC):
-    """Decides which image tokens go on, after one layer or several."""
+    """Chooses the image tokens to keep, after one layer or several."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -235,10 +235,7 @@ class TokenPolicy(ABC):
 
     @property
     def vision_layer(self) -> int:
-        """The layer of the vision tower that a policy which needs `VISION` is shown.
-
-        Counted from the end; default: -1, the last.
-        """
+        """The vision tower's layer in ``view.vision``, counted from the end; default: -1."""
         return -1
 
     @abstractmethod
@@ -263,17 +260,17 @@ class TokenPolicy(ABC):
         Parameters
         ----------
         view : PrefillView
-            The layer that has just run; it has the parts that `needs` names.
+            The layer that has just run, with the parts in `needs`.
 
         Returns
         -------
         TokenChoice
-            For the tokens of the view.
+            One entry per token of the view.
         """
 
 
 class NeuronPolicy(ABC):
-    """Decides which intermediate neurons each layer computes in the decode."""
+    """Chooses each layer's intermediate neurons for the decode steps."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -284,15 +281,15 @@ class NeuronPolicy(ABC):
     def per_token(self) -> bool:
         """True if choices carry thresholds; default: False.
 
-        The runtime then takes a layer over even where it keeps all ``width`` neurons.
+        The runtime then replaces a layer's FFN even where it keeps all ``width`` neurons.
         """
         return False
 
     @property
     def decode_ratio(self) -> float:
-        """The ratio of the kept neurons' weights that a decoded token reads; default: 1.
+        """Estimated ratio of the kept neurons' weights that a decode step reads; default: 1.
 
-        An estimate, by which reports count.
+        For reports only.
         """
         return 1.0
 
@@ -322,12 +319,12 @@ class NeuronPolicy(ABC):
         view : PrefillView
             The layer, while its FFN runs.
         count : int
-            Neurons to keep, as `counts` said.
+            Neurons to keep, from `counts`.
 
         Returns
         -------
         NeuronChoice
-            ``count`` indices for each sample, at once or with ``later``.
+            ``count`` indices for each sample, at once or from ``later``.
         """
 
 

@@ -1,10 +1,10 @@
 """What one run kept, dropped and saved.
 
-FLOPs count a multiply-add as two, from the shapes that ran: linear layers with their real sizes (so
-grouped key-value heads count as they are), attention over all pairs of tokens with no discount for
-causality, the output projection to the vocabulary; not norms, activations, the policy's own
-arithmetic, nor the vision tower, which is apart. "Dense" is the same model on the same prompt with
-nothing dropped.
+FLOPs count a multiply-add as two, from the shapes that ran. They include linear layers at their
+real sizes (grouped key-value heads too), attention over all pairs of tokens without a discount for
+causality, and the output projection to the vocabulary. They leave out norms, activations and the
+policy's arithmetic; the vision tower is counted apart. "Dense" is the same model on the same prompt
+with nothing dropped.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["MemoryReport", "PathReport", "Report", "SampleReport", "Timing"]
 
 
 class Timing(Protocol):
-    """How fast an answer came, in seconds.
+    """Latencies of one answer, in seconds.
 
     Attributes
     ----------
     ttft : float
-        To the first token.
+        Time to the first token.
     tpot : float or None
-        Per further token; None where there was none.
+        Time per further token; None where there was none.
     """
 
     @property
@@ -47,26 +47,26 @@ class Timing(Protocol):
 
 @dataclass
 class MemoryReport:
-    """What a run under a cap on memory took of the device's memory, in bytes.
+    """Device memory of a run under a memory cap, in bytes.
 
     Attributes
     ----------
     cap_bytes : int
         The cap.
     resident_bytes : int
-        Weights that stay in memory: all but the FFNs of the layers whose neurons are chosen.
+        Weights that stay in memory: all but the FFNs of the layers with chosen neurons.
     slot_bytes : int
-        Room for the layers on their way through memory.
+        Buffers for the streamed layers.
     chosen_bytes : int
         Copies of the chosen neurons.
     cache_bytes : int
-        Keys and values, reckoned for the whole prompt and, in generate(), all new tokens.
+        Estimated KV cache for the whole prompt and, in generate(), all new tokens.
     planned_bytes : int
-        What the run was reckoned to need.
+        Estimated total of the run.
     streamed_bytes : int
-        Weights brought in from outside.
+        Weights brought into memory during the run.
     peak_bytes : int
-        The most that was taken, measured.
+        Measured peak.
     """
 
     cap_bytes: int
@@ -81,16 +81,16 @@ class MemoryReport:
 
 @dataclass
 class PathReport:
-    """How often the backends' own code ran, instead of the model's forwards.
+    """How often the backend's own code ran instead of the model's forwards.
 
     Attributes
     ----------
     native_layers : int
-        Decoder layers of the prompt whose forward ran in compiled CPU code.
+        Decoder layers of the prompt that ran in compiled CPU code.
     native_steps : int
-        Decode steps that did.
+        Decode steps that ran in compiled CPU code.
     graph_replays : int
-        Decode steps that were replayed from a CUDA graph.
+        Decode steps replayed from a CUDA graph.
     """
 
     native_layers: int = 0
@@ -107,7 +107,7 @@ class Report:
     method : dict
         The method, as ``method.to_dict()`` gives it.
     model : str
-        Where the model was loaded from, or its class.
+        The checkpoint's path or Hub id, or the model's class.
     model_type : str
         ``config.model_type``.
     dtype, device : str
@@ -119,29 +119,29 @@ class Report:
     drop_layers : list of int
         Layers after which tokens were dropped.
     neurons : list of int
-        Neurons that a decode step computes in each layer.
+        Neurons of a decode step in each layer.
     widths : list of int
-        Neurons that each layer has.
+        Neurons of each layer.
     prefill_seconds : float
         The prompt's forward pass, without the vision tower.
     vision_seconds : float
-        The vision tower; 0 where none ran.
+        The vision tower's time; 0 where none ran.
     vision_flops : int
-        Of the vision tower's linear and convolution layers, all samples together.
+        FLOPs of the vision tower's linear and convolution layers, all samples together.
     decode_seconds : float
         From the end of the prefill to the end of the last decode step.
     decode_steps : int
         Decode steps.
     kernel : str
-        What ran the decode steps: ``torch``, a kernel's FFNs, or native steps.
+        The code that ran the decode steps: ``torch``, a kernel's FFNs, or native steps.
     decode_bytes, dense_decode_bytes : int
-        Bytes of weights that one decode step of the whole batch read, and would with all neurons:
-        attention, FFNs, output projection. Kernels count the rows that they read.
+        Weight bytes read by one decode step of the whole batch, with the chosen and with all
+        neurons: attention, FFNs, output projection. Kernels count the rows that they read.
     continued : bool
-        Whether this turn went on from the cache of an earlier one, whose choices it keeps; the
-        samples' choices are then the earlier ones, and their prompt counts the new tokens only.
+        Whether this turn continued from an earlier turn's cache. The samples' choices are then
+        the earlier ones, and their prompts count the new tokens only.
     memory : MemoryReport or None
-        What was taken of the memory, where it had a cap.
+        Memory of a run under a cap.
     path : PathReport
         How often the backends' own code ran.
     samples : list of SampleReport
@@ -178,13 +178,13 @@ class Report:
 
     @property
     def layer_token_ratio(self) -> float:
-        """Image tokens that a layer computes, averaged over layers / those of all samples."""
+        """Image tokens per layer, averaged over layers / image tokens, over all samples."""
         computed = sum(sum(sample.layer_tokens) for sample in self.samples)
         return ratio(computed, self.num_layers * sum(s.image_tokens for s in self.samples))
 
     @property
     def neuron_retention_ratio(self) -> float:
-        """Neurons computed in a decode step / neurons."""
+        """Neurons of a decode step / all neurons."""
         return ratio(sum(self.neurons), sum(self.widths))
 
     @property
@@ -204,12 +204,12 @@ class Report:
 
     @property
     def decode_bytes_ratio(self) -> float:
-        """Bytes of weights that a decode step read / dense ones."""
+        """Weight bytes of a decode step / dense ones."""
         return ratio(self.decode_bytes, self.dense_decode_bytes)
 
     @property
     def ttft_seconds(self) -> float:
-        """Vision tower and prefill: the time to the first token, preprocessing not included."""
+        """Time to the first token: vision tower and prefill, without preprocessing."""
         return self.prefill_seconds + self.vision_seconds
 
     @property
@@ -221,7 +221,7 @@ class Report:
         return ratio(self._sum(part), self._sum(whole))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that json can write (no NaN), with the ratios."""
+        """All fields and ratios as JSON-serializable values (None for NaN)."""
         names = (
             "token_retention_ratio",
             "layer_token_ratio",
@@ -238,24 +238,24 @@ class Report:
         return plain(out)
 
     def to_json(self, indent: int | None = None) -> str:
-        """The same as a JSON object.
+        """`to_dict` as a JSON object.
 
         Parameters
         ----------
         indent : int, optional
-            Spaces per level; by default all is on one line.
+            Spaces per level; default: everything on one line.
         """
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def table(self, sparse: Timing | None = None, dense: Timing | None = None) -> str:
-        """The run beside the dense one, all samples together, as lines of plain text.
+        """A plain-text table of this run and the dense one, all samples together.
 
         Parameters
         ----------
         sparse : Timing, optional
-            How fast this run was. Default: the report's own times, which leave out the processor.
+            Latencies of this run. Default: the report's own times, without the processor.
         dense : Timing, optional
-            How fast the dense model was on the same prompt, where it was run.
+            Latencies of the dense model on the same prompt.
         """
         steps = self.decode_steps
         ttft = self.ttft_seconds if sparse is None else sparse.ttft

@@ -1,4 +1,4 @@
-"""What one run kept, dropped and saved of one sample; see `corematching.report` for the counts."""
+"""The report of one sample; `corematching.report` defines the counts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class SampleReport:
     Attributes
     ----------
     image_tokens, kept_tokens : int
-        Image tokens of the prompt, and those that reached the last layer and the KV cache.
+        Image tokens of the prompt; image tokens in the last layer and the KV cache.
     keep_mask : list of bool
         Per image token, in the prompt's order.
     scores : list of float or None
-        Per image token, as of the last cut that still saw it; None where no cut did.
+        Per image token, from its last cut; None where no cut scored it.
     cut : float or None
         The lowest kept score of the last cut; None without image tokens.
     cut_layers : list of int
@@ -32,13 +32,13 @@ class SampleReport:
     new_tokens : int
         Generated tokens, the end-of-sequence token included.
     prefill_flops, dense_prefill_flops : int
-        Of the prompt's pass through the text model.
+        FLOPs of the prompt's pass through the text model.
     decode_flops, dense_decode_flops : int
-        Of the first decode step.
+        FLOPs of the first decode step.
     kv_bytes, dense_kv_bytes : int
-        Keys and values of the prompt in the cache; 0 without a cache.
+        Bytes of the prompt's keys and values in the cache; 0 without a cache.
     layer_tokens : list of int
-        Image tokens that each decoder layer computes.
+        Image tokens in each decoder layer.
     """
 
     image_tokens: int
@@ -66,7 +66,7 @@ class SampleReport:
 
     @property
     def layer_token_ratio(self) -> float:
-        """Image tokens that a layer computes, averaged over the layers / image tokens."""
+        """Image tokens per layer, averaged over layers / image tokens."""
         return ratio(sum(self.layer_tokens), self.image_tokens * len(self.layer_tokens))
 
     @property
@@ -91,7 +91,7 @@ class SampleReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with the ratios."""
+        """All fields and ratios as JSON-serializable values (None for NaN)."""
         names = (
             "token_retention_ratio",
             "layer_token_ratio",
@@ -103,12 +103,12 @@ class SampleReport:
 
 
 def ratio(part: float, whole: float) -> float:
-    """``part / whole``; 1 where both are nothing."""
+    """``part / whole``; 1 where ``whole`` is 0."""
     return part / whole if whole else 1.0
 
 
 def plain(value: Any) -> Any:
-    """Replace what JSON has no word for by None."""
+    """Nested values with NaN and infinities, which JSON lacks, replaced by None."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The table of a run as plain text: dense and sparse values, with their units."""
+"""The plain-text table of a run: dense and sparse values with their units."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class TableRow:
     Attributes
     ----------
     label : str
-        What is compared.
+        Name of the quantity.
     dense, sparse : float or None
         The values; None is shown as "-".
     write : callable
-        Gives a value's text.
+        Formats a value.
     """
 
     label: str
@@ -34,7 +34,7 @@ class TableRow:
 
     @property
     def ratio(self) -> str:
-        """What the sparse run needs, in percent of the dense one; empty where one is unknown."""
+        """Sparse / dense in percent; empty where one is unknown."""
         if not self.dense or self.sparse is None:
             return ""
         return f"{100 * self.sparse / self.dense:.0f} %"
@@ -44,12 +44,12 @@ class TableRow:
 
 
 def draw_table(title: str, rows: Sequence[TableRow]) -> str:
-    """Lines of equal columns, a heading first.
+    """Align rows in columns, below a heading.
 
     Parameters
     ----------
     title : str
-        Stands above the labels; may be empty.
+        Heading of the labels; may be empty.
     rows : sequence of TableRow
         The lines.
     """
@@ -62,7 +62,7 @@ def draw_table(title: str, rows: Sequence[TableRow]) -> str:
 
 
 def write_count(value: float) -> str:
-    """A number with its thousands set apart."""
+    """A whole number with thousands separators."""
     return f"{value:,.0f}"
 
 
@@ -82,7 +82,7 @@ def write_seconds(value: float) -> str:
 
 
 def scale(value: float, prefixes: tuple[str, ...], base: int) -> str:
-    """A value with the largest prefix that leaves it at 1 or above."""
+    """A value with the largest unit prefix for which it is at least 1."""
     power = 0
     while value >= base and power < len(prefixes) - 1:
         value, power = value / base, power + 1

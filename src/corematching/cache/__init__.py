@@ -1,1 +1,1 @@
-"""KV caches that remember what was dropped from them."""
+"""KV caches of shortened prompts."""

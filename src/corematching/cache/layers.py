@@ -1,4 +1,4 @@
-"""What a prefill of ours does to key-value caches, and the masks that fit them afterwards."""
+"""Shortens KV caches in the prefill, and fits attention masks to shortened caches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATIC_LAYERS = (StaticLayer, StaticSlidingWindowLayer)
 
 
 def is_fresh(cache: Any, query_length: int) -> bool:
-    """Whether a forward with this cache is a prefill; asks no device while decoding."""
+    """Whether a forward with this cache is a prefill; never synchronizes in decode steps."""
     if cache is None or not cache.layers or not any(x.is_initialized for x in cache.layers):
         return True
     stored = cache.get_query_offset()
@@ -41,7 +41,7 @@ def check_cache(cache: Any) -> None:
     Raises
     ------
     UnsupportedModelError
-        The cache is quantised, off-loaded, or no DynamicCache or StaticCache at all.
+        The cache is quantised or off-loaded, or neither a DynamicCache nor a StaticCache.
     """
     if cache is None:
         return
@@ -62,24 +62,24 @@ def check_cache(cache: Any) -> None:
 
 
 def widen_sliding_layers(cache: Any, length: int, capacity: int | None = None) -> None:
-    """Give sliding-window layers that ``length`` tokens would overflow room for all of them.
+    """Replace sliding-window layers with fewer slots than ``length`` by full layers.
 
-    A full sliding layer has evicted tokens by the time some are chosen. After the prefill a window
-    counts the tokens that are still present.
+    A full sliding layer would evict tokens before the policy chooses. After the prefill, a window
+    counts present tokens only.
 
     Parameters
     ----------
     cache : Cache
         An empty cache.
     length : int
-        Tokens that will be stored before any is dropped.
+        Tokens stored before any is dropped.
     capacity : int or None
-        Slots for static layers, where the cache has no full layer to take the number from.
+        Slots of static layers in a cache without a full layer.
 
     Raises
     ------
     UnsupportedModelError
-        A static cache has sliding layers only, so their full length is not known.
+        A static cache has sliding layers only, so its full length is unknown.
     """
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer and length >= layer.sliding_window:
@@ -97,17 +97,21 @@ def widen_sliding_layers(cache: Any, length: int, capacity: int | None = None) -
 
 
 def store(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """What ``cache.update`` gives and does; the cache may keep these very keys and values.
-
-    An empty dynamic layer would copy them.
+    """``cache.update`` without the copy that an empty dynamic layer makes.
 
     Parameters
     ----------
     cache : Cache
+        The cache.
     key, value : Tensor
-        (B, G, T, D), in memory that nobody else writes to.
+        (B, G, T, D) each; the cache may keep these very tensors.
     index : int
         The layer.
+
+    Returns
+    -------
+    keys, values : Tensor
+        (B, G, S, D) each, all keys and values of the layer.
     """
     if not stores_as_given(cache, index):
         keys, values = cache.update(key, value, index)
@@ -119,7 +123,7 @@ def store(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, T
 
 
 def stores_as_given(cache: Any, index: int) -> bool:
-    """Whether `store` gives back the very keys and values that it gets for this layer."""
+    """Whether `store` returns the given keys and values themselves for this layer."""
     kind: Any = type(cache)
     if issubclass(kind, PrunedCache):
         kind = kind.__bases__[1]
@@ -152,7 +156,7 @@ def compact(cache: Any, layers: int, order: Tensor) -> None:
 def tokens_after(cache: Any, query_length: int) -> int:
     """Tokens of the conversation after the next forward, dropped ones included.
 
-    An upper bound where a static cache counts on the device.
+    An upper bound for a static cache, which counts on the device.
     """
     seen = cache.get_seq_length()
     if isinstance(seen, Tensor):
@@ -162,9 +166,9 @@ def tokens_after(cache: Any, query_length: int) -> int:
 
 
 def short_mask(memory: PrunedPrompt, mask: Tensor | None, total: int) -> Tensor | None:
-    """The 2D mask over what is stored, from one over the ``total`` tokens of the conversation.
+    """The 2D mask over the stored tokens, from one over the ``total`` tokens of the conversation.
 
-    Returns None where nothing is padding and ``mask`` is None.
+    Returns None where ``mask`` is None and there is no padding.
 
     Raises
     ------
@@ -187,12 +191,12 @@ def short_mask(memory: PrunedPrompt, mask: Tensor | None, total: int) -> Tensor 
 
 
 def fit_mask(kwargs: dict[str, Any], cache: Cache | None, length: int) -> dict[str, Any]:
-    """A caller's mask over the whole conversation, or none, made to fit what is stored.
+    """Fit a caller's mask over the whole conversation, or None, to the stored tokens.
 
     Raises
     ------
     InputError
-        The mask is of another number of rows, or does not reach to the new tokens.
+        The mask has another number of rows than the cache, or too few columns.
     """
     memory, mask = pruned_prompt_of(cache), kwargs.get("attention_mask")
     if memory is None or not memory.shortened or isinstance(mask, dict):
@@ -208,7 +212,7 @@ def fit_mask(kwargs: dict[str, Any], cache: Cache | None, length: int) -> dict[s
 
 
 def _refuse_short_mask(columns: int, cache: Any, length: int) -> None:
-    """Raise where a dynamic cache and new tokens are more than a mask has columns."""
+    """Refuse a mask with fewer columns than a dynamic cache and the new tokens."""
     seen = cache.get_seq_length()
     if isinstance(seen, int) and columns < seen + length:
         raise InputError(

@@ -1,8 +1,8 @@
-"""Tensor helpers that shorten what a decoder layer gets: hidden states, rotations, masks.
+"""Gathers and attention masks for the tokens that survive a cut.
 
-Survivors are right-aligned, as left padding has it: the last column is every sample's last token,
-and the columns in front of a sample with fewer survivors are invalid.
-Shapes: B samples, T tokens before, K tokens after.
+Survivors are right-aligned, like left padding: the last column is every sample's last token, and
+samples with fewer survivors have invalid filler columns in front.
+Shapes: B samples, T tokens before the cut, K tokens after it, Q queries, S keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def survivors(keep: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     order : Tensor
-        (B, K) long, columns to keep in their old order, right-aligned; K is the batch's maximum.
+        (B, K) long, kept columns in their old order, right-aligned; K is the batch's maximum.
     valid : Tensor
         (B, K) bool, False on the filler in front of a sample with fewer survivors.
     """
@@ -36,7 +36,7 @@ def survivors(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def take(x: Tensor, order: Tensor, batch: int = 0, seq: int = 1) -> Tensor:
-    """Gather ``order`` (B, K) along dimension ``seq`` of ``x``; ``batch`` may be broadcast."""
+    """Gather ``order`` (B, K) along dimension ``seq`` of ``x``; dimension ``batch`` may be 1."""
     batch, seq = batch % x.ndim, seq % x.ndim
     order = order.to(x.device)
     rows, count = order.shape
@@ -53,22 +53,22 @@ def take(x: Tensor, order: Tensor, batch: int = 0, seq: int = 1) -> Tensor:
 
 
 def padding_of(mask: Any, batch: int, length: int, device: torch.device) -> Tensor:
-    """Find which of a prompt's tokens are no padding.
+    """The valid tokens of a prompt, from its attention mask.
 
     Parameters
     ----------
     mask : Tensor or mapping or None
-        The attention mask as a model's forward got it: (B, T) or (B, 1, T, S), bool or additive,
-        or one such mask per kind of layer.
+        The attention mask of a model's forward: (B, T) or (B, 1, T, S), bool or additive, or one
+        such mask per layer type.
     batch, length : int
         B and T.
     device : torch.device
-        Where the result lies.
+        The result's device.
 
     Returns
     -------
     Tensor
-        (B, T) bool.
+        (B, T) bool, False on padding.
     """
     if isinstance(mask, Mapping):
         mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
@@ -91,7 +91,7 @@ def shorten_mask(
     implementation: str | None,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """The attention mask of a layer that runs on the survivors only.
+    """The attention mask of a layer for the survivors.
 
     Parameters
     ----------
@@ -101,15 +101,15 @@ def shorten_mask(
     origin : Tensor
         (B, K) long, each survivor's column in the whole prompt.
     valid : Tensor
-        (B, K) bool.
+        (B, K) bool, False on filler.
     kv_length : int
-        Keys that the layer's attention gets, at least K; more with a static cache.
+        Keys of the layer's attention: K, or more with a static cache.
     causal : bool
         Whether a missing mask means causal attention.
     implementation : str or None
         The model's attention implementation.
     dtype : torch.dtype
-        Of additive masks.
+        The dtype of additive masks.
 
     Returns
     -------
@@ -142,27 +142,27 @@ def weigh_mask(
     causal: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Let keys count for several: the mask of a layer as `shorten_mask` gives it, additive.
+    """Add log counts to a layer's mask, as `shorten_mask` returns it.
 
     Parameters
     ----------
     mask : Tensor or None
         (B, 1, K, S), bool or additive; None for plain attention, causal or not.
     log_counts : Tensor
-        (B, 1, K or 1, K), of the keys' weights; keys behind count for themselves.
+        (B, 1, K or 1, K), for the first K keys; further keys count once.
     valid : Tensor
-        (B, K) bool.
+        (B, K) bool, False on filler.
     kv_length : int
-        S, keys that the layer's attention gets.
+        S, keys of the layer's attention.
     causal : bool
         Whether a missing mask means causal attention.
     dtype : torch.dtype
-        Of the result.
+        The result's dtype.
 
     Returns
     -------
     Tensor
-        (B, 1, K, S).
+        (B, 1, K, S), additive.
     """
     if mask is None:
         mask = _plain_mask(valid, causal, None, dtype)
@@ -172,7 +172,7 @@ def weigh_mask(
 
 
 def add_weights(mask: Tensor, log_counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, Q, S) bool or additive, plus (B, 1, Q or 1, up to S); what is hidden stays so."""
+    """Add log counts (B, 1, Q or 1, up to S) to a mask (B, 1, Q, S); hidden keys stay hidden."""
     lowest = torch.finfo(dtype).min
     hidden = ~mask if mask.dtype == torch.bool else mask <= lowest / 2
     log_counts = F.pad(log_counts.to(dtype), (0, mask.shape[-1] - log_counts.shape[-1]))

@@ -1,11 +1,11 @@
-"""Caches that count the tokens that were dropped from them, and keep what they remember in step.
+"""Caches that count dropped tokens and carry the choices of their prompt.
 
-A cache that went through a prefill of ours keeps its object and its layers, and gets a subclass of
-its own class: ``get_seq_length`` still counts the dropped tokens, so positions and the slicing of
-later inputs stay right, while ``get_query_offset``, which masks ask, counts the stored ones. Its
-own operations (reorder, select, repeat, crop, reset) move what it remembers as well; where somebody
-has replaced its keys, the rows are known again by their content.
-Shapes: B rows, K tokens of the prompt that are stored.
+After a pruned prefill, a cache keeps its identity and its layers, and its class becomes a subclass
+of its own class. ``get_seq_length`` counts dropped tokens too, for positions and for the slicing of
+later inputs; ``get_query_offset`` counts stored tokens, for masks. The cache's own operations
+(reorder, select, repeat, crop, reset) update its memory; after a replacement of its keys, the rows
+are identified by their content.
+Shapes: B rows, K stored tokens of the prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from corematching.errors import ConfigError, InputError, UnsupportedModelError
 
 
 class PrunedCache(Cache):
-    """What `remember` mixes into a cache's class."""
+    """The mixin that `remember` adds to a cache's class."""
 
     memory: PrunedPrompt
 
@@ -51,7 +51,7 @@ class PrunedCache(Cache):
         return out
 
     def __iter__(self) -> Any:
-        """Refuse to be taken apart, unless nothing would be lost.
+        """Iterate over keys and values, unless choices would be lost.
 
         Raises
         ------
@@ -79,7 +79,7 @@ class PrunedCache(Cache):
         Raises
         ------
         InputError
-            A row is not there.
+            A row does not exist.
         """
         rows = self._find_rows(beam_idx)
         super().reorder_cache(rows)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ class PrunedCache(Cache):
         Raises
         ------
         InputError
-            A row is not there, or none is left.
+            A row does not exist, or none is selected.
         UnsupportedModelError
             The cache is static.
         """
@@ -123,21 +123,21 @@ class PrunedCache(Cache):
         self._follow(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the latest tokens.
+        """Remove the latest tokens.
 
         Parameters
         ----------
         tokens_to_remove : int
-            Minus their number.
+            Their number, negated.
 
         Raises
         ------
         ConfigError
             The number is positive.
         InputError
-            They reach into a part of the prompt from which tokens were dropped.
+            They include a part of the prompt from which tokens were dropped.
         UnsupportedModelError
-            The cache is static, or a sliding window has let go of what would be seen again.
+            The cache is static, or a sliding window has evicted tokens that would be visible again.
         """
         self._refuse_crop(tokens_to_remove)
         memory, count = follow(self), -tokens_to_remove
@@ -170,8 +170,8 @@ class PrunedCache(Cache):
             full = getattr(layer, "cumulative_length", 0) >= getattr(layer, "sliding_window", 1)
             if full and not getattr(layer, "record_past", False):
                 raise UnsupportedModelError(
-                    "a sliding window has let go of tokens that would be seen again: call "
-                    "cache.activate_past_recording() before the tokens that you may take back"
+                    "a sliding window has evicted tokens that would be visible again: call "
+                    "cache.activate_past_recording() before the tokens that you may crop"
                 )
 
     def _refuse_static(self, operation: str) -> None:
@@ -182,7 +182,7 @@ class PrunedCache(Cache):
             )
 
     def _find_rows(self, indices: Any) -> Tensor:
-        """(B',) long on the CPU, the rows that an index means."""
+        """(B',) long on the CPU, the rows that an index selects."""
         follow(self)
         every = torch.arange(_count_rows(self))
         indices = indices.cpu() if isinstance(indices, Tensor) else indices
@@ -209,7 +209,7 @@ def _pruned_kind(kind: type) -> type:
 
 
 def _rebuild(kind: type, state: dict[str, Any]) -> Cache:
-    """A copy of a remembering cache of such a class."""
+    """Rebuild a pruned cache of class ``kind`` for copy and pickle."""
     made: Any = _pruned_kind(kind)
     cache: Cache = made.__new__(made)
     vars(cache).update(state)
@@ -217,7 +217,7 @@ def _rebuild(kind: type, state: dict[str, Any]) -> Cache:
 
 
 def remember(cache: Cache, memory: PrunedPrompt) -> None:
-    """Let ``cache`` answer for the tokens that were dropped from it."""
+    """Turn ``cache`` into a `PrunedCache` with the memory of its prompt."""
     if cache.is_compileable:
         first: Any = cache.layers[0]
         dropped = torch.full((), int(memory.dropped), dtype=torch.long, device=first.keys.device)
@@ -233,7 +233,7 @@ def remember(cache: Cache, memory: PrunedPrompt) -> None:
 
 
 def _fix_length(log_counts: Tensor, cache: Any) -> Tensor:
-    """(B, K) to (B, slots of a static cache), at an address that compiled code may rely on."""
+    """(B, K) padded to (B, slots of a static cache), at a static address for compiled code."""
     slots = max(layer.max_cache_len for layer in cache.layers)
     fixed = F.pad(log_counts, (0, max(slots - log_counts.shape[1], 0)))
     torch._dynamo.mark_static_address(fixed)
@@ -241,17 +241,17 @@ def _fix_length(log_counts: Tensor, cache: Any) -> Tensor:
 
 
 def pruned_prompt_of(cache: Any) -> PrunedPrompt | None:
-    """What ``cache`` keeps of a prefill of ours, or None."""
+    """The memory of ``cache``, or None if it is no `PrunedCache`."""
     return cache.memory if isinstance(cache, PrunedCache) else None
 
 
 def log_counts_of(cache: Any, batch: int) -> Tensor | None:
-    """(B, K) float32, contiguous: what is added to scores of the cache's first columns, or None.
+    """The bias for the scores of the cache's first columns, (B, K) float32, contiguous, or None.
 
     Raises
     ------
     InputError
-        They are for another number of rows than ``batch``.
+        The cache has another number of rows than ``batch``.
     """
     memory = pruned_prompt_of(cache)
     if memory is None or memory.log_counts is None:
@@ -261,19 +261,19 @@ def log_counts_of(cache: Any, batch: int) -> Tensor | None:
 
 
 def follow(cache: Any, batch: int | None = None) -> PrunedPrompt | None:
-    """What a cache remembers, after its keys may have been replaced; None where it is nothing.
+    """A cache's memory, updated for replaced keys; None where there is nothing to remember.
 
     Parameters
     ----------
     cache : Any
-        What a model gets as its cache.
+        The model's ``past_key_values``.
     batch : int or None
-        Rows of the tokens that are to go on from it.
+        Rows of the next tokens; None skips the check.
 
     Raises
     ------
     InputError
-        The keys are of other prompts, or of another number of them than ``batch``.
+        The keys belong to other prompts, or to another number of rows than ``batch``.
     """
     memory = pruned_prompt_of(cache)
     if memory is None or memory.is_blank:
@@ -289,7 +289,7 @@ def follow(cache: Any, batch: int | None = None) -> PrunedPrompt | None:
 
 
 def _follow_keys(cache: Any, memory: PrunedPrompt) -> None:
-    """Somebody has replaced keys: find the prompt of each row by what its last token left."""
+    """Find the prompt of each row after keys were replaced, by its last token's keys."""
     layer, count, sign = cache.layers[memory.layer], memory.valid.shape[1], memory.sign
     keys: Any = layer.keys
     assert sign is not None
@@ -318,6 +318,6 @@ def _unknown_rows(memory: PrunedPrompt, rows: int) -> InputError:
 
 
 def _count_rows(cache: Any) -> int:
-    """Rows of what a cache stores."""
+    """Rows of a cache; 0 where it is empty."""
     every = (layer.keys for layer in cache.layers if layer.is_initialized)
     return next((keys.shape[0] for keys in every if keys is not None), 0)

@@ -1,7 +1,6 @@
-"""What a shortened key-value cache remembers of its prompt, in step with its rows and columns.
+"""A KV cache's memory of its prompt, in step with the cache's rows and columns.
 
-Shapes: B rows, T tokens of the prompt, K tokens of it that are stored, G heads for keys, D their
-size.
+Shapes: B rows, T tokens of the prompt, K stored tokens of it, G key-value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -19,50 +18,50 @@ from corematching.protocol import NeuronChoice
 
 @dataclass
 class PrunedPrompt:
-    """What a cache keeps of the prefill that filled it.
+    """A cache's memory of its prefill.
 
     Attributes
     ----------
     valid : Tensor
-        (B, K) bool, which of the stored prompt tokens are neither filler nor padding.
+        (B, K) bool, the stored prompt tokens without filler and padding.
     prompt : int
         T, tokens of the prompt before any was dropped, padding included.
     dropped : int or Tensor
         T - K; a tensor in static caches, so that compiled code does not depend on its value.
     neurons : dict
-        The layers' neuron choices, by layer, for the rows of the prefill; see `choice`.
+        The neuron choices, by layer, for the rows of the prefill; see `choice`.
     shortened : bool
-        Whether a token policy was at work; if not, masks are as the caller made them.
+        Whether tokens were dropped; if not, the caller's masks fit the cache.
     record : int
         The number of the prefill's record.
     filler : bool
-        Whether any is False in ``valid``.
+        Whether any entry of ``valid`` is False.
     log_counts : Tensor or None
-        (B, K) float32, of the tokens' weights in attention; zeros behind in a static cache, up to
-        its length. None: each counts for itself.
+        (B, K) float32, logarithms of the tokens' weights; padded with zeros in a static cache.
+        None: each token counts once.
     masks : tuple or None
-        The latest mask to which they were added: what it was made of, and the result.
+        The latest mask with added log counts: its key, its source, and the result.
     origin : Tensor or None
-        (B, K) long, the prompt's columns that are stored; None where that is not known.
+        (B, K) long, the stored tokens' columns in the prompt; None where unknown.
     samples : int
         Rows of the prefill.
     rows : list of int
-        The one of them that each row comes from.
+        The prefill's row behind each present row.
     taken : list of int
-        The rows for which FFNs have the choices of neurons, where ``holder`` is not None.
+        The ``rows`` for which the holder's FFNs took the neuron choices.
     holder : object or None
-        Whose FFNs have the choices of neurons; None: nobody's.
+        The owner of the FFNs with these neuron choices; None: no FFN has them.
     moved : bool
-        Whether the rows have changed since.
+        Whether the rows have changed since the FFNs took the choices.
     layer : int
-        The layer whose keys are watched; -1 where none can be.
+        The layer whose keys identify the rows; -1 where none can.
     shown : Tensor or None
-        Its keys, as they were last seen.
+        This layer's keys, as last seen.
     sign : Tensor or None
-        (B, G, D), its keys of the last prompt token, by which a row is known again.
+        (B, G, D), this layer's keys of the last prompt token, which identify a row.
     alike : list of int
-        Per row of the prefill: the first of the rows around it that chose the same neurons; empty
-        until somebody asks.
+        Per row of the prefill: the first row of its run of neighbours with equal neuron choices;
+        empty until it is needed.
     """
 
     valid: Tensor
@@ -91,13 +90,13 @@ class PrunedPrompt:
         self.rows = list(range(self.samples))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, and for files: without what holds for this very object only."""
+        """The state for copy and pickle, without what belongs to this object only."""
         neurons = {layer: choice.materialize() for layer, choice in self.neurons.items()}
         return {**vars(self), "neurons": neurons, "masks": None, "holder": None}
 
     @property
     def batch(self) -> int:
-        """B, the rows as they are now."""
+        """B, the present rows."""
         return len(self.rows)
 
     @property
@@ -106,7 +105,7 @@ class PrunedPrompt:
         return not self.shortened and not self.neurons
 
     def forget(self) -> None:
-        """Remember nothing, as before the first prompt."""
+        """Reset to a blank memory."""
         if isinstance(self.dropped, Tensor):
             self.dropped.zero_()
         else:
@@ -118,7 +117,7 @@ class PrunedPrompt:
         self.layer, self.shown, self.sign = -1, None, None
 
     def choice(self, layer: int) -> NeuronChoice:
-        """A layer's neurons, for the rows as they are now."""
+        """A layer's neuron choice, for the present rows."""
         choice = self.neurons[layer]
         if self.rows == list(range(self.samples)):
             return choice
@@ -131,11 +130,11 @@ class PrunedPrompt:
         return part[torch.tensor(self.rows, device=part.device)]
 
     def give(self, holder: object) -> None:
-        """The FFNs of ``holder`` have the choices of neurons for the rows as they are now."""
+        """Note that the FFNs of ``holder`` have the neuron choices of the present rows."""
         self.holder, self.taken, self.moved = holder, self.rows, False
 
     def chose_as_taken(self) -> bool:
-        """Whether the rows, though moved, chose the neurons that the FFNs have for them."""
+        """Whether the FFNs' neurons still fit the rows, although these have moved."""
         if len(self.rows) != len(self.taken):
             return False
         self.alike = self.alike or self._find_alike()
@@ -155,7 +154,7 @@ class PrunedPrompt:
         return alike
 
     def rearrange(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was; (B',) long."""
+        """Replace row i by row ``rows[i]``; ``rows`` is (B',) long."""
         order = rows.tolist()
         if order == list(range(self.batch)):
             return
@@ -167,7 +166,7 @@ class PrunedPrompt:
         self.masks, self.moved = None, True
 
     def count_whole(self) -> int:
-        """Stored columns at the prompt's end in front of which no token was dropped, of no row."""
+        """Number of last prompt columns that no cut has touched, in any row."""
         count = self.valid.shape[1]
         if self.origin is None:
             return 0 if int(self.dropped) else count
@@ -198,7 +197,7 @@ class PrunedPrompt:
             )
 
     def watch(self, cache: Any) -> None:
-        """Find the layer whose keys tell the rows apart, and what they are."""
+        """Choose the layer whose keys identify the rows, and keep these keys."""
         column = self.valid.shape[1] - 1
         layer: Any
         for index, layer in reversed(list(enumerate(cache.layers))):
@@ -211,6 +210,6 @@ class PrunedPrompt:
                 return
 
     def note(self, cache: Any) -> None:
-        """Whoever changed the cache's keys has kept the rows as they were."""
+        """Accept the cache's new keys: their rows are unchanged."""
         if self.layer >= 0:
             self.shown = cache.layers[self.layer].keys

@@ -1,4 +1,4 @@
-"""Keeps on an unmodified transformers model what a method chooses; knows no method itself."""
+"""Runs an unmodified transformers model on a method's choices; depends on no method."""
 
 from corematching.model.families import FAMILIES, Family, find_family
 from corematching.model.spec import check_model

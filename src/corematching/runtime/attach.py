@@ -1,4 +1,4 @@
-"""Puts a method on a model, and takes it off again."""
+"""Installs a method on a model and removes it again."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from corematching.runtime.record import Record
 from corematching.runtime.session import Session
 
 MARK = "_corematching"
-"""The attribute under which a model has the session that is on it, or the claim of one to come.
+"""The model's attribute for its installed session, or for the claim of an installation in progress.
 
-Entries of a dictionary are made and found in one step, so that no lock is needed that an interrupt
-could leave closed.
+``dict.setdefault`` is atomic, so no lock is needed that an interrupt could leave closed.
 """
 
 
 class Run:
-    """A method at work on a model, as `attach` gives it.
+    """A method installed on a model, as `attach` returns it.
 
     Parameters
     ----------
     session : Session
-        What `attach` has put on the model.
+        The model's session.
 
     Attributes
     ----------
@@ -45,7 +44,7 @@ class Run:
 
     @property
     def report(self) -> Report:
-        """What the last generate() or prompt kept, dropped and saved; waits for the device.
+        """The report of the last generate() or prompt; waits for the device.
 
         Raises
         ------
@@ -56,30 +55,29 @@ class Run:
 
     @property
     def reports(self) -> list[Report]:
-        """The same for the last 16 runs, the latest last."""
+        """The reports of the last 16 runs, the latest last; waits for the device."""
         return [self._report(record) for record in self._session.records]
 
     @property
     def choices(self) -> list[Choices]:
-        """What the last generate() or prompt chose, per sample; waits for the device.
+        """The choices of the last generate() or prompt, per sample; waits for the device.
 
-        Copies on the CPU, that stay as they are whatever runs next. A turn that goes on from a
-        cache shows the choices of its conversation. Only the last run has them: earlier ones let go
-        of their neurons.
+        Independent copies on the CPU. A turn that continues from a cache has the choices of its
+        conversation's first prompt. Only the last run's choices are available.
 
         Raises
         ------
         InputError
-            Nothing has run yet, or the prompt that chose is no longer on record.
+            Nothing has run yet, or the conversation's first prompt is no longer on record.
         """
         record = self._last
         check_settled(self._session.sparse.values())
         return read_choices(record, len(self._session.parts.layers))
 
     def remove(self) -> None:
-        """Take this method off the model; does nothing where it is off already.
+        """Remove this method from the model, if it is still installed.
 
-        Waits for a run of another thread.
+        Waits for another thread's run.
 
         Raises
         ------
@@ -103,45 +101,45 @@ class Run:
 def attach(
     model: nn.Module, method: Method, engine: str = "auto", memory: str | int | None = None
 ) -> Run:
-    """Install a method on one model; nothing runs before the model does.
+    """Install a method on one model.
 
-    A turn that goes on from a cache keeps that cache's choices: only the first prompt drops tokens.
-    What a cache remembers follows its rows and columns, whether its own methods change them
+    A turn that continues from a cache keeps that cache's choices: only the first prompt drops
+    tokens. A cache's choices follow its rows and columns, whether its own methods change them
     (``batch_select_indices``, ``crop``, ...) or its keys and values are replaced. A sliding window
-    of a shortened cache counts the tokens that are still present. generate() refuses
-    ``use_cache=False``, which would run the prompt again at every step. Modules may be replaced
-    meanwhile: the next run reads the model anew, or says what it cannot run on.
+    of a shortened cache counts present tokens only. generate() refuses ``use_cache=False``, which
+    would run the prompt again at every step. Modules may be replaced between runs: the next run
+    inspects the model again, or raises for an unsupported one.
 
     Parameters
     ----------
     model : nn.Module
         A loaded ``PreTrainedModel``.
     method : Method
-        What chooses tokens and neurons.
+        Its policies choose tokens and neurons.
     engine : str
-        What may run decode steps and prompts: ``auto``, whatever is fastest for this model here
-        (compiled kernels on a CPU, Triton's on a GPU); ``torch``, PyTorch's operators only;
-        ``native``, the compiled CPU kernels, or an error where there are none.
+        The backend of prompts and decode steps: ``auto``, the fastest one for this model and
+        machine (compiled kernels on a CPU, Triton kernels on a GPU); ``torch``, PyTorch operators
+        only; ``native``, the compiled CPU kernels, or an error where there are none.
     memory : str or int, optional
-        What the model may take of its device's memory, such as ``"12GiB"``: the FFNs of the layers
-        whose neurons are chosen are then kept outside, in pinned host memory (GPU) or in a file
-        (CPU), and each prompt streams them. They decode in PyTorch.
+        Cap on the model's device memory, such as ``"12GiB"``. The FFNs of the layers with chosen
+        neurons then stay in pinned host memory (GPU) or in a file (CPU), and each prompt streams
+        them. They decode in PyTorch.
 
     Returns
     -------
     Run
-        Gives the reports.
+        Access to reports and choices.
 
     Raises
     ------
     AlreadyInstalledError
         A method is already installed on this model.
     ConfigError
-        There is no such engine, or a policy is of another type.
+        The engine is unknown, or a policy has the wrong type.
     MemoryCapError
         The model does not fit under the cap.
     UnsupportedModelError
-        The model cannot be shortened; the message says why and what to do.
+        The method cannot run on this model; the message names the reason and the fix.
     """
     check_policies(method)
     claim = object()
@@ -163,7 +161,7 @@ def attach(
 
 
 def _claim(model: nn.Module, claim: object) -> None:
-    """Let nobody else install on this model."""
+    """Reserve the model for this installation."""
     if isinstance(model, nn.Module) and vars(model).setdefault(MARK, claim) is not claim:
         raise AlreadyInstalledError(
             f"a method is already installed on this {type(model).__name__}: remove it first "
@@ -172,16 +170,16 @@ def _claim(model: nn.Module, claim: object) -> None:
 
 
 def _forget(model: nn.Module, *users: object) -> None:
-    """Let others install on this model, where one of these did."""
+    """Release the model if one of these holds it."""
     found = getattr(model, MARK, None)
     if found is not None and any(found is user for user in users):
         del vars(model)[MARK]
 
 
 def detach(model: nn.Module) -> None:
-    """Take the method off the model; no hook, attribute or patch of ours stays.
+    """Remove the model's method with all hooks, attributes and patches.
 
-    Does nothing where none is installed; waits for a run of another thread.
+    Does nothing where none is installed; waits for another thread's run.
 
     Raises
     ------

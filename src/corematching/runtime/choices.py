@@ -1,4 +1,4 @@
-"""What a run chose, sample by sample.
+"""The tokens and neurons that a run chose, per sample.
 
 Shapes: T tokens of the prompt (padding included), N image tokens of it, F neurons of an FFN, K kept
 ones.
@@ -26,7 +26,7 @@ class TokenCut:
     layer : int
         The layer; -1 is the input of layer 0.
     prompt_mask : Tensor
-        (T,) bool, the tokens of the prompt that went on, text tokens included.
+        (T,) bool, the prompt tokens kept by this cut, text tokens included.
     lowest : float
         The lowest kept score; NaN without image tokens.
     """
@@ -38,16 +38,16 @@ class TokenCut:
 
 @dataclass(frozen=True, eq=False)
 class LayerNeurons:
-    """The intermediate neurons that the decode steps of a sample compute in one layer.
+    """The intermediate neurons of one sample's decode steps in one layer.
 
     Attributes
     ----------
     indices : Tensor
         (K,) long, ascending.
     mean : Tensor or None
-        (F,), the constants that stand in for dropped neurons, 0 on kept ones; None: zeros.
+        (F,), the constants of dropped neurons, 0 on kept ones; None: zeros.
     input_threshold, gate_threshold, output_threshold : float or None
-        What is dropped for each token among the kept neurons, see `NeuronChoice`; None: nothing.
+        Per-token thresholds, see `NeuronChoice`; None: no threshold.
     """
 
     indices: Tensor
@@ -59,17 +59,16 @@ class LayerNeurons:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Choices:
-    """The tokens and neurons that were chosen for one sample, as copies on the CPU.
+    """The chosen tokens and neurons of one sample, as copies on the CPU.
 
     Attributes
     ----------
     prompt_mask : Tensor
-        (T,) bool, the tokens of the prompt that reached the last layer and the KV cache; False on
-        padding.
+        (T,) bool, the prompt tokens in the last layer and the KV cache; False on padding.
     image : Tensor
         (T,) bool, the image tokens of the prompt.
     scores : Tensor
-        (T,) float32, image token scores as of the last cut that still saw the token; NaN elsewhere.
+        (T,) float32, each image token's score from its last cut; NaN elsewhere.
     cuts : tuple of TokenCut
         In the order of their layers; empty where no token was dropped.
     neurons : tuple of LayerNeurons or None
@@ -84,7 +83,7 @@ class Choices:
 
     @property
     def keep_mask(self) -> Tensor:
-        """(N,) bool, the image tokens that reached the last layer, as in the report."""
+        """(N,) bool, the image tokens in the last layer, as in the report."""
         return self.prompt_mask[self.image]
 
     @property
@@ -94,7 +93,7 @@ class Choices:
 
     @property
     def neuron_indices(self) -> list[Tensor | None]:
-        """Per decoder layer: (K,) long, the kept neurons; None where all are computed."""
+        """Per decoder layer: (K,) long, the kept neurons; None in a dense layer."""
         return [None if layer is None else layer.indices for layer in self.neurons]
 
     def __repr__(self) -> str:
@@ -106,7 +105,7 @@ class Choices:
 
 
 class KeptTokens(NamedTuple):
-    """One row's choices of tokens, named as in `Choices`."""
+    """The token choices of one row, named as in `Choices`."""
 
     prompt_mask: Tensor
     image: Tensor
@@ -115,7 +114,7 @@ class KeptTokens(NamedTuple):
 
 
 class TokenReader:
-    """Reads a record's choices of tokens row by row; its tensors are moved to the CPU once."""
+    """Reads a record's token choices row by row; moves its tensors to the CPU once."""
 
     def __init__(self, record: Record) -> None:
         first = record.chooser
@@ -134,7 +133,7 @@ class TokenReader:
         ]
 
     def read(self, row: int) -> KeptTokens:
-        """The choices for one row of the batch."""
+        """The token choices of one row of the batch."""
         image, mask = self.image[row].clone(), self.valid[row].clone()
         scores, cuts = torch.full(mask.shape, torch.nan), []
         for layer, origin, present, keep, values, lowest in self._stages:
@@ -148,12 +147,12 @@ class TokenReader:
 
 
 def read_choices(record: Record, num_layers: int) -> list[Choices]:
-    """What a record's run chose, per sample.
+    """The choices of a run, per sample.
 
     Parameters
     ----------
     record : Record
-        Of the last run; earlier ones have let go of their neurons.
+        The last run's; earlier records no longer hold their neurons.
     num_layers : int
         Decoder layers of the model.
 
@@ -162,7 +161,7 @@ def read_choices(record: Record, num_layers: int) -> list[Choices]:
     ConfigError
         A policy chose no neurons.
     InputError
-        The run went on from a prompt whose record is gone.
+        The run continued from a prompt whose record is gone.
     """
     if record.continued and record.earlier is None and record.rows:
         raise InputError(
@@ -182,7 +181,7 @@ def read_choices(record: Record, num_layers: int) -> list[Choices]:
 
 
 def _pick(choice: NeuronChoice, row: int) -> LayerNeurons:
-    """One row of a batch's choice; what has a single row is every sample's."""
+    """One row of a batch's choice; tensors with a single row hold for every sample."""
 
     def tensor(part: Tensor | None) -> Tensor | None:
         return None if part is None else part[row if len(part) > 1 else 0].to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""What a run cost, in FLOPs and bytes, and the report that says so."""
+"""The cost of a run in FLOPs and bytes, and its report."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from corematching.runtime.record import Record, seconds_between
 
 @dataclass
 class LayerCost:
-    """What one decoder layer costs.
+    """The cost of one decoder layer.
 
     Attributes
     ----------
     attention, ffn : int
         Multiply-adds of the linear layers per token.
     pair : int
-        Multiply-adds per pair of a query and a key: scores and mixing of values, all heads.
+        Multiply-adds per query-key pair: scores and weighted sum of values, all heads.
     kv_bytes : int
         Bytes of keys and values per token.
     window : int or None
-        The sliding window.
+        The sliding window in tokens; None for full attention.
     """
 
     attention: int
@@ -38,7 +38,7 @@ class LayerCost:
 
 
 def layer_costs(parts: ModelSpec) -> list[LayerCost]:
-    """What each decoder layer costs, from the sizes of its weights."""
+    """The cost of each decoder layer, from the sizes of its weights."""
     config = parts.config
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
@@ -71,7 +71,7 @@ def _dtype_of(parts: ModelSpec) -> torch.dtype:
 
 
 def text_flops(
-    costs: list[LayerCost], tokens: list[int], contexts: list[int], shares: list[float]
+    costs: list[LayerCost], tokens: list[int], contexts: list[int], ratios: list[float]
 ) -> int:
     """FLOPs of one pass through the decoder layers.
 
@@ -80,18 +80,18 @@ def text_flops(
     costs : list of LayerCost
         Per layer.
     tokens, contexts : list of int
-        Per layer: tokens that run through it, and tokens in its cache before.
-    shares : list of float
-        Per layer: share of its neurons that is computed.
+        Per layer: tokens of this pass, and tokens in its cache before.
+    ratios : list of float
+        Per layer: computed neurons / neurons.
     """
     total = 0
-    for cost, n, before, share in zip(costs, tokens, contexts, shares, strict=True):
-        total += n * (cost.attention + round(cost.ffn * share)) + n * (n + before) * cost.pair
+    for cost, n, before, kept in zip(costs, tokens, contexts, ratios, strict=True):
+        total += n * (cost.attention + round(cost.ffn * kept)) + n * (n + before) * cost.pair
     return 2 * total
 
 
 def build_report(record: Record, parts: ModelSpec, method: Any, model: nn.Module) -> Report:
-    """Turn a record into a report; waits for the device."""
+    """The report of a record; waits for the device."""
     config: Any = model.config
     vision = sum(seconds_between(a, b) for a, b in record.vision)
     prefill = seconds_between(record.start, record.filled)
@@ -126,7 +126,7 @@ def build_report(record: Record, parts: ModelSpec, method: Any, model: nn.Module
 
 
 class _SampleCounter:
-    """Builds the samples' reports out of a record's tensors, moved to the CPU once."""
+    """Builds the samples' reports; moves the record's tensors to the CPU once."""
 
     def __init__(self, record: Record, parts: ModelSpec, model: nn.Module) -> None:
         self.record = record
@@ -171,7 +171,7 @@ class _SampleCounter:
         )
 
     def _costs(self, row: int, present: dict[int, int]) -> dict[str, int]:
-        """FLOPs and KV bytes; ``present`` maps each cut to the tokens left after it."""
+        """FLOPs and KV bytes; ``present`` maps each cut to its number of kept tokens."""
         record, ones = self.record, [1.0] * self.depth
         seen, stored = (int(x) for x in self.context[row])
         prompt = int(self.own_valid[row].sum())
@@ -185,7 +185,7 @@ class _SampleCounter:
         final = tokens[-1] if record.continued else min(present.values())
         dense, sparse = [prompt] * self.depth, tokens
         heads = prompt if record.logit_rows > 1 else 1, final if record.logit_rows > 1 else 1
-        shares = [k / f for k, f in zip(self.counts, self.widths, strict=True)]
+        ratios = [k / f for k, f in zip(self.counts, self.widths, strict=True)]
         contexts = [seen] * self.depth, [stored] * self.depth
         after = [seen + prompt] * self.depth, [stored + final] * self.depth
         step = [1] * self.depth
@@ -195,7 +195,7 @@ class _SampleCounter:
             "prefill_flops": text_flops(self.costs, sparse, contexts[1], ones) + head * heads[1],
             "dense_prefill_flops": text_flops(self.costs, dense, contexts[0], ones)
             + head * heads[0],
-            "decode_flops": text_flops(self.costs, steps[0], after[1], shares) + head,
+            "decode_flops": text_flops(self.costs, steps[0], after[1], ratios) + head,
             "dense_decode_flops": text_flops(self.costs, steps[1], after[0], ones) + head,
             "kv_bytes": self._kv_bytes(stored + final),
             "dense_kv_bytes": self._kv_bytes(seen + prompt),
@@ -212,7 +212,7 @@ def _finite(value: float) -> float | None:
 
 
 def _count_new_tokens(record: Record) -> list[int]:
-    """Per row: generated tokens up to the first end token, itself included."""
+    """Per row: generated tokens up to and including the first end-of-sequence token."""
     rows = record.valid.shape[0]
     generated = record.steps + 1
     if record.sequences is None:

@@ -1,4 +1,4 @@
-"""generate() on a pruned cache: its masks, its beginning and its end."""
+"""generate() on a pruned cache: its state, its checks and its attention masks."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from corematching.runtime.session import Session
 
 NO_CACHE_YET = object()
-"""The cache of a generate() that has not made one; no forward's cache is the same."""
+"""Placeholder for the cache of a generate() that has not created one yet."""
 
 
 @dataclass
 class Generation:
-    """The generate() under way.
+    """The generate() in progress.
 
     Attributes
     ----------
     prompt_width : int
-        Prompt tokens that it gives back in front of the new ones.
+        Prompt tokens at the front of its output.
     cache : Any
         The cache of its forward passes.
     expand : int
-        Rows for each sample (beams, several answers).
+        Rows per sample (beams, several answers).
     total : int
-        The most tokens of prompt and answer; 0 if that is not known yet.
+        Maximum length of prompt and answer in tokens; 0 while unknown.
     ends : tuple of int
         Ids of end-of-sequence tokens.
     record : Record or None
-        Of its prompt, once that is done.
+        The record of its prompt, after the prefill.
     """
 
     prompt_width: int
@@ -49,14 +49,14 @@ class Generation:
     record: Record | None = None
 
     def note_config(self, config: Any, cache: Any) -> None:
-        """The configuration and the cache are settled."""
+        """Take over the final configuration and the cache."""
         ends = getattr(config, "_eos_token_tensor", None)
         self.cache, self.total = cache, config.max_length or 0
         self.expand = max(config.num_beams or 1, config.num_return_sequences or 1)
         self.ends = () if ends is None else tuple(int(x) for x in ends.flatten())
 
     def note_output(self, output: Any) -> None:
-        """All tokens are there."""
+        """Add the generated tokens to the record."""
         if self.record is not None:
             sequences = output if isinstance(output, Tensor) else output.sequences
             self.record.sequences = sequences.detach()
@@ -66,9 +66,9 @@ class Generation:
 class GenerationPatches:
     """Wraps four methods of one model's generate().
 
-    ``generate`` itself, to know when a run begins and ends; ``_prepare_cache_for_generation``, to
-    refuse what cannot work before anything runs; ``prepare_inputs_for_generation`` and
-    ``_update_model_kwargs_for_generation``, to hand on masks of the cache's length.
+    ``generate`` itself, for the begin and the end of a run; ``_prepare_cache_for_generation``, to
+    refuse unsupported options before anything runs; ``prepare_inputs_for_generation`` and
+    ``_update_model_kwargs_for_generation``, for masks of the cache's length.
     """
 
     def __init__(self, session: Session) -> None:
@@ -96,7 +96,7 @@ class GenerationPatches:
                 finally:
                     session.end_generate()
             finally:
-                session.end_generate()  # an interrupt may have cut the first one short
+                session.end_generate()  # an interrupt may have cut the first call short
         return output
 
     def _prepare_cache(
@@ -136,7 +136,7 @@ class GenerationPatches:
         if cache is not None and self.session.method.tokens is not None:
             check_cache(cache)
             if pruned_prompt_of(cache) is None and not cache.get_seq_length():
-                # what transformers gives a new static cache, to reuse what it has compiled
+                # the length that transformers gives a new static cache, to reuse compiled code
                 capacity = getattr(self.session.model, "_previous_max_cache_length", 0)
                 widen_sliding_layers(cache, max_cache_length, max(max_cache_length, capacity))
         generation = self.session.generation
@@ -171,7 +171,7 @@ class GenerationPatches:
         return original(outputs, model_kwargs, *args, **kwargs)
 
     def _shorten(self, memory: Any, model_kwargs: dict[str, Any]) -> None:
-        """Replace the mask over the whole conversation by one over what the cache stores."""
+        """Replace the mask over the whole conversation by one over the stored tokens."""
         mask = model_kwargs.get("attention_mask")
         positions = model_kwargs.get("position_ids")
         if mask is not None:
@@ -182,7 +182,7 @@ class GenerationPatches:
 
 
 def replay_error() -> UnsupportedModelError:
-    """Why a prompt cannot run again at every step."""
+    """The error for ``use_cache=False``."""
     return UnsupportedModelError(
         "use_cache=False runs the prompt again at every step, where each token would have to see "
         "what the first run kept: leave use_cache at True (what is left after dropping tokens is "
@@ -191,12 +191,12 @@ def replay_error() -> UnsupportedModelError:
 
 
 def _seen(cache: Any) -> bool:
-    """Whether the cache holds anything."""
+    """Whether the cache holds any tokens."""
     return cache is not None and bool(cache.get_seq_length())
 
 
 def _prompt_width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Prompt tokens that generate() gives back in front of the new ones."""
+    """Prompt tokens at the front of generate()'s output."""
     ids = kwargs.get("input_ids")
     if ids is None:
         ids = kwargs.get("inputs", args[0] if args else None)

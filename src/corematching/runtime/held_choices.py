@@ -1,4 +1,4 @@
-"""Sees to it that FFNs have the neurons that the cache at hand remembers, for its present rows."""
+"""Keeps the sparse FFNs' neuron choices in step with the cache in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from corematching.errors import InputError
 
 
 class HeldChoices:
-    """Whose choices of neurons the sparse FFNs of one model have.
+    """Tracks the prompt whose neuron choices one model's sparse FFNs hold.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class HeldChoices:
         self._held: weakref.ref[PrunedPrompt] | None = None
 
     def hold(self, memory: PrunedPrompt | None) -> None:
-        """The FFNs have the choices of this memory, for its present rows, and of no other one."""
+        """Note that the FFNs hold the choices of this prompt, for its present rows."""
         held = None if self._held is None else self._held()
         if held is not None and held.holder is self._token:
             held.holder = None
@@ -37,30 +37,30 @@ class HeldChoices:
             memory.give(self._token)
 
     def clear(self) -> None:
-        """Let all tokens run on all neurons."""
+        """Make the FFNs dense again."""
         self.hold(None)
         for ffn in self.sparse.values():
             ffn.clear()
 
     def follow(self, cache: Any, batch: int) -> bool:
-        """Let the FFNs have what a cache remembers; dense FFNs where it is nothing.
+        """Give the FFNs the neuron choices of a cache; dense FFNs where it has none.
 
         Parameters
         ----------
         cache : Any
-            The cache that tokens go on from.
+            The cache from which the next tokens continue.
         batch : int
             Rows of these tokens.
 
         Returns
         -------
         bool
-            Whether the FFNs had something else before.
+            Whether the FFNs took new choices.
 
         Raises
         ------
         InputError
-            The cache is of other prompts, of another number of them, or of another method's.
+            The cache belongs to other prompts, to another number of them, or to another method.
         """
         memory = follow(cache, batch)
         if memory is None:
@@ -80,19 +80,19 @@ class HeldChoices:
         return True
 
     def gather(self, cache: Any) -> None:
-        """Fetch the weights of the neurons that were chosen; compact copies for compiled code."""
+        """Gather the chosen neurons' weights; as compact copies for compiled code."""
         compiled = cache is not None and cache.is_compileable
         check_settled(self.sparse.values())
         for ffn in self.sparse.values():
             ffn.gather(copies=compiled)
 
     def check_compiled(self, cache: Any) -> None:
-        """Refuse a compiled step whose cache is not the one that the FFNs have the choices of.
+        """Refuse a compiled step unless the FFNs hold its cache's choices.
 
         Raises
         ------
         InputError
-            It is another one, or its rows have changed.
+            They hold another cache's choices, or the cache's rows have changed.
         """
         memory = pruned_prompt_of(cache)
         if memory is None or memory.is_blank:

@@ -1,4 +1,4 @@
-"""What a method puts on one model, made from the model as it stands."""
+"""Everything that a method installs on one model, below its top module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from corematching.runtime.token_count_bias import TokenCountBias
 
 
 class Installation:
-    """The parts of a model, and everything below its top module that a method puts there.
+    """A model's parts and the patches of one method on them.
 
     Parameters
     ----------
@@ -42,17 +42,17 @@ class Installation:
     sparse : dict
         The layers' sparse FFNs, by layer.
     counts : list of int
-        Neurons that a decode step computes in each layer.
+        Neurons of a decode step in each layer.
     choices : HeldChoices
-        Whose choices the sparse FFNs have.
+        The neuron choices that the sparse FFNs hold.
     backend : Backend
         Runs prompts and decode steps.
     traffic : WeightTraffic
-        Counts the weights that steps read.
+        Counts the weight bytes of decode steps.
     vision : VisionMeter
         Times the vision tower.
     tower : TowerObserver or None
-        Shows the vision tower to a token policy that reads it.
+        Observes the vision tower for token policies that read it.
 
     Raises
     ------
@@ -91,7 +91,7 @@ class Installation:
         return next(self.parts.layers[0].parameters()).device
 
     def install(self, model: nn.Module) -> None:
-        """Put everything on the model's modules; `remove` undoes it also where it broke off."""
+        """Patch the model's modules; `remove` also undoes a partial installation."""
         patches = self._patches
         self.vision.install(patches)
         if self.tower is not None:
@@ -107,40 +107,40 @@ class Installation:
         self._snapshot = ModuleSnapshot(model)
 
     def remove(self) -> None:
-        """Take everything off again; may be called again."""
+        """Undo every patch; may be called repeatedly."""
         self._patches.undo()
         self._snapshot = None
 
     @property
     def fits(self) -> bool:
-        """Whether the model's modules and their forwards are those that were found."""
+        """Whether the model still has the modules and forwards of the installation."""
         return self._snapshot is not None and self._snapshot.unchanged()
 
     def disarm(self) -> None:
-        """A forward is over: no probe waits for the vision tower any more."""
+        """Stop observing the vision tower after a forward."""
         if self.tower is not None:
             self.tower.disarm()
 
     def forget_images(self) -> None:
-        """A prompt is over: let go of what the vision tower computed."""
+        """Release the vision tower's tensors after a prompt."""
         if self.tower is not None:
             self.tower.clear()
 
     def gather_neurons(self, cache: Any) -> None:
-        """A token will be decoded: fetch the weights of what the prompt's layers chose.
+        """Gather the chosen neurons' weights before the first decode step.
 
-        Not before, so that the first token need not wait for it and an answer of one token never
-        pays for it.
+        Not earlier: the first token does not wait for it, and an answer of one token never pays
+        for it.
         """
         self.choices.gather(cache)
 
     def follow(self, cache: Any, batch: int) -> None:
-        """``batch`` rows of tokens go on from a cache: FFNs get what it chose for its rows.
+        """Give the FFNs the neuron choices of a cache, before ``batch`` rows continue from it.
 
         Raises
         ------
         InputError
-            The cache is of other prompts, of another number of them, or of another method's.
+            The cache belongs to other prompts, to another number of them, or to another method.
         """
         if self.choices.follow(cache, batch):
             self.backend.refresh()

@@ -1,4 +1,4 @@
-"""One run at a time per model."""
+"""The lock that allows one run at a time per model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ POLL_SECONDS = 0.005
 
 @dataclass(eq=False)
 class Holder:
-    """Who uses a model.
+    """The run that holds the lock.
 
     Attributes
     ----------
     user : str
-        What it runs.
+        Name of the operation, such as "generate()".
     thread : int
-        In which thread.
+        Id of its thread.
     """
 
     user: str
@@ -30,10 +30,10 @@ class Holder:
 
 
 class UseLock:
-    """Lets one run at a time use the model; a second one is refused before anything changes.
+    """Allows one run at a time; refuses a second one before anything changes.
 
-    No lock of the operating system: the holder's entry is released by whoever made it, also where
-    an exception arrives between the two, and goes with its thread.
+    Not an operating system lock: the holder releases its own entry, whatever moment an exception
+    arrives at, and the entry of a thread that has ended is void.
     """
 
     def __init__(self) -> None:
@@ -41,19 +41,19 @@ class UseLock:
 
     @contextlib.contextmanager
     def hold(self, user: str, wait: bool = False) -> Iterator[None]:
-        """Use the model for as long as the block lasts.
+        """Hold the lock for the duration of the block.
 
         Parameters
         ----------
         user : str
-            What runs, for the message that others get.
+            Name of the operation, for the error message of others.
         wait : bool
             Wait for other threads instead of raising.
 
         Raises
         ------
         AlreadyInstalledError
-            Somebody else uses it; with ``wait``, this very thread does.
+            The model is in use; with ``wait``, only if it is by this thread.
         """
         mine = Holder(user, threading.get_ident())
         try:
@@ -64,10 +64,10 @@ class UseLock:
             finally:
                 self._release(mine)
         finally:
-            self._release(mine)  # an interrupt may have cut the first one short
+            self._release(mine)  # an interrupt may have cut the first call short
 
     def check(self) -> None:
-        """Raise unless the model is free or held by this thread."""
+        """Raise AlreadyInstalledError if another thread uses the model."""
         holder = self._holders.get("")
         if holder is not None and holder.thread != threading.get_ident():
             raise _in_use(holder)

@@ -1,4 +1,4 @@
-"""The kinds of forward pass, and the one under way."""
+"""The phases of a forward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from corematching.runtime.record import Mark, Record
 
 
 class Phase(Enum):
-    """Kinds of forward pass."""
+    """Phases of a forward pass."""
 
     PREFILL = "a prompt on an empty cache"
     TURN = "further tokens on a cache"
@@ -19,20 +19,20 @@ class Phase(Enum):
 
 @dataclass
 class ForwardPass:
-    """The forward pass under way.
+    """The forward pass in progress.
 
     Attributes
     ----------
     phase : Phase
-        Its kind.
+        Its phase.
     start : Mark or None
-        When it began; not of a step.
+        Its begin; None in a decode step.
     prefill : Prefill or None
-        Of a prompt.
+        The prefill of a prompt.
     record : Record or None
-        Of a turn.
+        The record of a turn.
     native_layers : int
-        The backend's count of native layers when it began.
+        The backend's count of native layers at the begin.
     """
 
     phase: Phase

@@ -1,4 +1,4 @@
-"""What a run leaves behind: times, counters, and what was chosen."""
+"""The record of a run: times, counters and choices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Mark = float | torch.cuda.Event
 
 
 def mark(device: torch.device) -> Mark:
-    """This moment; on a GPU an event, which waits for nothing."""
+    """The current time; on a GPU an event, without synchronization."""
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(device))
@@ -26,7 +26,7 @@ def mark(device: torch.device) -> Mark:
 
 
 def seconds_between(start: Mark | None, end: Mark | None) -> float:
-    """Seconds from one mark to another; 0 if one is missing."""
+    """Seconds between two marks; 0 if one is missing."""
     if start is None or end is None:
         return 0.0
     if isinstance(start, float) or isinstance(end, float):
@@ -37,38 +37,38 @@ def seconds_between(start: Mark | None, end: Mark | None) -> float:
 
 @dataclass
 class Record:
-    """What one run leaves behind; small tensors, read only when a report is asked for.
+    """The record of one run: small tensors, read only for a report.
 
     Attributes
     ----------
     valid, image : Tensor
-        (B, T) bool, the prompt's tokens that are no padding, and its image tokens.
+        (B, T) bool, the prompt's tokens without padding, and its image tokens.
     context : Tensor
-        (B, 2) long, tokens in the cache before this prompt: as seen and as stored.
+        (B, 2) long, tokens in the cache before this prompt: seen and stored.
     selection : Selection
-        What was chosen.
+        The choices.
     counts : list of int
-        Neurons that a decode step computes in each layer.
+        Neurons of a decode step in each layer.
     number : int
-        The run's number, by which a cache names it.
+        The run's number, under which a cache refers to it.
     continued : bool
-        Whether the run went on from a cache that held something.
+        Whether the run continued from a filled cache.
     earlier : Record or None
-        Of a continued turn: the record of the first one, which holds the choices of tokens.
+        Of a continued turn: the record of the first turn, which holds the token choices.
     rows : list of int or None
-        Of a continued turn: the row of the first one that each row goes on from.
+        Of a continued turn: each row's row in the first turn.
     expand : int
-        Rows of each sample, as beam search makes them.
+        Rows per sample (beams, several answers).
     cached : bool
         Whether there is a cache.
     logit_rows : int
-        Tokens of the prompt that the output projection ran for.
+        Prompt tokens in the output projection.
     steps : int
         Decode steps.
     sequences : Tensor or None
-        (B, T') long, what generate() gave.
+        (B, T') long, the output of generate().
     prompt_width : int
-        Tokens of the prompt at their front.
+        Prompt tokens at the front of the sequences.
     ends : tuple of int
         End-of-sequence tokens.
     start, filled, last : Mark or None
@@ -76,19 +76,19 @@ class Record:
     vision : list of (Mark, Mark)
         Begin and end of each call of the vision tower.
     vision_flops : int
-        What these calls cost.
+        FLOPs of these calls.
     vision_inside : bool
-        Whether they lie between ``start`` and ``filled``.
+        Whether these calls lie between ``start`` and ``filled``.
     tally : Tally or None
         The counters at the end of the prompt.
     settled : int
-        Decode steps that `kernel`, bytes and `path` cover; -1: none was looked at.
+        Decode steps that `kernel`, bytes and `path` cover; -1 before the first count.
     kernel : str
-        What ran the decode steps.
+        The code that ran the decode steps.
     decode_bytes, dense_decode_bytes : int
-        Bytes of weights that a decode step read, and would with all neurons.
+        Weight bytes of a decode step, with the chosen and with all neurons.
     memory : MemoryUse or None
-        What was taken of the memory, where it had a cap.
+        Memory of a run under a cap.
     path : PathReport
         How often the backend's own code ran.
     """
@@ -125,5 +125,5 @@ class Record:
 
     @property
     def chooser(self) -> Record:
-        """The record that holds the choices of tokens: of a continued turn, the first one's."""
+        """The record with the token choices: of a continued turn, the first turn's."""
         return self if self.earlier is None else self.earlier.chooser

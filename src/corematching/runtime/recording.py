@@ -1,11 +1,10 @@
-"""Lets several methods share what the layers of one prompt compute before any of them chooses.
+"""Records a dense prompt and replays it for several methods, up to each one's first cut.
 
-`record_prompt` watches a prompt that keeps everything. Inside `replay_prompt`, the layers up to a
-method's first cut give back what was recorded for the same prompt instead of computing it again;
-policies and caches see what they always see. What a layer shows to attention probes is not
-recorded, so such layers run.
-Shapes: B samples, T tokens of the prompt, d hidden size, F intermediate neurons, G heads for keys
-and values, D their size.
+`record_prompt` records a prompt without dropped tokens. Inside `replay_prompt`, the layers up to a
+method's first cut return their recorded outputs for the same prompt; policies and caches see the
+usual tensors. Queries are not recorded, so layers with an attention observer run.
+Shapes: B samples, T tokens of the prompt, d hidden size, F intermediate neurons, G key-value heads,
+D head dimension.
 """
 
 from __future__ import annotations
@@ -30,20 +29,22 @@ from corematching.runtime.attach import Run
 
 @dataclass
 class Recording:
-    """What the layers of one prompt computed; of the first ones where a later one cannot be kept.
+    """The tensors of one prompt's layers, up to the first layer that cannot be recorded.
 
     Attributes
     ----------
     start : Tensor or None
-        (B, T, d), what entered the first layer.
+        (B, T, d), the input of the first layer.
     outputs : list of Tensor
         (B, T, d) each.
     keys, values : list of Tensor
         (B, G, T, D) each.
     inputs, activations : list of Tensor
-        (B, T, d) and (B, T, F) each, of the FFNs; empty where they were not asked for.
+        (B, T, d) and (B, T, F) each, of the FFNs; empty unless requested.
     features : Any
-        What the model's ``get_image_features`` gave; None where it was not called.
+        The output of ``get_image_features``; None where it was not called.
+    whole : bool
+        Whether all layers so far were recorded.
     """
 
     start: Tensor | None = None
@@ -56,7 +57,7 @@ class Recording:
     whole: bool = True
 
     def add_layer(self, index: int, output: Any, cache: Any) -> None:
-        """Keep what a layer gave, if all layers before were kept and its cache stores all of it."""
+        """Record a layer's output, unless an earlier layer or its cache is incomplete."""
         layer: Any = None if cache is None else cache.layers[index]
         plain = isinstance(output, Tensor) and type(layer) is DynamicLayer
         if not self.whole or not plain or layer.keys.shape[2] != output.shape[1]:
@@ -69,16 +70,16 @@ class Recording:
 
 @contextmanager
 def record_prompt(run: Run, activations: bool = False, inputs: bool = False) -> Iterator[Recording]:
-    """Record the prompt that the model reads in this block.
+    """Record the prompt that runs in this block.
 
     Parameters
     ----------
     run : Run
-        Of a method that keeps all tokens, on the model.
+        A method that keeps all tokens, installed on the model.
     activations : bool
-        Keep the FFNs' activations too, for methods that choose neurons.
+        Also record the FFNs' activations, for methods that choose neurons.
     inputs : bool
-        Keep what enters the FFNs too, for methods that read it or the gate.
+        Also record the FFNs' inputs, for methods that read them or the gate.
     """
     parts, recording = run._session.parts, Recording()
     handles = []
@@ -104,14 +105,16 @@ def record_prompt(run: Run, activations: bool = False, inputs: bool = False) -> 
 
 @contextmanager
 def replay_prompt(run: Run, recording: Recording) -> Iterator[None]:
-    """Spare the model what was recorded of the prompt that it reads in this block.
+    """Replay recorded layers for the prompt that runs in this block.
+
+    Another prompt raises `InputError` at its first layer.
 
     Parameters
     ----------
     run : Run
-        Of a method on the same model.
+        A method installed on the same model.
     recording : Recording
-        Of the same prompt; another one is refused when the model reads it.
+        The recording of the same prompt.
     """
     parts, policy = run._session.parts, run.method.tokens
     depth = len(parts.layers)
@@ -133,13 +136,13 @@ def replay_prompt(run: Run, recording: Recording) -> Iterator[None]:
 
 
 class _Replay:
-    """Gives back what was recorded, layer by layer."""
+    """Replays the recorded layers one by one."""
 
     def __init__(self, parts: ModelSpec, recording: Recording) -> None:
         self.parts, self.recording = parts, recording
 
     def run_layer(self, index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the layer gave in the recording; what it gives now, where that may be another."""
+        """The layer's recorded output, or its own forward where that may differ."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache: Any = kwargs.get("past_key_values")
         kept = self.recording
@@ -159,7 +162,7 @@ class _Replay:
         return kept.outputs[index]
 
     def _shows_enough(self, index: int) -> bool:
-        """Whether all that somebody watches of this layer was recorded."""
+        """Whether the recording serves every hook inside this layer."""
         layer, ffn = self.parts.layers[index], self.parts.ffns[index]
         down = self.parts.down_projs[index]
         for module in layer.modules():

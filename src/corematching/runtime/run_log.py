@@ -1,4 +1,4 @@
-"""The records of a model's last runs, and the counters that they close with."""
+"""The records of a model's last runs and their final counters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from corematching.runtime.record import Mark, Record, mark
 
 MAX_RECORDS = 16
 FIRST_NUMBERS = itertools.count(0, 1 << 32)
-"""Of the records of each session, so that no cache takes another session's for its own."""
+"""First record number of each session, so that a cache never names another session's record."""
 
 
 class RunLog:
-    """Keeps the last records; the latest one goes on counting decode steps."""
+    """Keeps the last records; the latest one is open and counts decode steps."""
 
     def __init__(self) -> None:
         self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
@@ -22,7 +22,7 @@ class RunLog:
         self._open: tuple[Record, Installation] | None = None
 
     def add(self, record: Record, place: Installation, start: Mark | None) -> None:
-        """A prompt is done, which began at ``start``."""
+        """Add the record of a prompt that began at ``start`` and has ended now."""
         if self._open is not None:
             self.close(self._open[0])
         self._open, record.tally = (record, place), place.traffic.tally()
@@ -36,17 +36,17 @@ class RunLog:
         self.records.append(record)
 
     def find(self, number: int) -> Record | None:
-        """The record of this number, if it is still kept."""
+        """The record with this number, or None if it is no longer kept."""
         return next((r for r in self.records if r.number == number and number >= 0), None)
 
     def count_step(self) -> None:
-        """A hand-written loop has taken a decode step."""
+        """Count one decode step of a hand-written loop."""
         if self.records and self._open is not None:
             self.records[-1].steps += 1
             self.records[-1].last = mark(self._open[1].device)
 
     def close(self, record: Record) -> None:
-        """Note what the decode steps of the latest record have read; may be called again."""
+        """Note the latest record's decode counters; may be called repeatedly."""
         if self._open is None or record is not self._open[0] or record.tally is None:
             return
         if record.settled == record.steps:

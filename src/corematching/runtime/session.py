@@ -1,4 +1,4 @@
-"""One method at work on one model: tells prefills, turns and decode steps apart, one at a time."""
+"""The session of one method on one model: classifies each forward pass and runs one at a time."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from corematching.runtime.run_log import RunLog
 
 
 class Session:
-    """A method at work on one model.
+    """A method installed on one model.
 
-    At most one generate() and one forward pass are under way: ``generation`` and ``forward``. Each
-    holds a lock from before anything changes until all is put back.
+    At most one generate() and one forward pass are in progress: ``generation`` and ``forward``.
+    Each holds a lock until its state is restored.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Session:
     MemoryCapError
         The model does not fit under the offload's cap.
     UnsupportedModelError
-        The model cannot be shortened.
+        The method cannot run on this model.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class Session:
 
     @property
     def records(self) -> deque[Record]:
-        """The last runs."""
+        """The records of the last runs."""
         return self.log.records
 
     def install(self) -> None:
-        """Put everything on the model; `remove` undoes it also where this was interrupted."""
+        """Patch the model; `remove` also undoes an interrupted installation."""
         model, patches = self.model, self._patches
         patches.then(lambda: self.place.remove())
         self.place.install(model)
@@ -113,18 +113,17 @@ class Session:
         patches.forbid_copies(model)
 
     def remove(self) -> None:
-        """Take everything off the model again; does nothing where nothing is on it."""
+        """Undo every patch; may be called repeatedly."""
         self._leave()
         self._patches.undo()
 
     def refresh(self) -> None:
-        """Read the model anew where modules or forwards were replaced since the method came on.
+        """Reinstall the method if modules or forwards were replaced since its installation.
 
         Raises
         ------
         UnsupportedModelError
-            The method cannot run on what stands there now; nothing has run, and the next run
-            looks again.
+            The method cannot run on the changed model; the next run tries again.
         """
         if self.place.fits:
             return
@@ -139,14 +138,14 @@ class Session:
         self.place.install(self.model)
 
     def begin_generate(self, prompt_width: int) -> None:
-        """A generate() starts."""
+        """Start a generate()."""
         self.refresh()
         self._leave()
         self.place.vision.take()
         self.generation = Generation(prompt_width)
 
     def end_generate(self) -> None:
-        """The generate() is over, also after an exception; may be called again."""
+        """End the generate(), also after an exception; may be called repeatedly."""
         generation, self.generation = self.generation, None
         self._leave()
         record = None if generation is None else generation.record
@@ -156,7 +155,7 @@ class Session:
             record.last = mark(self.place.device)
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Find out what this forward is; compiled decode steps only get their mask fitted."""
+        """Dispatch a forward; compiled decode steps only get a fitted mask."""
         length = query_length(args, kwargs)
         cache = kwargs.get("past_key_values")
         compiling, generation = torch.compiler.is_compiling(), self.generation
@@ -174,7 +173,7 @@ class Session:
     def _run(
         self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
     ) -> Any:
-        """A prefill, a further turn, or a hand-written loop's step, alone on the model."""
+        """Run a prefill, a turn or a hand-written loop's step under the lock."""
         generation = self.generation if self.lock.is_mine else None
         with (self.lock if generation is None else self._inner_lock).hold("a forward pass"):
             try:
@@ -189,7 +188,7 @@ class Session:
                 finally:
                     self._leave()
             finally:
-                self._leave()  # an interrupt may have cut the first one short
+                self._leave()  # an interrupt may have cut the first call short
 
     def _check_cache(
         self,
@@ -198,7 +197,7 @@ class Session:
         use_cache: bool | None = None,
         **_: Any,
     ) -> None:
-        """Refuse another forward in the middle of a generate(), whoever calls it."""
+        """Refuse a forward on another cache during a generate()."""
         self.lock.check()
         if past_key_values is generation.cache or not (self.method.tokens or self.place.sparse):
             return
@@ -210,7 +209,7 @@ class Session:
         )
 
     def _begin(self, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
-        """Get ready for this forward; gives its inputs."""
+        """Prepare a forward; returns its inputs."""
         self.refresh()
         self.place.backend.refresh()
         cache = kwargs.get("past_key_values")
@@ -277,14 +276,14 @@ class Session:
         self._add(record, self.forward.start)
 
     def _start_streaming(self, valid: Tensor) -> None:
-        """A prompt begins, whose layers stream their weights."""
+        """Prepare the offload, if any, for a prompt."""
         if self.offload is not None:
             each = sum(cost.kv_bytes for cost in layer_costs(self.place.parts))
             total = 0 if self.generation is None else self.generation.total
             self.offload.start_prompt(valid.shape[0], valid.shape[1], total, each)
 
     def _end(self, output: Any) -> None:
-        """The forward has gone through."""
+        """Record a forward that has completed."""
         forward = self.forward
         assert forward is not None
         if forward.phase is Phase.PREFILL:
@@ -324,11 +323,11 @@ class Session:
         self._add(record, forward.start)
 
     def _count_layers(self, forward: ForwardPass, record: Record) -> None:
-        """Note how many layers of the prompt ran in compiled code."""
+        """Count the prompt's layers that ran in compiled code."""
         record.path.native_layers = self.place.backend.stats().native_layers - forward.native_layers
 
     def _add(self, record: Record, start: Mark | None) -> None:
-        """Keep the record of a prompt that is done, or of a turn that begins."""
+        """Log the record of a completed prompt, or of a turn that begins."""
         generation = self.generation
         self.log.add(record, self.place, start)
         record.vision_inside = generation is None
@@ -337,7 +336,7 @@ class Session:
             generation.record = record
 
     def _leave(self) -> None:
-        """The forward is over, also after an exception; may be called again."""
+        """Clean up after a forward, also after an exception; may be called repeatedly."""
         forward = self.forward
         if forward is not None and forward.prefill is not None:
             forward.prefill.remove()
@@ -346,5 +345,5 @@ class Session:
         self.forward = None
 
     def _fit_mask(self, kwargs: dict[str, Any], cache: Any, length: int) -> dict[str, Any]:
-        """A caller's mask made to fit the cache; generate() gets one that fits by itself."""
+        """Fit a caller's mask to the cache; generate()'s own patches fit its masks."""
         return kwargs if self.generation is not None else fit_mask(kwargs, cache, length)

@@ -1,10 +1,9 @@
-"""Keys that count for several: what decode steps and further turns add to attention scores.
+"""The attention bias for merged tokens, in decode steps and further turns.
 
-A token that was kept for others is attended to as if it stood there as often as its weight says:
-the logarithm of the weight is added to its score (proportional attention: Token Merging,
-arXiv:2210.09461, section 3). The cache remembers the log_counts; every decoder layer's mask gets
-them here, whichever forward runs it, compiled ones too.
-Shapes: B samples, Q queries, K tokens that were stored when the prompt was done, S columns.
+A kept token that represents n tokens has log(n) added to its attention scores (proportional
+attention: Token Merging, arXiv:2210.09461, section 3). The cache holds the log counts; every
+decoder layer's forward, compiled ones included, adds them to the layer's mask.
+Shapes: B samples, Q queries, K prompt tokens in the cache, S columns of the mask.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ ADDITIVE = ("sdpa", "eager")
 
 
 def can_weigh(config: Any) -> bool:
-    """Whether the attention that a text model is set to can add to scores; says so if not."""
+    """Whether a text model's attention takes an additive bias; warns once if not."""
     name = config._attn_implementation
     if name is None or name in ADDITIVE:
         return True
@@ -41,7 +40,7 @@ def can_weigh(config: Any) -> bool:
 
 @functools.cache
 def warn_once(name: str) -> None:
-    """Say of an attention implementation that weights are left out."""
+    """Warn that an attention implementation ignores the weights of kept tokens."""
     log.warning(
         "%s cannot add to attention scores, so kept tokens count for themselves only, not for the "
         "dropped ones around them: model.set_attn_implementation('sdpa') gives better answers",
@@ -50,14 +49,14 @@ def warn_once(name: str) -> None:
 
 
 class TokenCountBias:
-    """Adds the weights that a cache remembers to the masks that decoder layers get.
+    """Adds a cache's log counts to the masks of the decoder layers.
 
     Parameters
     ----------
     parts : ModelSpec
         The model's parts.
     tokens : TokenPolicy or None
-        What chooses tokens; ``proportional`` where its choices carry weights.
+        The token policy; the bias applies if it is ``proportional``.
     """
 
     def __init__(self, parts: ModelSpec, tokens: TokenPolicy | None) -> None:
@@ -65,7 +64,7 @@ class TokenCountBias:
         self.weighs = tokens is not None and tokens.proportional
 
     def install(self, patches: Patches) -> None:
-        """Replace the layers' forwards on their instances, if there may be weights."""
+        """Replace the layers' forwards on their instances, if choices carry weights."""
         for index, layer in enumerate(self.parts.layers if self.weighs else ()):
             patches.wrap(layer, "forward", functools.partial(_run_layer, index))
 
@@ -95,7 +94,7 @@ def _run_layer(index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
 def _weigh(
     memory: PrunedPrompt, mask: Tensor | None, stored: int, first: int, hidden: Tensor
 ) -> Tensor:
-    """The mask (B, 1, Q, S) of a layer whose columns are ``first`` and the ``stored`` behind it."""
+    """The mask (B, 1, Q, S) of a layer with ``stored`` columns from column ``first`` on."""
     assert memory.log_counts is not None
     memory.check_batch(hidden.shape[0])
     columns = memory.log_counts.to(hidden.device)

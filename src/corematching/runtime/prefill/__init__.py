@@ -1,1 +1,1 @@
-"""One prefill: what policies are shown, and the tokens that go on."""
+"""One prefill: the views for policies, and the token and neuron choices."""

@@ -1,8 +1,7 @@
-"""One prefill: shows the policies each layer, and lets only the chosen tokens travel on.
+"""One prefill: shows each layer to the policies and drops the other tokens.
 
-Hooks stand on the decoder layers for as long as one prefill runs, so that decode steps run (and
-compile) without any. Tokens are dropped in front of layer ``l + 1``, when layer ``l`` and whatever
-the model adds to its output are done.
+The hooks are on the decoder layers for one prefill only, so decode steps run (and compile) without
+any. Tokens are dropped before layer ``l + 1``, after layer ``l`` and any additions to its output.
 Shapes: B samples, T tokens of the prompt, K tokens still present, d hidden size.
 """
 
@@ -51,13 +50,13 @@ class Prefill:
     parts : ModelSpec
         The model's parts.
     method : Method
-        What chooses.
+        The method.
     sparse : dict
-        The layers' sparse FFNs, by layer; layers that stay dense are not in it.
+        The sparse FFNs, by layer; without the dense layers.
     valid, image : Tensor
-        (B, T) bool, the prompt's tokens that are no padding, and those that are image tokens.
+        (B, T) bool, the prompt's tokens without padding, and its image tokens.
     tower : TowerObserver or None
-        Shows the vision tower, to a token policy that reads it.
+        Observes the vision tower for a token policy that reads it.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Prefill:
             self._wrap_deepstack()
 
     def remove(self) -> None:
-        """Take everything off the model again."""
+        """Remove the hooks and release the tensors."""
         self._patches.undo()
         if self._probe is not None:
             self._probe.disarm()
@@ -126,7 +125,7 @@ class Prefill:
         self._memo.clear()
 
     def make_memory(self, record: int) -> PrunedPrompt:
-        """What the cache is to keep of this prefill, which has the record of this number."""
+        """The cache's memory of this prefill; ``record`` is the number of its record."""
         weights, chosen = self.weights, self.selection
         return PrunedPrompt(
             self.valid,
@@ -140,7 +139,7 @@ class Prefill:
         )
 
     def _needs(self, index: int) -> frozenset[str]:
-        """What the policies read of this layer."""
+        """The parts of this layer's view that policies read, out of `NEEDS`."""
         needs: frozenset[str] = frozenset()
         if index in self.cuts:
             needs |= self.token_needs
@@ -168,7 +167,7 @@ class Prefill:
         self._patches.add_pre_hook(ffn, probe)
 
     def _gate_request(self) -> GateRequest | None:
-        """The text tokens that are present, whose gates policies read; on a CPU only."""
+        """A request for the gates of the text tokens, which policies read; on a CPU only."""
         if self.valid.device.type != "cpu":
             return None
         if self._gate_requested is None:
@@ -179,7 +178,7 @@ class Prefill:
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Drop tokens if the layer before was one to drop after; shorten what the layer gets."""
+        """Drop tokens if the previous layer is a cut; shorten the layer's inputs."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if index == 0:
             self._begin(hidden, kwargs)
@@ -214,7 +213,7 @@ class Prefill:
 
     @stay_eager
     def _see_activations(self, index: int, activations: Tensor) -> None:
-        """What enters the down projection: choose this layer's neurons."""
+        """Choose this layer's neurons from the input of its down projection."""
         self._activations = activations
         if index in self.sparse:
             with torch.no_grad():
@@ -234,7 +233,7 @@ class Prefill:
         self.selection.neurons[view.layer] = choice
 
     def _choose_waiting(self) -> None:
-        """Choose the neurons of the layers so far, now that it is known which tokens go on."""
+        """Choose the neurons of the layers so far, after the last cut."""
         alive = torch.zeros_like(self.prompt_valid)
         alive = alive.scatter(1, self.origin.to(alive.device), self.valid.to(alive.device))
         for origin, view in self._waiting:
@@ -266,7 +265,7 @@ class Prefill:
 
     @torch.no_grad()
     def _cut(self, layer: int, hidden: Tensor) -> Tensor:
-        """Let the policy choose after ``layer``; (B, K, d) hidden states to the survivors'."""
+        """Drop tokens after ``layer``; hidden states (B, K, d) to (B, K', d) of the survivors."""
         assert self.method.tokens is not None
         choice = self.method.tokens.choose(self._view(layer, hidden, self.token_needs))
         check_tokens(choice, self.valid, hidden, layer)
@@ -320,7 +319,7 @@ class Prefill:
         return short if isinstance(rotations, tuple) else short[0]
 
     def _wrap_deepstack(self) -> None:
-        """Let Qwen3-VL add its visual features to the tokens that are still there."""
+        """Make Qwen3-VL add its visual features to the present tokens only."""
 
         def process(original: Any, hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
             if not self.shortened:

@@ -1,4 +1,4 @@
-"""Reads a prompt out of the inputs of a model's forward."""
+"""Finds padding and image tokens in the inputs of a model's forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def query_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Tokens of a forward with these inputs."""
+    """Tokens per row of a forward with these inputs."""
     x = kwargs.get("input_ids")
     if x is None and args:
         x = args[0]
@@ -24,7 +24,7 @@ def query_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def batch_size(kwargs: dict[str, Any]) -> int:
-    """Rows of a forward with these inputs, by name."""
+    """Rows of a forward with these keyword inputs."""
     ids = kwargs.get("input_ids")
     x: Any = kwargs.get("inputs_embeds") if ids is None else ids
     return int(x.shape[0])
@@ -49,7 +49,7 @@ def read_prompt(
     Returns
     -------
     valid, image : Tensor
-        (B, T) bool, the tokens that are no padding, and the image tokens.
+        (B, T) bool, the tokens without padding, and the image tokens.
     """
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     x: Any = ids if ids is not None else embeds
@@ -69,7 +69,7 @@ def read_prompt(
 
 
 def _placeholder(model: Any, token: int) -> Tensor:
-    """(d,) embedding of an image token; NaN, which equals nothing, if it has none."""
+    """(d,) embedding of an image token; NaN, which equals nothing, where it has none."""
     embed = model.get_input_embeddings()
     if token >= embed.num_embeddings:
         return embed.weight.new_full((embed.embedding_dim,), torch.nan)

@@ -1,6 +1,6 @@
-"""What a prefill chose.
+"""The token and neuron choices of a prefill.
 
-Shapes: B samples, T tokens of the prompt, K tokens still present.
+Shapes: B samples, K tokens still present.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Stage:
     Attributes
     ----------
     layer : int
-        The layer.
+        The layer; -1 is the input of layer 0.
     origin : Tensor
-        (B, K) long, columns in the whole prompt of the tokens that the policy chose among.
+        (B, K) long, the candidate tokens' columns in the whole prompt.
     present : Tensor
         (B, K) bool, False on filler and padding.
     choice : TokenChoice
-        What it chose among them.
+        The policy's choice among the candidates.
     """
 
     layer: int
@@ -36,12 +36,22 @@ class Stage:
 
 @dataclass
 class Selection:
-    """What a prefill chose."""
+    """The choices of one prefill.
+
+    Attributes
+    ----------
+    length : int
+        Tokens of the prompt, padding included.
+    stages : list of Stage
+        The token choices, in the order of their layers.
+    neurons : dict
+        The neuron choices, by layer.
+    """
 
     length: int
     stages: list[Stage] = field(default_factory=list)
     neurons: dict[int, NeuronChoice] = field(default_factory=dict)
 
     def forget_neurons(self) -> None:
-        """Let go of the choices of neurons; a cache that decodes with them has its own list."""
+        """Release the neuron choices; a cache that decodes with them holds its own dict."""
         self.neurons = {}

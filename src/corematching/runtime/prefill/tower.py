@@ -1,4 +1,4 @@
-"""Shows policies what a vision tower computed, where its patches are the image tokens."""
+"""Shows a vision tower to policies, in models with one image token per patch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class TowerObserver:
-    """Holds what one attention layer of a vision tower computed, and what entered the projector.
+    """Holds the tensors of one attention layer of a vision tower, and the projector's input.
 
     Parameters
     ----------
@@ -27,12 +27,12 @@ class TowerObserver:
     tower : nn.Module or None
         Its vision tower.
     layer : int
-        The layer whose attention is shown, counted from the end: -1 is the last.
+        The layer to observe, counted from the end: -1 is the last.
 
     Raises
     ------
     UnsupportedModelError
-        The model's image tokens are not the patches of its tower, one for one.
+        The model does not have one image token per patch.
     ConfigError
         The tower has no such layer.
     """
@@ -63,7 +63,7 @@ class TowerObserver:
         patches.add_pre_hook(self._projector, self._see_features)
 
     def disarm(self) -> None:
-        """Give the tower's attention its own function back, where it was not reached."""
+        """Restore the tower's attention function if the tower has not run."""
         self._probe.disarm()
 
     def clear(self) -> None:
@@ -72,7 +72,7 @@ class TowerObserver:
         self._probe.query = self._probe.key = self._probe.value = self._features = None
 
     def show(self, image: Tensor) -> VisionView:
-        """What the tower computed for the images of a batch.
+        """The tower's tensors for the images of a batch.
 
         Parameters
         ----------
@@ -84,7 +84,7 @@ class TowerObserver:
         InputError
             The tower has not run for this prompt.
         UnsupportedModelError
-            What it computed does not fit the image tokens.
+            The patches do not match the image tokens.
         """
         probe, features = self._probe, self._features
         if probe.query is None or probe.key is None or features is None:
@@ -117,7 +117,7 @@ class TowerObserver:
 
 
 def _list_attentions(tower: nn.Module) -> list[nn.Module]:
-    """The attention of each of the tower's layers."""
+    """The attention modules of the tower's layers."""
     for module in tower.modules():
         if isinstance(module, nn.ModuleList) and len(module):
             found = [find_attention(layer) for layer in module]
@@ -127,10 +127,10 @@ def _list_attentions(tower: nn.Module) -> list[nn.Module]:
 
 
 def _repeat_images(counts: list[int], repeat: int) -> Tensor:
-    """Which image each row of a batch shows, one after the other.
+    """Indices of the tower's images in the order of the batch's rows.
 
-    ``counts`` has the images of every row; generate() runs the tower once for the ``repeat`` equal
-    rows (beams, several answers) that follow each other.
+    ``counts`` has the number of images per row. generate() runs the tower once for ``repeat``
+    consecutive equal rows (beams, several answers).
     """
     order: list[int] = []
     start = 0
@@ -144,7 +144,7 @@ def _repeat_images(counts: list[int], repeat: int) -> Tensor:
 def find_tower(
     model: Any, tower: nn.Module | None, tokens: TokenPolicy | None
 ) -> TowerObserver | None:
-    """A probe on the vision tower where the token policy reads it."""
+    """An observer of the vision tower if the token policy reads it, else None."""
     if tokens is None or VISION not in tokens.needs:
         return None
     return TowerObserver(model, tower, tokens.vision_layer)

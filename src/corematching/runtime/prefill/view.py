@@ -1,8 +1,10 @@
-"""What a policy is shown of a layer: its FFN's gate, and its attention without attention maps.
+"""Observers of one layer for policies: its attention without attention maps, and its FFN's gate.
 
-The attention of a layer is shown by holding on to the queries, keys and values that its own
-attention function gets: rotations, norms, grouped heads and scales are then the layer's own, and
-nothing is computed twice; the model stays on its attention implementation.
+The attention observer keeps the queries, keys and values that enter the layer's own attention
+function. Rotations, norms, grouped heads and scales are then the layer's own, nothing is computed
+twice, and the model keeps its attention implementation.
+Shapes: B samples, T tokens, R queried rows, H attention heads, G key-value heads, D head dimension,
+d hidden size, F intermediate neurons.
 """
 
 from __future__ import annotations
@@ -27,18 +29,23 @@ _armed = threading.local()
 
 
 class AttentionObserver:
-    """Holds the queries, keys and values of one run of an attention module.
+    """Holds the queries, keys and values of one call of an attention module.
 
     Parameters
     ----------
     module : nn.Module
         A decoder layer's attention.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The module has no configuration.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.query: Tensor | None = None  # (B, H, T, D)
-        self.key: Tensor | None = None  # (B, G, T, D), G heads for keys and values
+        self.key: Tensor | None = None  # (B, G, T, D)
         self.value: Tensor | None = None  # (B, G, T, D)
         self.mask: Tensor | None = None
         self.options: dict[str, Any] = {}
@@ -51,19 +58,19 @@ class AttentionObserver:
         self._implementation: str | None = None
 
     def arm(self, *_: Any) -> None:
-        """Send the module's next attention call here; a forward pre-hook."""
+        """Route the module's next attention call through `run`; a forward pre-hook."""
         self._implementation = self._config._attn_implementation_internal
         self._config._attn_implementation_internal = PROBE
         _armed.probe = self
 
     def disarm(self) -> None:
-        """Give the module its own attention function back."""
+        """Restore the module's own attention function."""
         if self._implementation is not None:
             self._config._attn_implementation_internal = self._implementation
             self._implementation = None
 
     def run(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
-        """Hold on to the inputs, then call the attention function that the module asked for."""
+        """Keep the inputs, then call the module's own attention function."""
         name: Any = self._implementation
         self.disarm()
         self.query, self.key, self.value, self.mask, self.options = q, k, v, mask, kw
@@ -77,14 +84,19 @@ class AttentionObserver:
         Parameters
         ----------
         rows : Tensor
-            (B, R) long, positions among the T tokens present.
+            (B, R) long, indices of queries among the T present tokens.
         valid : Tensor
-            (B, T) bool.
+            (B, T) bool, False on padding.
 
         Returns
         -------
         Tensor
-            (B, H, R, T), in float32; a row of padding is all zero.
+            (B, H, R, T), in float32; zeros in rows of padding.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The module does not call a registered attention function.
         """
         query, key, _ = self._parts(valid.shape[1])
         heads, size = query.shape[1], query.shape[3]
@@ -104,14 +116,19 @@ class AttentionObserver:
         Parameters
         ----------
         last : Tensor
-            (B,) long, the last tokens' positions.
+            (B,) long, the last tokens' indices.
         valid : Tensor
-            (B, T) bool.
+            (B, T) bool, False on padding.
 
         Returns
         -------
         Tensor
             (B, T, d): sum over the heads of A[last, j] * W_O V_j.
+
+        Raises
+        ------
+        UnsupportedModelError
+            As in `rows`, or the module has no output projection under a known name.
         """
         weights = self.rows(last[:, None], valid)[:, :, 0]  # (B, H, T)
         query, _, value = self._parts(valid.shape[1])
@@ -130,7 +147,7 @@ class AttentionObserver:
         return self.query, self.key[:, :, :length], self.value[:, :, :length]
 
     def _visible(self, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What each row sees, (B, R, T) bool, and an additive bias, (B, 1, R, T) or 0."""
+        """Visible keys per row, (B, R, T) bool, and an additive bias, (B, 1, R, T) or 0."""
         length = valid.shape[1]
         allowed = valid[:, None, :].expand(-1, rows.shape[1], -1)
         mask = self.mask
@@ -151,20 +168,20 @@ class AttentionObserver:
 
 
 class FFNObserver:
-    """Holds what entered an FFN in its last run, and computes its gate ``act(gate(x))`` from that.
+    """Holds the input of an FFN's last call and computes the gate ``act(gate(x))`` from it.
 
-    Is itself the hook in front of the FFN, and one that does not need what enters it yet
+    The observer is a forward pre-hook, and accepts a deferred input
     (`corematching.model.hooks.promise_input`).
 
     Parameters
     ----------
     mlp : nn.Module
-        An FFN whose gate is ``gate_proj``, or the first half of ``gate_up_proj``; without a gate
-        the activations ``act(up(x))`` stand for it.
+        An FFN whose gate is ``gate_proj``, or the first half of ``gate_up_proj``. Without a gate,
+        the activations ``act(up(x))`` replace it.
     gates : GateStore
-        What the run itself may have kept of the gate.
+        Gates that the FFN's own call may have kept.
     begin : callable, optional
-        Called with the probe when the FFN begins to run.
+        Called with the observer when the FFN begins to run.
     """
 
     def __init__(
@@ -178,28 +195,28 @@ class FFNObserver:
         self._gate: Any = next((gate for gate in found if gate is not None), None)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """The FFN runs on this."""
+        """Keep the FFN's input."""
         inputs: Tensor = args[0]
         self.promise(inputs, lambda: inputs)
 
     def promise(self, source: Tensor, make: Callable[[], Tensor]) -> None:
-        """The FFN runs on what ``make()`` would make of ``source``."""
+        """Keep a deferred input: ``make()`` computes it from ``source``."""
         self._source, self._make = source, make
         self._begin(self)
 
     @property
     def inputs(self) -> Tensor | None:
-        """(B, T, d), what entered the FFN."""
+        """(B, T, d), the FFN's input."""
         return None if self._make is None else self._make()
 
     def forget(self) -> None:
-        """Let go of what entered the FFN."""
+        """Release the FFN's input."""
         self._source = self._make = None
 
     def gate(self, activations: Tensor) -> Callable[[Tensor], Tensor]:
-        """The gate of the run that gave these ``activations`` (B, T, F), for some of its tokens.
+        """A function for the gate of the call with these ``activations`` (B, T, F).
 
-        Kept from that run, or computed once more, which no hook on the gate's own module sees.
+        The gate was kept during that call, or is recomputed without hooks on the gate's module.
         """
         source, make, width = self._source, self._make, activations.shape[-1]
 

@@ -1,4 +1,4 @@
-"""Times and counts a vision tower."""
+"""The time and the FLOPs of a vision tower."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from corematching.runtime.record import Mark, mark
 
 
 class VisionMeter:
-    """Seconds and FLOPs of a vision tower, since the last `take`.
+    """Measures the time and the FLOPs of a vision tower since the last `take`.
 
-    FLOPs are those of the tower's linear and convolution layers, from the shapes that ran; its
-    attention over pairs of patches is not in them.
+    FLOPs cover the tower's linear and convolution layers, from the shapes that ran, without the
+    attention over pairs of patches.
 
     Parameters
     ----------
     tower : nn.Module or None
         The vision tower.
     device : torch.device
-        Where it runs.
+        The device of its work.
     """
 
     def __init__(self, tower: nn.Module | None, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class VisionMeter:
                 patches.add_hook(module, count)
 
     def take(self) -> tuple[list[tuple[Mark, Mark]], int]:
-        """The spans and the FLOPs so far; then start anew."""
+        """Return the spans and the FLOPs so far, and reset them."""
         spans, macs = self.spans, self.macs
         self.spans, self.macs = [], 0
         return spans, 2 * macs
