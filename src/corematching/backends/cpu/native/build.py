@@ -43,6 +43,8 @@ def find_library() -> ctypes.CDLL | None:
     """
     if os.environ.get(SWITCH, "1").lower() in ("0", "off", "false", "no"):
         return _say_off()
+    if _find_once.cache_info().currsize:
+        return _find_once()  # without the lock, which an interrupt might have left closed
     with _lock:
         return _find_once()
 
