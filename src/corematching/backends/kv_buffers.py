@@ -70,7 +70,7 @@ class CacheBuffers:
         return length if fits and length else None
 
     def take(self, cache: Any, stored: int, batch: int) -> Tensor:
-        """A buffer (2 * layers, B, kv_heads, capacity, head_dim), room for one more."""
+        """A buffer (2 * layers, B, kv_heads, capacity, head_dim) with room for one more token."""
         own = self._own.get(cache)
         if own is not None and _are_shown(cache, own[1]) and stored < own[0].shape[3]:
             return own[0]
