@@ -133,7 +133,9 @@ def neurons_kernel(
     wanted = (samples < batch)[:, None] & live[None, :]
     if members is not None:
         held = tl.load(
-            members + (samples // group)[:, None] * num_rows + entries[None, :], mask=wanted, other=0
+            members + (samples // group)[:, None] * num_rows + entries[None, :],
+            mask=wanted,
+            other=0,
         )
         wanted = wanted & (held != 0)
         live = tl.max(wanted.to(tl.int32), axis=0) > 0
