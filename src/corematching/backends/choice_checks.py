@@ -140,8 +140,8 @@ def check_tokens(choice: TokenChoice, valid: Tensor, hidden: Tensor, layer: int)
     fine = (weights > 0) & (weights < torch.inf)
     if not bool((fine | ~keep.to(fine.device) | ~valid.to(fine.device)).all()):
         raise InvalidTensorError(
-            f"a kept token counts for less than nothing, for infinitely many tokens or for NaN "
-            f"after layer {layer}: weights must be positive and finite"
+            f"a kept token's weight after layer {layer} is zero, negative, infinite or NaN: "
+            "weights must be positive and finite"
         )
 
 

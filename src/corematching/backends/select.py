@@ -59,7 +59,7 @@ def choose_backend(
         reason = CpuBackend.supports(parts)
         if reason is not None:
             raise UnsupportedModelError(
-                f"engine='native' cannot be had: {reason}; put the model on the CPU of a machine "
+                f"engine='native' cannot run here: {reason}; put the model on the CPU of a machine "
                 "with a C compiler, or use engine='auto'"
             )
     return next(kind(model, parts, sparse) for kind in FASTEST_FIRST if not kind.supports(parts))

@@ -245,8 +245,8 @@ class SparseFFN:
         """
         if batch % self._batch:
             raise InputError(
-                f"neurons were chosen for {self._batch} samples, and tokens of {batch} rows come "
-                "in: decode as many rows as the prompt had, or change the cache's rows with "
+                f"neurons were chosen for {self._batch} samples, and tokens of {batch} rows do not "
+                "fit: decode as many rows as the prompt had, or change the cache's rows with "
                 "cache.batch_select_indices() or cache.batch_repeat_interleave()"
             )
 

@@ -259,7 +259,7 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
     weight: Any = getattr(linear, "weight", None)
     if has_foreign_forward(linear):
         raise UnsupportedModelError(
-            f"{kind} has a forward of its own on the instance, which single neurons would skip: "
+            f"{kind} has a replaced forward, which the chosen neurons would skip: "
             "put the original back (del module.forward), or choose no neurons"
         )
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
