@@ -1,1 +1,1 @@
-"""What computes: PyTorch everywhere, compiled kernels on CPUs, Triton and graphs on GPUs."""
+"""The backends: PyTorch everywhere, compiled kernels on CPUs, Triton and CUDA graphs on GPUs."""

@@ -1,4 +1,4 @@
-"""One interface for whatever computes prompts and decode steps; one file per backend beside it."""
+"""The interface of the backends, which run prompts and decode steps."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from corematching.model.spec import ModelSpec
 
 @dataclass(frozen=True)
 class BackendStats:
-    """Counters of a backend, from its installation on.
+    """Counters of a backend since its installation.
 
     Attributes
     ----------
     native_layers : int
-        Decoder layers of prompts whose forward ran in compiled CPU code.
+        Decoder layers of prompts that ran in compiled CPU code.
     native_steps : int
-        Decode steps that did.
+        Decode steps that ran in compiled CPU code.
     graph_replays : int
-        Decode steps that were replayed from a CUDA graph.
+        Decode steps replayed from a CUDA graph.
     dense_ffn_bytes : dict
-        Bytes of FFN weights that native steps read in layers with all neurons, by layer.
+        Bytes of FFN weights that native steps read with all neurons, by layer.
     """
 
     native_layers: int = 0
@@ -36,15 +36,15 @@ class BackendStats:
 
     @property
     def steps(self) -> int:
-        """Decode steps that ran in the backend's own code."""
+        """Decode steps in the backend's own code."""
         return self.native_steps + self.graph_replays
 
 
 class Backend(ABC):
-    """Runs the prompts and the decode steps of one model, as far as it can; the model the rest.
+    """Runs the prompts and the decode steps of one model.
 
-    A backend replaces forwards on module instances. Each replacement decides call by call whether
-    it can take the call, and else runs the forward it replaced.
+    A backend replaces forwards on module instances. A replacement that does not support a call runs
+    the original forward instead.
 
     Parameters
     ----------
@@ -62,15 +62,15 @@ class Backend(ABC):
     @staticmethod
     @abstractmethod
     def supports(parts: ModelSpec) -> str | None:
-        """The reason why this backend cannot run such a model here, or None if it can."""
+        """Why this backend cannot run a model here, in a few words; None if it can."""
 
     @abstractmethod
     def install(self, patches: Patches) -> None:
-        """Put the backend on the model."""
+        """Install the backend on the model."""
 
     @abstractmethod
     def refresh(self) -> None:
-        """A prompt or a turn begins: weights and choices may be others."""
+        """Check weights and choices for changes, before a prompt or a turn."""
 
     @abstractmethod
     def stats(self) -> BackendStats:
@@ -85,9 +85,9 @@ class Backend(ABC):
         ran : bool
             Whether steps ran in the backend's own code.
         counted : bool
-            Whether kernels have counted weights that they read.
+            Whether kernels counted the weights that they read.
         """
 
     def expect(self, tokens: int) -> None:
-        """An answer of at most so many tokens is to come."""
+        """Prepare for an answer of at most ``tokens`` tokens."""
         return

@@ -1,4 +1,4 @@
-"""Tensors that are refilled in place, so that captured or compiled code finds them again."""
+"""Buffers at stable addresses for captured and compiled code."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def refill(old: Tensor | None, new: Tensor) -> Tensor:
-    """A copy of ``new``, in ``old`` where it fits."""
+    """Copy ``new`` into ``old`` where it fits, else into a new buffer."""
     buffer = find_buffer(old, tuple(new.shape), new)
     buffer.copy_(new)
     return buffer
 
 
 def find_buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """``old`` where it fits, else an empty tensor at an address that compiled code may rely on."""
+    """``old`` where it fits, else an empty tensor with a static address for compiled code."""
     kind = (like.dtype, like.device)
     if old is not None and old.shape == shape and (old.dtype, old.device) == kind:
         return old
@@ -24,7 +24,7 @@ def find_buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Ten
 
 
 def count_sets(choices: list[Tensor]) -> int:
-    """The smallest S for which samples that follow each other, B / S at a time, choose the same."""
+    """The smallest number of sets S such that groups of B / S consecutive samples choose alike."""
     batch = choices[0].shape[0]
     if batch == 1:
         return 1

@@ -1,4 +1,4 @@
-"""What policies may choose: checked before anything is computed from it, for every engine alike."""
+"""Checks of the policies' choices, before any backend computes with them."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ if TYPE_CHECKING:
 
 
 def limits_of(choice: NeuronChoice) -> tuple[Tensor | None, ...]:
-    """The thresholds of the input, the gate and the output."""
+    """A choice's thresholds of the input, the gate and the output."""
     return choice.input_threshold, choice.gate_threshold, choice.output_threshold
 
 
 def check_neurons(choice: NeuronChoice, count: int, width: int) -> None:
-    """Refuse neurons, means and thresholds that an FFN cannot compute with.
+    """Check a choice's neurons, means and thresholds.
 
-    Does not wait for a GPU: of indices there, `check_settled` looks at the values.
+    Does not wait for a GPU: `check_settled` checks the values of indices there.
 
     Parameters
     ----------
     choice : NeuronChoice
-        Its indices are there.
+        A choice with indices.
     count : int
-        Neurons that were asked for.
+        Requested number of neurons.
     width : int
         F, neurons of the FFN.
 
     Raises
     ------
     InvalidTensorError
-        There is another number of neurons, of means or of thresholds, or something is of another
-        kind of dtype; on the CPU also where the indices do not ascend in [0, width).
+        A shape or a dtype is wrong; on the CPU also if the indices do not ascend in [0, width).
     """
     indices, mean = choice.indices, choice.mean
     if not isinstance(indices, Tensor) or indices.dim() != 2 or indices.shape[1] != count:
@@ -67,12 +66,12 @@ def check_neurons(choice: NeuronChoice, count: int, width: int) -> None:
 
 
 def check_settled(ffns: Iterable[SparseFFN]) -> None:
-    """Settle the choices that FFNs have taken, and check them; waits for each device once.
+    """Materialize the choices of FFNs and check them; waits for each device once.
 
     Raises
     ------
     InvalidTensorError
-        See `check_neurons`; on a GPU also where the indices do not ascend in [0, width).
+        See `check_neurons`; on a GPU also if the indices do not ascend in [0, width).
     ConfigError
         A policy chose no neurons.
     """
@@ -101,13 +100,24 @@ def check_settled(ffns: Iterable[SparseFFN]) -> None:
 
 
 def check_tokens(choice: TokenChoice, valid: Tensor, hidden: Tensor, layer: int) -> None:
-    """Refuse tokens that cannot go on from (B, T) ``valid`` ones with (B, T, d) ``hidden`` states.
+    """Check a token choice.
+
+    Parameters
+    ----------
+    choice : TokenChoice
+        The choice.
+    valid : Tensor
+        (B, T) bool, False on padding.
+    hidden : Tensor
+        (B, T, d), the layer's hidden states.
+    layer : int
+        The layer of the cut, for the messages.
 
     Raises
     ------
     InvalidTensorError
-        The mask is no (B, T) bool, the weights are not (B, T), positive and finite where a token is
-        kept, or the hidden states are not (B, T, d).
+        The mask is no (B, T) bool, the hidden states are not (B, T, d), or the weights are not
+        (B, T), positive and finite on kept tokens.
     """
     keep, weights, merged = choice.keep, choice.weights, choice.hidden
     if not isinstance(keep, Tensor) or keep.shape != valid.shape or keep.dtype != torch.bool:
@@ -130,8 +140,8 @@ def check_tokens(choice: TokenChoice, valid: Tensor, hidden: Tensor, layer: int)
     fine = (weights > 0) & (weights < torch.inf)
     if not bool((fine | ~keep.to(fine.device) | ~valid.to(fine.device)).all()):
         raise InvalidTensorError(
-            f"a kept token counts for less than nothing, for infinitely many tokens or for NaN "
-            f"after layer {layer}: weights must be positive and finite"
+            f"a kept token's weight after layer {layer} is zero, negative, infinite or NaN: "
+            "weights must be positive and finite"
         )
 
 

@@ -1,4 +1,4 @@
-"""Keys and values in one buffer with room to grow, behind an ordinary DynamicCache."""
+"""Growable buffers for the keys and values of an ordinary DynamicCache."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ CPU = torch.device("cpu")
 
 
 class CacheBuffers:
-    """Lets a step store its keys and values without copying the ones that are there.
+    """Buffers in which decode steps append keys and values without copying the stored ones.
 
-    The layers of a cache keep what anybody may read or replace: ``keys`` and ``values``, which are
-    now slices of one buffer. Where something has replaced them since (beams, a crop), they are
-    copied into a new one.
+    A cache's layers keep their public ``keys`` and ``values``, as slices of one buffer. If other
+    code replaces them (beams, a crop), they are copied into a new buffer.
 
     Parameters
     ----------
     layers, kv_heads, head_dim : int
-        Of the decoder.
+        The decoder's shape.
     dtype : torch.dtype
-        Of keys and values.
+        The dtype of keys and values.
     device : torch.device
-        Where they are.
+        Their device.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class CacheBuffers:
         self._own = weakref.WeakKeyDictionary()
 
     def stored(self, cache: Any, batch: int) -> int | None:
-        """Tokens that the cache stores; None where it is of a form that cannot be buffered."""
+        """Tokens stored in the cache; None where the cache cannot be buffered."""
         own = self._own.get(cache)
         if own is not None and _are_shown(cache, own[1]):
             return own[1][0].shape[2] if own[1][0].shape[0] == batch else None
@@ -71,7 +70,7 @@ class CacheBuffers:
         return length if fits and length else None
 
     def take(self, cache: Any, stored: int, batch: int) -> Tensor:
-        """The cache's buffer, (2 * layers, B, kv_heads, capacity, head_dim), with room for one."""
+        """A buffer (2 * layers, B, kv_heads, capacity, head_dim) with room for one more token."""
         own = self._own.get(cache)
         if own is not None and _are_shown(cache, own[1]) and stored < own[0].shape[3]:
             return own[0]
@@ -81,7 +80,7 @@ class CacheBuffers:
         return buffer
 
     def make(self, batch: int, capacity: int) -> Tensor:
-        """(2 * layers, B, kv_heads, capacity, head_dim) of any values."""
+        """An uninitialized buffer (2 * layers, B, kv_heads, capacity, head_dim)."""
         return torch.empty(
             (2 * self.layers, batch, self.kv_heads, capacity, self.head_dim),
             dtype=self.dtype,
@@ -89,22 +88,22 @@ class CacheBuffers:
         )
 
     def fill(self, buffer: Tensor, cache: Any, stored: int) -> None:
-        """Copy what a cache stores into a buffer."""
+        """Copy a cache's keys and values into a buffer."""
         for index, layer in enumerate(cache.layers):
             buffer[2 * index, :, :, :stored].copy_(layer.keys.detach())
             buffer[2 * index + 1, :, :, :stored].copy_(layer.values.detach())
 
     def forget(self, cache: Any) -> None:
-        """Keep no slices for a cache that shows others by now."""
+        """Drop the buffer of a cache with replaced keys or values."""
         self._own.pop(cache, None)
 
     def is_shown(self, cache: Any, buffer: Tensor) -> bool:
-        """Whether a cache's layers are slices of this buffer, as `show` left them."""
+        """Whether a cache's layers still are slices of this buffer, as `show` set them."""
         own = self._own.get(cache)
         return own is not None and own[0] is buffer and _are_shown(cache, own[1])
 
     def show(self, cache: Any, buffer: Tensor, length: int) -> None:
-        """Let the cache's layers have ``length`` tokens of the buffer."""
+        """Make the cache's layers slices of the buffer's first ``length`` tokens."""
         with torch.inference_mode(False), torch.no_grad():
             views = buffer.narrow(3, 0, length).unbind(0)
         for layer, keys, values in zip(cache.layers, views[::2], views[1::2], strict=True):

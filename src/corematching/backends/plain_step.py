@@ -1,4 +1,4 @@
-"""What a decode step must be to run in anything else than the decoder's own forward."""
+"""Decode steps that a backend can take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
 def is_plain_step(decoder: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call asks a decoder for nothing but the next tokens' hidden states, one each."""
+    """Whether a decoder call is a decode step of one token per row without extra outputs."""
     ids, x = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     token = ids if x is None else x
     if args or token is None or (ids is None) == (x is None):
@@ -33,7 +33,7 @@ def is_plain_step(decoder: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def embed_step(decoder: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """(B, 1, d), the step's token embeddings."""
+    """(B, 1, d), the token embeddings of a decode step."""
     x = kwargs.get("inputs_embeds")
     embedded: Tensor = decoder.embed_tokens(kwargs["input_ids"]) if x is None else x
     return embedded

@@ -1,4 +1,4 @@
-"""Which backend runs a model here."""
+"""The choice of a backend for a model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FASTEST_FIRST: tuple[type[Backend], ...] = (CpuBackend, CudaBackend, TorchBacken
 
 
 def check_engine(engine: str) -> str:
-    """The name of an engine, if it is one.
+    """Return the engine's name, if it is known.
 
     Raises
     ------
     ConfigError
-        It is none.
+        The engine is unknown.
     """
     if engine not in ENGINES:
         raise ConfigError(f"engine={engine!r}: choose {', '.join(ENGINES)}")
@@ -34,7 +34,7 @@ def check_engine(engine: str) -> str:
 def choose_backend(
     model: nn.Module, parts: ModelSpec, sparse: Mapping[int, SparseFFN], engine: str
 ) -> Backend:
-    """The fastest backend that model, machine and caller allow.
+    """The fastest backend for a model and an engine on this machine.
 
     Parameters
     ----------
@@ -45,13 +45,13 @@ def choose_backend(
     sparse : mapping
         The sparse FFNs, by layer.
     engine : str
-        ``torch``: PyTorch's operators only; ``auto``: the fastest; ``native``: the same, but not
-        without the compiled kernels.
+        ``torch``: PyTorch operators only; ``auto``: the fastest; ``native``: the compiled kernels,
+        or an error.
 
     Raises
     ------
     UnsupportedModelError
-        ``native`` was asked for, and cannot be had.
+        ``native`` was requested, but the compiled kernels cannot run here.
     """
     if engine == "torch":
         return TorchBackend(model, parts, sparse)
@@ -59,7 +59,7 @@ def choose_backend(
         reason = CpuBackend.supports(parts)
         if reason is not None:
             raise UnsupportedModelError(
-                f"engine='native' cannot be had: {reason}; put the model on the CPU of a machine "
+                f"engine='native' cannot run here: {reason}; put the model on the CPU of a machine "
                 "with a C compiler, or use engine='auto'"
             )
     return next(kind(model, parts, sparse) for kind in FASTEST_FIRST if not kind.supports(parts))

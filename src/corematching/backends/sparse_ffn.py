@@ -1,8 +1,8 @@
-"""FFNs that compute only the chosen neurons while decoding.
+"""FFNs that compute only the chosen neurons in decode steps.
 
 `SparseFFN` replaces the forward of one FFN on its instance. Prompts run through the original
-forward; a single token runs on the chosen neurons' weights alone, never on masks: on their rows in
-the dense weights where a kernel can read them in place, else on compact copies.
+forward. Decode steps read the chosen neurons' weights only: their rows of the dense weights where a
+kernel reads them in place, else compact copies. Neurons are never masked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class SparseFFN:
-    """An FFN that computes all neurons of a prompt, and only the chosen ones of a decoded token.
+    """An FFN with all neurons for prompts, and only the chosen ones for decode steps.
 
     Parameters
     ----------
@@ -49,19 +49,19 @@ class SparseFFN:
     count : int
         Neurons of each choice, in [1, width].
     in_place : bool
-        Whether a kernel that reads the dense weights in place may run where there is one. It wants
-        the down projection stored by neuron, which `install` sees to and `remove` undoes.
+        Whether to use a kernel that reads the dense weights in place, if there is one. It needs
+        the down projection stored by neuron: `install` changes the layout, `remove` restores it.
 
     Attributes
     ----------
     active : bool
-        Whether a single token now runs on the chosen neurons.
+        Whether decode steps now run on the chosen neurons.
     count : int
         Neurons of each choice.
     checked : NeuronChoice or None
-        The choice that was taken, once `check_settled` has looked at it.
+        The last choice that `check_settled` has checked.
     plan : Any
-        What the kernel made of the choice; None where compact copies are used.
+        The choice as the kernel prepared it; None where compact copies are used.
 
     Raises
     ------
@@ -99,32 +99,32 @@ class SparseFFN:
 
     @property
     def kernel_name(self) -> str:
-        """The kernel that reads the weights in place; empty where there is none."""
+        """The name of the kernel that reads the weights in place; empty where there is none."""
         return "" if self._kernel is None else self._kernel.name
 
     @property
     def runs_uncounted(self) -> bool:
-        """Whether single tokens run on a kernel that does not count what it reads."""
+        """Whether decode steps run on a kernel that does not count the bytes it reads."""
         return self.active and self.plan is not None and not hasattr(self.plan, "bytes_read")
 
     @property
     def is_fixed(self) -> bool:
-        """Whether single tokens run on tensors that stay in place until the next choice."""
+        """Whether decode steps use tensors with stable addresses until the next choice."""
         if self.active and self.plan is not None:
             return self._kernel is not None and self._kernel.traceable
         return not self.active or self._copied
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where what single tokens run on lies, so that captured code can tell whether it moved."""
+        """The addresses of the tensors that decode steps read, to validate captured code."""
         holders: list[Any] = [self.plan, self._rows] if self.plan else [self._weights, self._limits]
         tensors = [x for holder in holders if holder for x in vars(holder).values()]
-        places = [x.data_ptr() for x in [*tensors, self._bias] if isinstance(x, Tensor)]
-        return (int(self.active), *places)
+        pointers = [x.data_ptr() for x in [*tensors, self._bias] if isinstance(x, Tensor)]
+        return (int(self.active), *pointers)
 
     @property
     def taken(self) -> NeuronChoice | None:
-        """A choice that the next `gather` makes hold."""
+        """The choice that the next `gather` activates, or None."""
         return self._taken
 
     @property
@@ -150,7 +150,7 @@ class SparseFFN:
         self.parts.check()
 
     def weights_present(self) -> AbstractContextManager[None]:
-        """A block in which all neurons' weights are there; here they always are."""
+        """A context in which all neurons' weights are in memory; here they always are."""
         return nullcontext()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -169,7 +169,7 @@ class SparseFFN:
         return out[:, None]
 
     def take(self, choice: NeuronChoice) -> None:
-        """Take a choice; it holds from the next `gather` on, until then all neurons run.
+        """Take a choice; the FFN is dense until the next `gather` activates it.
 
         Raises
         ------
@@ -184,16 +184,16 @@ class SparseFFN:
             self._taken = choice
 
     def gather(self, copies: bool = False) -> None:
-        """Fetch the weights of a choice that was taken; single tokens run on them from now on.
+        """Activate the choice that was taken: decode steps run on its neurons from now on.
 
-        Samples share one copy where equal neighbours allow it (beams, one choice for all). A choice
+        Neighbouring samples with equal choices share one copy (beams, one choice for all). A choice
         of every neuron leaves the FFN dense. Does nothing without a new choice.
 
         Parameters
         ----------
         copies : bool
-            Make compact copies also where a kernel reads the weights in place, for compiled code;
-            not where that kernel runs in compiled code as well.
+            Also make compact copies where a kernel reads the weights in place, for compiled code;
+            unless that kernel runs in compiled code too.
         """
         if self._taken is not None:
             check_settled([self])
@@ -208,7 +208,7 @@ class SparseFFN:
             self._copy_neurons()
 
     def _warn_of_hooks(self) -> None:
-        """Say once that hooks on the linear layers are not called for single tokens."""
+        """Warn once that decode steps do not call hooks on the linear layers."""
         hooked = any(x._forward_hooks or not may_run_late(x) for x in self.parts.list_linears())
         if hooked and not self._warned:
             self._warned = True
@@ -219,13 +219,13 @@ class SparseFFN:
             )
 
     def check_choice(self, choice: NeuronChoice) -> None:
-        """Refuse a choice that this FFN cannot compute with; see `check_neurons`.
+        """Check a choice for this FFN; see `check_neurons`.
 
         Raises
         ------
         ConfigError
-            It is of other shapes or dtypes, its indices do not ascend in [0, width), or it
-            thresholds a gate that is not there.
+            A shape or a dtype is wrong, the indices do not ascend in [0, width), or the choice has
+            a gate threshold and the FFN has no gate.
         """
         check_neurons(choice, self.count, self.width)
         if choice.gate_threshold is not None and not self.parts.gated:
@@ -236,30 +236,29 @@ class SparseFFN:
             )
 
     def check_batch(self, batch: int) -> None:
-        """Refuse tokens of ``batch`` rows that do not fall evenly to the choice's samples.
+        """Check that ``batch`` rows are a multiple of the choice's samples.
 
         Raises
         ------
         InputError
-            They do not.
+            They are not.
         """
         if batch % self._batch:
             raise InputError(
-                f"neurons were chosen for {self._batch} samples, and tokens of {batch} rows come "
-                "in: decode as many rows as the prompt had, or change the cache's rows with "
+                f"neurons were chosen for {self._batch} samples, and tokens of {batch} rows do not "
+                "fit: decode as many rows as the prompt had, or change the cache's rows with "
                 "cache.batch_select_indices() or cache.batch_repeat_interleave()"
             )
 
     def clear(self) -> None:
-        """Run every token on all neurons until the next choice; the buffers stay for reuse."""
+        """Make the FFN dense until the next choice; keeps the buffers for reuse."""
         self.active, self._taken = False, None
 
     def bytes_read(self, batch: int) -> int:
         """Bytes of weights that one decode step of ``batch`` samples reads; waits for the device.
 
-        A kernel that reads the weights in place reads each row that any sample has chosen once (at
-        most: not those that a threshold leaves out). Of compact copies, a set of neurons that
-        several samples share is read once.
+        In place, the union of the samples' rows is read once, an upper bound under thresholds. Of
+        compact copies, each shared set of neurons is read once.
         """
         if not self.active or self._sets is None:
             dense = [*self.parts.dense().values(), self.parts.down.bias]
@@ -278,12 +277,12 @@ class SparseFFN:
         return (each * min(batch, sets) + bias) * size
 
     def bytes_counted(self) -> int:
-        """Bytes of weights that the kernel has read here so far, by its own count."""
+        """Bytes of weights that the kernel has read so far, by its own counter; 0 without one."""
         count = getattr(self.plan, "bytes_read", None)
         return 0 if count is None else count()
 
     def _choose_kernel(self) -> None:
-        """Find the kernel for these weights, and lay the down projection out for it."""
+        """Find the kernel for these weights, and store the down projection in its layout."""
         rows = self.parts.by_neuron()
         down = rows.down_t
         rows = dataclasses.replace(rows, down_t=down.new_empty(0).expand(0, 0))
@@ -293,7 +292,7 @@ class SparseFFN:
             self.parts.store_down_by_neuron()
 
     def _runs_in_place(self, x: Tensor) -> bool:
-        """Whether the kernel can compute this token."""
+        """Whether the kernel supports this decode step."""
         kernel, sets = self._kernel, self._sets
         if kernel is None or sets is None or (torch.is_grad_enabled() and x.requires_grad):
             return False
@@ -303,7 +302,7 @@ class SparseFFN:
         return fits and x.dtype == self.parts.down.weight.dtype
 
     def _settle(self, indices: Tensor, choice: NeuronChoice) -> None:
-        """Turn a choice into sets of neurons, and give them to the kernel."""
+        """Turn a choice into sets of neurons, and prepare the kernel with them."""
         device = self.parts.down.weight.device
         limits = [None if x is None else x.to(device, torch.float32) for x in limits_of(choice)]
         indices = indices.to(device)
@@ -333,7 +332,7 @@ class SparseFFN:
         self._copied = True
 
     def _fold(self, mean: Tensor | None) -> None:
-        """(B, F) means, or None: the one bias vector per sample that stands for dropped neurons."""
+        """Fold means of dropped neurons, (B, F) or None, into one bias vector per sample."""
         down = self.parts.down
         if mean is None:
             bias = self.parts.bias()

@@ -1,4 +1,4 @@
-"""Bytes of weights that decode steps read, from the backend's and the kernels' own counters."""
+"""The weight bytes of decode steps, from the counters of backend and kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Tally:
     read : list of int
         Bytes of FFN weights that kernels have read, by layer.
     stats : BackendStats
-        The backend's own.
+        The backend's counters.
     """
 
     read: list[int]
@@ -27,7 +27,7 @@ class Tally:
 
 
 class WeightTraffic:
-    """Counts what decode steps read of a model's weights.
+    """Counts the weight bytes of a model's decode steps.
 
     Parameters
     ----------
@@ -57,9 +57,9 @@ class WeightTraffic:
         return self.backend.describe(ran, after.read != before.read)
 
     def bytes_per_step(self, before: Tally, after: Tally, steps: int, batch: int) -> int:
-        """Bytes of weights that a step read between two tallies: attentions, FFNs, vocabulary.
+        """Weight bytes per step between two tallies: attention, FFNs, output projection.
 
-        Where no kernel counted them, what the operators must read.
+        Without a kernel's count, the bytes that the operators must read.
         """
         total = self._other_bytes
         for index, dense in enumerate(self._ffn_bytes):
@@ -73,7 +73,7 @@ class WeightTraffic:
         return total
 
     def dense_bytes(self) -> int:
-        """Bytes of weights that a step with all neurons reads."""
+        """Weight bytes per step with all neurons."""
         return self._other_bytes + sum(self._ffn_bytes)
 
 

@@ -100,8 +100,8 @@ class PrunedCache(Cache):
         fits = counts.ndim == 0 or counts.shape == rows.shape
         if not fits or counts.is_floating_point() or bool((counts < 1).any()):
             raise ConfigError(
-                f"repeats={repeats}: give how often each of the cache's {len(rows)} rows is to "
-                "stand there, once at least"
+                f"repeats={repeats}: give a positive number, or one for each of the cache's "
+                f"{len(rows)} rows"
             )
         rows = rows.repeat_interleave(counts)
         super().batch_select_indices(rows)
@@ -152,7 +152,7 @@ class PrunedCache(Cache):
         if inside >= columns or inside > memory.count_whole():
             raise InputError(
                 f"crop({tokens_to_remove}) reaches into a part of the prompt from which tokens "
-                "were dropped, so it would take back others: crop less, or read the prompt again"
+                "were dropped, so it would remove others: crop less, or read the prompt again"
             )
         super().crop(tokens_to_remove)
         if inside:

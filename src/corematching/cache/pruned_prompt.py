@@ -31,7 +31,7 @@ class PrunedPrompt:
     neurons : dict
         The neuron choices, by layer, for the rows of the prefill; see `choice`.
     shortened : bool
-        Whether tokens were dropped; if not, the caller's masks fit the cache.
+        Whether a token policy made a choice; if not, the caller's masks fit the cache.
     record : int
         The number of the prefill's record.
     filler : bool
@@ -166,7 +166,7 @@ class PrunedPrompt:
         self.masks, self.moved = None, True
 
     def count_whole(self) -> int:
-        """Number of last prompt columns that no cut has touched, in any row."""
+        """Number of last prompt columns with no token dropped among them, in any row."""
         count = self.valid.shape[1]
         if self.origin is None:
             return 0 if int(self.dropped) else count

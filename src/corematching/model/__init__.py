@@ -1,1 +1,1 @@
-"""What a Hugging Face model is made of, and what is put on it."""
+"""The parts of a Hugging Face model, and patches on them."""

@@ -1,4 +1,4 @@
-"""What a parameter is while its weight is outside fast memory."""
+"""The placeholder for a parameter whose weight is outside fast memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ KNOWN: frozenset[Any] = frozenset(
     + [getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")]
     + [torch.is_complex, torch.is_floating_point, torch.numel]
 )
-"""What can be asked of a weight that is away: everything but its numbers."""
+"""Functions that an absent weight supports: its metadata, never its values."""
 
 
 class AbsentWeight(nn.Parameter):
-    """What a parameter is while its weight is outside fast memory.
+    """A parameter whose weight is outside fast memory.
 
-    It has its shape, dtype, device and whether it requires a gradient. Operators that would read
-    or change its numbers raise, wherever they are called from.
+    Shape, dtype, device and ``requires_grad`` are the weight's. Operators that would read or change
+    its values raise `InputError`.
     """
 
     @classmethod

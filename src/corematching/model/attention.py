@@ -1,4 +1,4 @@
-"""Finds a decoder layer's attention, and the projection behind it."""
+"""Finds a decoder layer's attention and its output projection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ def find_attention(layer: nn.Module) -> nn.Module | None:
 
 
 def output_projection(module: nn.Module) -> nn.Module:
-    """The projection behind an attention's heads; raises UnsupportedModelError without one."""
+    """An attention's output projection.
+
+    Raises
+    ------
+    UnsupportedModelError
+        There is none under a known name.
+    """
     for name in ("o_proj", "out_proj", "dense", "wo"):
         projection = getattr(module, name, None)
         if isinstance(projection, nn.Module):

@@ -1,4 +1,4 @@
-"""The model families that are tested, with what is particular about each."""
+"""The tested model families."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Family:
     neurons : bool
         Whether neurons can be chosen.
     notes : str
-        What is particular about it.
+        Particularities of the family.
     """
 
     model_type: str
@@ -52,5 +52,5 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def find_family(model_type: str) -> Family | None:
-    """The family of a model type, or None if it is not among the tested ones."""
+    """The family of a model type, or None if it is not tested."""
     return next((family for family in FAMILIES if family.model_type == model_type), None)

@@ -1,4 +1,4 @@
-"""Finds the FFN of a decoder layer, and the weights and the activation function in it."""
+"""Finds a decoder layer's FFN, its weights and its activation function."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def find_ffn(layer: nn.Module) -> nn.Module:
     Raises
     ------
     UnsupportedModelError
-        The layer routes its tokens to experts, or holds no FFN under a known name.
+        The layer is a mixture of experts, or has no FFN under a known name.
     """
     for name, module in layer.named_modules():
         kind = type(module).__name__
@@ -64,7 +64,7 @@ def find_ffn(layer: nn.Module) -> nn.Module:
 
 
 def find_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The activation function of an FFN, under one of the names that models give it."""
+    """An FFN's activation function, or None if there is none under a known name."""
     found = (getattr(mlp, name, None) for name in ACTIVATION_NAMES)
     return next((function for function in found if callable(function)), None)
 
@@ -81,14 +81,16 @@ class FFNParts:
     Attributes
     ----------
     down : nn.Linear
-        The module whose input is the activations.
+        The down projection; its input is the activations.
     activation : callable
         The activation function.
+    activation_name : str or None
+        Its name out of `corematching.model.ffn_weights.ACTIVATIONS`; None for any other.
 
     Raises
     ------
     UnsupportedModelError
-        The weights cannot be read by neuron.
+        The FFN has another form, or its weights cannot be gathered by neuron.
     """
 
     def __init__(self, mlp: Any) -> None:
@@ -127,16 +129,16 @@ class FFNParts:
 
     @property
     def gated(self) -> bool:
-        """Whether there is a gate."""
+        """Whether the FFN has a gate."""
         return self._gate is not None or self._fused is not None
 
     def list_linears(self) -> list[nn.Linear]:
-        """The linear layers that there are."""
+        """The FFN's linear layers."""
         linears = (self._gate, self._up, self.down)
         return [linear for linear in linears if linear is not None]
 
     def dense(self) -> dict[str, Tensor]:
-        """What a choice gathers from, by its name in `CompactWeights`: views, no copies."""
+        """The dense weights and biases, by their names in `CompactWeights`: views, no copies."""
         rows: dict[str, Tensor | None] = {"down": self.down.weight}
         if self._fused is not None:
             half = self.width
@@ -153,7 +155,7 @@ class FFNParts:
         return {name: tensor for name, tensor in rows.items() if tensor is not None}
 
     def by_neuron(self) -> FFNWeights:
-        """The weights as a kernel over lists of neurons reads them: views, no copies."""
+        """The weights by neuron, for indexed kernels: views, no copies."""
         with torch.inference_mode(False), torch.no_grad():
             rows = {name: tensor.detach() for name, tensor in self.dense().items()}
             down_t = rows.pop("down").t()
@@ -164,9 +166,9 @@ class FFNParts:
         return None if self.down.bias is None else self.down.bias.detach()[None]
 
     def store_down_by_neuron(self) -> None:
-        """Lay the down projection's weight out with each neuron's numbers in a row.
+        """Store the down projection's weight with each neuron's values contiguous.
 
-        Its shape and its values stay as they are, and it stays the same parameter.
+        The parameter, its shape and its values do not change.
         """
         weight = self.down.weight
         if not weight.t().is_contiguous():
@@ -181,7 +183,7 @@ class FFNParts:
                 weight.data = weight.data.contiguous()
 
     def check(self) -> None:
-        """Compare two probe tokens with all neurons against the FFN's own forward.
+        """Compare two test tokens with all neurons against the FFN's own forward.
 
         Raises
         ------
@@ -195,7 +197,7 @@ class FFNParts:
             self.compare(x[0], self.mlp.forward(x)[0])
 
     def compare(self, x: Tensor, theirs: Tensor) -> None:
-        """Compare (n, d) outputs of the FFN's own forward with ours on finite inputs (n, d).
+        """Compare the FFN's own outputs ``theirs`` (n, d) for finite inputs ``x`` (n, d) with ours.
 
         Raises
         ------
@@ -217,7 +219,7 @@ class FFNParts:
             )
 
     def _refuse_broken(self) -> None:
-        """Say why the outputs of finite inputs are NaN or infinite."""
+        """Raise UnsupportedModelError for NaN or infinite outputs of finite inputs."""
         kind = type(self.mlp).__name__
         weights = self.mlp.named_parameters()
         broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
@@ -242,7 +244,13 @@ class FFNParts:
 
 
 def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
-    """Refuse layers whose weight is not the plain matrix that their forward multiplies with."""
+    """Refuse linear layers that compute more than a product with their plain weight.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The layer has an adapter or a replaced forward, or is quantised, sharded or off-loaded.
+    """
     kind = f"{type(mlp).__name__}'s {type(linear).__name__}"
     if hasattr(linear, "base_layer"):
         raise UnsupportedModelError(
@@ -251,7 +259,7 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
     weight: Any = getattr(linear, "weight", None)
     if has_foreign_forward(linear):
         raise UnsupportedModelError(
-            f"{kind} has a forward of its own on the instance, which single neurons would skip: "
+            f"{kind} has a replaced forward, which the chosen neurons would skip: "
             "put the original back (del module.forward), or choose no neurons"
         )
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward

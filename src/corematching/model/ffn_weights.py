@@ -19,7 +19,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """The dense weights of an FFN as a kernel reads them: views, never copies.
+    """The dense weights of an FFN by neuron: views, never copies.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class FFNWeights:
 
 
 def activation_name(function: Any) -> str | None:
-    """Which of `ACTIVATIONS` a model's activation function computes, found by trying it."""
+    """The name of an activation function out of `ACTIVATIONS`, by its values; None for others."""
     known: dict[str, Callable[[Tensor], Tensor]] = {
         "silu": F.silu,
         "gelu": F.gelu,

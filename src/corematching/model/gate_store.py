@@ -1,4 +1,7 @@
-"""Gates of a prompt's text tokens, kept by the product that computes them for all tokens."""
+"""Keeps the gates of some of a prompt's tokens while its FFNs run.
+
+Shapes: B samples, T tokens, R requested tokens per sample, d hidden size, F intermediate neurons.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from torch import Tensor
 
 @dataclass
 class GateRequest:
-    """Whose gate somebody will ask for.
+    """The tokens whose gates are to be kept.
 
     Attributes
     ----------
     rows : Tensor
-        (B, R) long, tokens of each sample.
+        (B, R) long, the requested tokens of each sample.
     slots : Tensor
-        (B * T,) int32, where the gate of each token goes among B * R, or -1.
+        (B * T,) int32, each token's index among the B * R kept gates, or -1.
     same : Tensor or None
-        Other rows that were found to be equal to these.
+        The last tensor that compared equal to ``rows``.
     """
 
     rows: Tensor
@@ -28,14 +31,14 @@ class GateRequest:
     same: Tensor | None = None
 
     def lists(self, rows: Tensor) -> bool:
-        """Whether these, (B, R), are its rows; not compared again for every layer."""
+        """Whether ``rows`` (B, R) are the requested ones; compared once, not for every layer."""
         if rows is not self.same and torch.equal(rows, self.rows):
             self.same = rows
         return rows is self.same
 
 
 def make_gate_request(tokens: Tensor) -> GateRequest:
-    """The request for some tokens, (B, T) bool; of samples with fewer, others in their order."""
+    """The request for the tokens of a (B, T) bool mask; shorter samples are padded with others."""
     batch, length = tokens.shape
     most = int(tokens.sum(1).max())
     rows = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
@@ -45,7 +48,7 @@ def make_gate_request(tokens: Tensor) -> GateRequest:
 
 
 class GateStore:
-    """Between who computes FFNs and who reads their gates: one FFN's at a time."""
+    """Passes gates from the code that computes FFNs to policies, for one FFN at a time."""
 
     def __init__(self) -> None:
         self._gate_request: GateRequest | None = None
@@ -54,12 +57,12 @@ class GateStore:
         self._kept: Tensor | None = None
 
     def ask(self, mlp: Any, request: GateRequest | None) -> None:
-        """``mlp`` runs next, and the gate of these tokens is wanted."""
+        """Request the gates of ``mlp``, which runs next; None requests nothing."""
         self._owner, self._gate_request = mlp, request
         self._inputs = self._kept = None
 
     def make_room(self, mlp: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
-        """Places and a tensor for the gates of ``mlp`` on x (B, T, d); None if none are wanted."""
+        """Slots (B * T,) and output (B, R, F) for the gates of ``mlp`` on x (B, T, d), or None."""
         request = self._gate_request
         if request is None or self._owner is not mlp or request.slots.numel() != x[..., 0].numel():
             return None
@@ -67,12 +70,12 @@ class GateStore:
         return request.slots, self._kept
 
     def find(self, mlp: Any, x: Tensor | None, rows: Tensor) -> Tensor | None:
-        """(B, R, F), what was kept of ``mlp`` on this very x for these rows, or None."""
+        """(B, R, F), the kept gates of ``mlp`` on this very x for these rows, or None."""
         request = self._gate_request
         if request is None or self._kept is None or self._owner is not mlp or self._inputs is not x:
             return None
         return self._kept if request.lists(rows) else None
 
     def forget(self) -> None:
-        """Let go of everything."""
+        """Release the request and the gates."""
         self.ask(None, None)

@@ -1,4 +1,4 @@
-"""Notices that somebody's hooks want to see what modules do."""
+"""Detects forward hooks, and runs them for modules that are computed without being called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CAPTURING_MODULE = "transformers.utils.output_capturing"
 
 
 def captures_outputs(hook: Any) -> bool:
-    """Whether a hook is transformers' own; behind an attention these collect its weights."""
+    """Whether a hook is one of transformers' own, which collect outputs and attention maps."""
     namespace = getattr(hook, "__globals__", {})
     return bool(namespace.get("__name__") == CAPTURING_MODULE)
 
@@ -24,7 +24,7 @@ def reads_shapes(hook: Any) -> bool:
 
 
 def stay_eager(function: Any) -> Any:
-    """Like `torch.compiler.disable`, for functions that run at every layer: free outside graphs."""
+    """`torch.compiler.disable` without its overhead in eager mode, for functions per layer."""
     disabled = torch.compiler.disable(function)
 
     @functools.wraps(function)
@@ -37,16 +37,17 @@ def stay_eager(function: Any) -> Any:
 
 
 class HookMonitor:
-    """The forward hooks of some modules, whoever puts them there and whenever.
+    """Monitors the forward hooks and pre-hooks of some modules.
 
     Parameters
     ----------
     modules : iterable of nn.Module
+        The modules.
     ignored : iterable of callable
-        Hooks for which one of these gives True do not count.
+        Predicates of hooks to ignore.
     called : iterable of nn.Module
-        Modules whose hooks in front of them the caller runs (`promise_input`, `run_pre_hooks`):
-        only those behind them count.
+        Modules whose pre-hooks the caller runs itself (`promise_input`, `run_pre_hooks`): only
+        their forward hooks count.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class HookMonitor:
         self._ignored = tuple(ignored)
 
     def sees_any(self) -> bool:
-        """Whether there are hooks on these modules, or on all modules there are."""
+        """Whether these modules have hooks, or there are global ones."""
         everywhere = nn.modules.module
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             return True
@@ -75,14 +76,14 @@ class HookMonitor:
 
 
 class Reader:
-    """A hook in front of a module that only reads what enters it.
+    """A forward pre-hook that only reads the module's input.
 
-    It may run late, when the module has done its work already.
+    It may run late, after the module's computation.
 
     Parameters
     ----------
     read : callable
-        ``read(x)`` gets what enters the module.
+        ``read(x)`` gets the module's input.
     """
 
     def __init__(self, read: Callable[[Tensor], None]) -> None:
@@ -93,7 +94,7 @@ class Reader:
 
 
 class ShapeReader:
-    """A hook behind a module that only reads the shape of what it gives: `show_result` serves it.
+    """A forward hook that reads only the shape of the output; `show_result` can run it.
 
     Parameters
     ----------
@@ -109,23 +110,24 @@ class ShapeReader:
 
 
 def may_run_late(module: nn.Module) -> bool:
-    """Whether all hooks in front of a module are readers."""
+    """Whether all pre-hooks of a module are `Reader` hooks."""
     return all(isinstance(hook, Reader) for hook in module._forward_pre_hooks.values())
 
 
 def run_pre_hooks(module: nn.Module, x: Tensor) -> Tensor:
-    """Run the hooks in front of a module that gets ``x`` and nothing else; gives what they pass on.
+    """Run the pre-hooks of a module that is computed without being called.
 
     Parameters
     ----------
     module : nn.Module
-        One that is not called itself, because somebody else computes what it would.
+        The module.
     x : Tensor
+        Its only input.
 
     Returns
     -------
     Tensor
-        ``x``, or what the last hook that changed it made of it.
+        ``x`` as the hooks leave it.
     """
     for key, hook in list(module._forward_pre_hooks.items()):
         if key in module._forward_pre_hooks_with_kwargs:
@@ -139,23 +141,23 @@ def run_pre_hooks(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def promise_input(module: nn.Module, source: Tensor, make: Callable[[], Tensor]) -> bool:
-    """Run the hooks in front of a module without its input, where each of them can do without.
+    """Run a module's pre-hooks with a deferred input, if all of them accept one.
 
     Such a hook has a method ``promise(source, make)``.
 
     Parameters
     ----------
     module : nn.Module
-        One that is not called itself.
+        A module that is computed without being called.
     source : Tensor
-        What its input would be made of.
+        The tensor from which its input follows.
     make : callable
-        ``make()`` gives the input.
+        ``make()`` computes the input.
 
     Returns
     -------
     bool
-        False, and nothing done, where a hook needs it now.
+        False, and no hook has run, if one of them needs the input itself.
     """
     hooks: list[Any] = list(module._forward_pre_hooks.values())
     if not all(hasattr(hook, "promise") for hook in hooks):
@@ -166,7 +168,10 @@ def promise_input(module: nn.Module, source: Tensor, make: Callable[[], Tensor])
 
 
 def show_result(module: nn.Module, x: Tensor, out: Tensor) -> None:
-    """Run the hooks behind a module that was computed without being called; they change nothing."""
+    """Run the forward hooks of a module that was computed without being called.
+
+    What they return is ignored.
+    """
     for key, hook in list(module._forward_hooks.items()):
         given: tuple[Any, ...] = ((x,), {}) if key in module._forward_hooks_with_kwargs else ((x,),)
         hook(module, *given, out)

@@ -1,4 +1,4 @@
-"""Everything that is put on a model, in one ordered list that can be undone without a trace."""
+"""Patches on a model, in one ordered list that can be undone without a trace."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MISSING = object()
 
 
 class Patches:
-    """Methods, hooks and attributes that are put on single objects, never on their classes.
+    """Methods, hooks and attributes on single objects, never on their classes.
 
-    Each entry is listed before it takes effect, and `undo` may be called again after it was
-    interrupted: whatever moment an exception arrives at, nothing is left behind.
+    Each entry is listed before it takes effect, and `undo` may be called again after an interrupt,
+    so an exception at any moment leaves nothing behind.
     """
 
     def __init__(self) -> None:
@@ -26,8 +26,8 @@ class Patches:
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Replace ``owner.name`` by ``around(original, *args, **kwargs)``.
 
-        Where somebody else wraps the method again before `undo`, their wrapper stays, and ours
-        under it calls the original from then on.
+        If other code wraps the method again before `undo`, its wrapper stays, and ours inside it
+        calls the original from then on.
         """
         original = getattr(owner, name)
         before = vars(owner).get(name, _MISSING)
@@ -50,7 +50,7 @@ class Patches:
         vars(owner)[name] = wrapper
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Give one object an attribute."""
+        """Set an attribute of one object."""
         before = vars(owner).get(name, _MISSING)
 
         def restore() -> None:
@@ -61,37 +61,37 @@ class Patches:
         vars(owner)[name] = value
 
     def add_pre_hook(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
-        """Put a hook in front of a module's forward."""
+        """Register a forward pre-hook."""
         self._undo.append(functools.partial(_remove_hook, module, hook))
         module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
 
     def add_hook(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
-        """Put a hook behind a module's forward."""
+        """Register a forward hook."""
         self._undo.append(functools.partial(_remove_hook, module, hook))
         module.register_forward_hook(hook, with_kwargs=with_kwargs)
 
     def forbid_copies(self, model: nn.Module) -> None:
         """Refuse ``copy.deepcopy`` and ``pickle`` of a model, or of a part of it.
 
-        A copy would share the patches, which work on the original's modules.
+        A copy would share the patches, which refer to the original's modules.
         """
         for module in model.modules():
             self.set(module, "__deepcopy__", _refuse_copy)
             self.set(module, "__reduce_ex__", _refuse_copy)
 
     def then(self, action: Callable[[], None]) -> None:
-        """Call ``action`` when it is this entry's turn to be undone; it may run twice."""
+        """Add an action that `undo` calls in order; it may run twice."""
         self._undo.append(action)
 
     def undo(self) -> None:
-        """Take everything off again, the last entry first."""
+        """Undo all entries, the last one first."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether somebody else replaced a module's forward on its instance.
+    """Whether other code replaced a module's forward on its instance.
 
     accelerate's hooks, which only move tensors between devices, do not count.
     """

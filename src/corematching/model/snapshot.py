@@ -1,4 +1,4 @@
-"""Notices that modules or their weights are not what they were."""
+"""Detects changes of a model's modules, forwards and weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from corematching.model.patching import foreign_forward
 
 
 class WeightSnapshot:
-    """Remembers modules, what they are made of, and where their parameters lie.
+    """A snapshot of modules, their submodules and the addresses of their parameters.
 
     Parameters
     ----------
     modules : iterable of nn.Module
-        Each with everything below it.
+        The modules, with all their submodules.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
@@ -25,31 +25,31 @@ class WeightSnapshot:
             (m._modules, name, child) for m in every for name, child in m._modules.items()
         ]
         self._parameters: list[tuple[dict[str, Any], str, int]] = [
-            (m._parameters, name, _place(parameter))
+            (m._parameters, name, _address(parameter))
             for m in every
             for name, parameter in m._parameters.items()
         ]
 
     def unchanged(self) -> bool:
-        """Whether every module and every parameter is where it was; nothing remembered: no."""
+        """Whether every module and parameter is the same; False for a snapshot without any."""
         if not self._parameters:
             return False
         for children, name, child in self._children:
             if children.get(name) is not child:
                 return False
-        for parameters, name, place in self._parameters:
-            if _place(parameters.get(name)) != place:
+        for parameters, name, address in self._parameters:
+            if _address(parameters.get(name)) != address:
                 return False
         return True
 
 
 class ModuleSnapshot:
-    """Remembers a model's modules and their forwards, whatever their parameters are.
+    """A snapshot of a model's modules and their forwards, without its parameters.
 
     Parameters
     ----------
     model : nn.Module
-        With everything below it, and with our own patches on it.
+        The model, with our own patches on it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,7 +60,7 @@ class ModuleSnapshot:
         self._forwards = [(m, vars(m), vars(m).get("forward"), foreign_forward(m)) for m in every]
 
     def unchanged(self) -> bool:
-        """Whether no module was replaced, and nobody else has put on or taken off a forward."""
+        """Whether no module and no forward was replaced or restored by other code."""
         for children, name, child in self._children:
             if children.get(name) is not child:
                 return False
@@ -70,5 +70,5 @@ class ModuleSnapshot:
         return True
 
 
-def _place(parameter: Tensor | None) -> int:
+def _address(parameter: Tensor | None) -> int:
     return 0 if parameter is None else parameter.data_ptr()

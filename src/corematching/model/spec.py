@@ -1,4 +1,4 @@
-"""Finds the parts of a model that the runtime works on, and refuses what it cannot shorten."""
+"""Finds the parts of a model, and refuses unsupported models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 @dataclass
 class ModelSpec:
-    """The parts of a model that the runtime works on.
+    """The parts of a model.
 
     Attributes
     ----------
@@ -38,15 +38,15 @@ class ModelSpec:
     layers : list of nn.Module
         Its decoder layers.
     attentions, ffns, down_projs : list of nn.Module
-        Each layer's attention, FFN, and the module that the activations enter.
+        Each layer's attention, FFN and down projection.
     config : Any
         The text model's configuration.
     image_ids : tuple of int
-        Token ids that stand for image (or video) features; empty for text-only models.
+        Ids of image (or video) placeholder tokens; empty for text-only models.
     vision, projector : nn.Module or None
-        The vision tower, and what turns its output into image tokens, where that is not in it.
+        The vision tower, and the projector to image tokens where it is a separate module.
     gates : GateStore
-        What products keep of gates that are read later.
+        Keeps gates between the FFNs' computation and the policies.
     """
 
     decoder: nn.Module
@@ -67,14 +67,14 @@ class ModelSpec:
 
 
 def check_model(model: nn.Module, method: Method) -> ModelSpec:
-    """Find a model's parts, or say why a method cannot run on it.
+    """Find a model's parts and check that a method can run on it.
 
     Parameters
     ----------
     model : nn.Module
         A loaded model.
     method : Method
-        What is to be installed.
+        The method to install.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def check_model(model: nn.Module, method: Method) -> ModelSpec:
     Raises
     ------
     UnsupportedModelError
-        The model cannot be shortened; the message names the part and what to do.
+        The method cannot run on the model; the message names the part and the fix.
     """
     if not isinstance(model, PreTrainedModel):
         inner = " (here: model.get_base_model())" if hasattr(model, "get_base_model") else ""
@@ -186,7 +186,7 @@ def _check_shared(model: PreTrainedModel, what: str, modules: list[nn.Module]) -
 
 
 def _check_weights(model: PreTrainedModel) -> None:
-    """Refuse weights that are not where they run."""
+    """Refuse off-loaded weights."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device.type == "meta":
             raise UnsupportedModelError(
@@ -194,10 +194,11 @@ def _check_weights(model: PreTrainedModel) -> None:
                 "load the whole model on one device, e.g. device_map=None and model.to('cuda'), "
                 "in a smaller dtype if it does not fit"
             )
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if "disk" in places or ("cpu" in places and len(places) > 1):
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+        slow = ", ".join(sorted(devices & {"cpu", "disk"}))
         raise UnsupportedModelError(
-            f"{_kind(model)} is partly off-loaded to {', '.join(sorted(places & {'cpu', 'disk'}))}:"
+            f"{_kind(model)} is partly off-loaded to {slow}:"
             " load the whole model on one device, in a smaller dtype if it does not fit"
         )
 
@@ -245,7 +246,7 @@ def _named(model: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 
 def _check_tokens(model: nn.Module, config: Any, parts: ModelSpec, method: Method) -> None:
-    """What only a token policy asks for."""
+    """Refuse models that cannot drop tokens, and cuts out of range."""
     assert method.tokens is not None
     if not parts.image_ids:
         raise UnsupportedModelError(
@@ -274,7 +275,7 @@ def _check_tokens(model: nn.Module, config: Any, parts: ModelSpec, method: Metho
 
 
 def choose_counts(parts: ModelSpec, neurons: NeuronPolicy | None) -> list[int]:
-    """Neurons that each layer keeps; all of them without a policy."""
+    """The number of kept neurons in each layer; all of them without a policy."""
     widths = parts.widths
     if neurons is None:
         return list(widths)
@@ -288,7 +289,7 @@ def check_policies(method: Method) -> None:
     Raises
     ------
     ConfigError
-        Naming the class to subclass.
+        A policy has another type; the message names the class to subclass.
     """
     pairs = ("tokens", method.tokens, TokenPolicy), ("neurons", method.neurons, NeuronPolicy)
     for name, policy, base in pairs:

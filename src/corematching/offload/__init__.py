@@ -1,1 +1,1 @@
-"""Weights outside fast memory."""
+"""FFN weights outside fast memory."""

@@ -1,4 +1,4 @@
-"""FFNs whose dense weights are there for prompts only."""
+"""Sparse FFNs whose dense weights are in memory for prompts only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from corematching.protocol import NeuronChoice
 
 
 class StreamedFFN(SparseFFN):
-    """A sparse FFN whose dense weights are there for prompts only.
+    """A sparse FFN whose dense weights are in memory for prompts only.
 
-    Its chosen neurons are copied as soon as they are known. Weights that have yet to be brought in
-    are checked when the first prompt does that.
+    Its chosen neurons are copied as soon as they are known. Weights that are still absent are
+    checked during the first prompt.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class StreamedFFN(SparseFFN):
     count : int
         Neurons of each choice.
     present : callable
-        ``present()`` is a block in which the dense weights are there.
+        ``present()`` is a context in which the dense weights are in memory.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class StreamedFFN(SparseFFN):
         super().__init__(mlp, count)
 
     def check(self) -> None:
-        """Compare the weights with the FFN's own forward, once they are there."""
+        """Compare the weights with the FFN's own forward, unless they are absent."""
         weights = (linear.weight for linear in self.mlp.modules() if isinstance(linear, nn.Linear))
         if not any(isinstance(weight, AbsentWeight) for weight in weights):
             self._checked = True
             self.parts.check()
 
     def weights_present(self) -> AbstractContextManager[None]:
-        """A block in which all neurons' weights are there."""
+        """A context in which all neurons' weights are in memory."""
         return self._present()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -63,7 +63,7 @@ class StreamedFFN(SparseFFN):
         return out
 
     def _compare(self, x: Tensor, out: Tensor) -> None:
-        """Check the weights with what came of a sample; one that is NaN tells nothing."""
+        """Check the weights on the first sample with finite inputs, if any."""
         finite = x.isfinite().flatten(1).all(1).nonzero()
         if len(finite):
             sample = int(finite[0])
@@ -78,13 +78,13 @@ class StreamedFFN(SparseFFN):
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of the copies."""
+        """Bytes of the copied neurons and the bias."""
         held = [] if self._weights is None else self._weights.tensors
         return bytes_of([*held, *([] if self._bias is None else [self._bias])])
 
 
 class _NoGradient(torch.autograd.Function):
-    """Gives its first argument; refuses to go back, where the weights have made way for others."""
+    """The identity, with a backward that raises: the FFN weights are outside memory by then."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, anchor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Refuses what would save, load or convert a model some of whose weights are not there."""
+"""Refuses to save, load or convert a model with absent weights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ READING = ("state_dict", "load_state_dict")
 
 
 class WeightGuard:
-    """Patches on a model and on its modules that hold absent weights.
+    """Patches on a model, and on its modules with absent weights.
 
-    Each raises before anything has changed. Conversions that change nothing, such as ``.to()`` the
-    device and the dtype that the model has, pass.
+    Each raises before anything has changed. Conversions without effect, such as ``.to()`` the
+    model's own device and dtype, pass.
 
     Parameters
     ----------
     model : nn.Module
         The model.
     weights : iterable of Tensor
-        Those that are not there.
+        The absent weights.
     refuse : callable
-        ``refuse(what)`` makes the error; ``what`` names what was asked for.
+        ``refuse(what)`` makes the error; ``what`` names the operation.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class WeightGuard:
         self._model, self._holders = model, _holders(model, {id(weight) for weight in weights})
 
     def install(self) -> None:
-        """Put the patches on, from the model down: the outermost one is asked first."""
+        """Install the patches, from the model down: the outermost one raises first."""
         for name in SAVING if self._holders else ():
             if hasattr(self._model, name):
                 self._patches.wrap(self._model, name, functools.partial(self._raise, name))
@@ -55,14 +55,14 @@ class WeightGuard:
             self._patches.wrap(module, "_apply", functools.partial(self._convert, module))
 
     def remove(self) -> None:
-        """Take them off again."""
+        """Undo the patches."""
         self._patches.undo()
 
     def _raise(self, name: str, *_: Any, **__: Any) -> Any:
         raise self._refuse(f"{name}()")
 
     def _convert(self, module: nn.Module, _: Any, fn: Any, *__: Any, **___: Any) -> nn.Module:
-        """Stand in for ``_apply``, which runs ``fn`` on every parameter and buffer."""
+        """Replace ``_apply``, which runs ``fn`` on every parameter and buffer."""
         home = next(p.device for p in self._model.parameters() if not p.is_meta)
         tensors = [*module.parameters(), *module.buffers()]
         kinds = {(x.dtype, home if x.is_meta else x.device) for x in tensors}
@@ -75,7 +75,7 @@ class WeightGuard:
 
 
 def _holders(model: nn.Module, weights: set[int]) -> list[nn.Module]:
-    """The modules with any of these parameters in them, at any depth, the outermost first."""
+    """The modules that contain any of these parameters at any depth, the outermost first."""
     paths: set[str] = set()
     for path, module in model.named_modules():
         if any(id(parameter) in weights for parameter in module._parameters.values()):

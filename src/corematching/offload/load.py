@@ -1,4 +1,4 @@
-"""Loads a model whose weights do not fit into memory: everything but its FFNs."""
+"""Loads a model larger than memory, without its FFNs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from corematching.sizes import format_size, parse_size
 
 SAFETENSORS = "its weights must be whole safetensors files, model.save_pretrained(...) writes them"
 WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
-"""What accelerate replaces on a model that it spreads over devices."""
+"""Methods that accelerate replaces on a model that it dispatches to devices."""
 
 
 def load(
@@ -35,17 +35,16 @@ def load(
 ) -> Any:
     """Load a model without its FFNs, which stay in its files (on a GPU: in pinned host memory).
 
-    A method then runs on it under the cap, ``with CoreMatching()(model) as run``; without a method
-    the model cannot run.
+    The model runs under the cap with a method only, ``with CoreMatching()(model) as run``.
 
     Parameters
     ----------
     path : str or Path
         A directory or an id on the Hugging Face Hub, with safetensors files.
     memory : str or int
-        What the model may take of the device's memory, such as ``"12GiB"``.
+        Cap on the model's device memory, such as ``"12GiB"``.
     dtype : torch.dtype or str
-        Of the weights; default: as stored.
+        The weights' dtype; default: as stored.
     device : torch.device or str, optional
         Default: a CUDA device when there is one, else the CPU.
 
@@ -61,17 +60,17 @@ def load(
     MemoryCapError
         Not even the rest of the model fits under the cap.
     UnsupportedModelError
-        The model has no dense FFNs, or generates no text.
+        The model has no dense FFNs, or does not generate text.
     InputError
-        There is no such model, or its weights are no safetensors files.
+        There is no such model, or its weights are not in safetensors files.
     """
     cap = parse_size("memory", memory)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loader, empty = _build_empty(path, dtype)
     outside = _linear_names(empty)
     _check_rest(empty, outside, cap)
-    places = {name: "disk" for name, _ in empty.named_children()}
-    model = load_weights(loader, path, SAFETENSORS, dtype=dtype, device_map=places)
+    device_map = {name: "disk" for name, _ in empty.named_children()}
+    model = load_weights(loader, path, SAFETENSORS, dtype=dtype, device_map=device_map)
     stored = _find_sources(model)
     _clear(model)
     moved = {f"{name}.weight" for name in outside}
@@ -89,7 +88,7 @@ def load(
 
 
 def _build_empty(path: str | Path, dtype: torch.dtype | str) -> tuple[Any, nn.Module]:
-    """The auto class of a model, and the model without any weights."""
+    """A model's auto class, and the model with empty weights."""
     config = read_config(path)
     loader, _ = choose_loader(path, config)
     kind = dtype if dtype != "auto" else (config.dtype or torch.float32)
@@ -121,7 +120,7 @@ def _check_rest(empty: Any, outside: list[str], cap: int) -> None:
 
 
 def _find_sources(model: nn.Module) -> dict[str, FileSource]:
-    """Where in the files each weight is, by its name in the model."""
+    """Each weight's source in the files, by its name in the model."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     maps = (getattr(hook, "weights_map", None) for hook in hooks)
     index = next(weights for weights in maps if weights is not None).dataset.index
@@ -133,7 +132,7 @@ def _find_sources(model: nn.Module) -> dict[str, FileSource]:
 
 
 def _clear(model: Any) -> None:
-    """Take accelerate's hooks off again: the weights are streamed another way here."""
+    """Remove accelerate's hooks: the weights are streamed another way here."""
     remove_hook_from_submodules(model)
     for module in model.modules():
         vars(module).pop("forward", None)
@@ -144,7 +143,7 @@ def _clear(model: Any) -> None:
 
 
 def _load_rest(model: Any, sources: dict[str, FileSource], device: torch.device) -> None:
-    """Read the weights that stay in memory; those that are one weight stay one."""
+    """Read the weights that stay in memory; tied weights stay tied."""
     model.tie_weights()
     made: dict[Tensor, nn.Parameter] = {}
     for path, owner in model.named_modules():
@@ -165,7 +164,7 @@ def _load_rest(model: Any, sources: dict[str, FileSource], device: torch.device)
 
 
 def _refuse_without_weights(ffn: nn.Module, _: Any) -> None:
-    """Raise where a model runs without what brings its FFNs in."""
+    """Raise InputError if a model runs without its FFNs."""
     if any(parameter.is_meta for parameter in ffn.parameters()):
         raise InputError(
             "this model was loaded without its FFNs and runs with a method only: "

@@ -1,4 +1,4 @@
-"""The memory of a model under a cap: planned before it runs, measured while it does."""
+"""The planned and the measured memory of a model under a cap."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from corematching.sizes import format_size
 
 @dataclass
 class MemoryPlan:
-    """What has to fit under the cap at once, in bytes.
+    """The memory plan of a model under a cap, in bytes.
 
     Attributes
     ----------
     cap : int
         The cap.
     resident : int
-        Weights that stay: all but the FFNs of the layers whose neurons are chosen.
+        Weights that stay in memory: all but the FFNs of the layers with chosen neurons.
     slots : int
-        Two layers' weights, for the prompt.
+        Buffers for two layers' weights, for the prompt.
     chosen : int
-        Chosen neurons of one sample.
+        The chosen neurons of one sample.
     """
 
     cap: int
@@ -43,12 +43,12 @@ class MemoryPlan:
         cache : int
             Bytes of keys and values.
         work : int
-            Bytes that the largest layer works with.
+            Bytes of the largest layer's activations.
 
         Raises
         ------
         MemoryCapError
-            They are more than the cap; the message has the numbers and what would lower them.
+            They exceed the cap; the message lists the parts and ways to lower them.
         """
         chosen = samples * self.chosen
         need = self.resident + self.slots + chosen + cache + work
@@ -68,11 +68,11 @@ class MemoryPlan:
         )
 
     def _advice(self, need: int, chosen: int, prompt: int) -> str:
-        over = need - self.cap
+        excess = need - self.cap
         hints = [f"raise the cap to at least {format_size(need)}"]
-        if over < chosen:
-            share = 1 - over / chosen
-            hints.append(f"keep at most {share:.0%} of as many neurons (a lower ratio)")
+        if excess < chosen:
+            ratio = 1 - excess / chosen
+            hints.append(f"keep at most {ratio:.0%} of as many neurons (a lower ratio)")
         hints.append("leave fewer end layers dense")
         if prompt:
             hints.append("ask with fewer samples or a shorter prompt")
@@ -80,7 +80,7 @@ class MemoryPlan:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors; those that share their memory count once."""
+    """Bytes of tensors, without meta tensors; the same tensor counts once."""
     seen: dict[int, int] = {}
     for tensor in tensors:
         if not tensor.is_meta:
@@ -90,7 +90,23 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 @dataclass
 class MemoryUse:
-    """What one run took; `report` turns it into numbers that last."""
+    """The memory of one run.
+
+    Attributes
+    ----------
+    plan : MemoryPlan
+        The model's plan.
+    planned : int
+        Bytes that the prompt needs by this plan.
+    cache : int
+        Estimated bytes of keys and values.
+    streamed_before, streamed : int
+        Bytes streamed before the run, and by the run.
+    chosen : int
+        Bytes of copied neurons.
+    peak : int
+        Measured peak in bytes.
+    """
 
     plan: MemoryPlan
     planned: int
@@ -101,7 +117,7 @@ class MemoryUse:
     peak: int = 0
 
     def report(self) -> MemoryReport:
-        """The numbers of the report."""
+        """The memory section of the report."""
         return MemoryReport(
             cap_bytes=self.plan.cap,
             resident_bytes=self.plan.resident,

@@ -1,7 +1,7 @@
-"""FFN weights outside fast memory: a prompt streams them, decoding needs the chosen neurons only.
+"""FFN weights outside fast memory: prompts stream them, decode steps use the chosen neurons.
 
-While a layer's weights are there for the prompt, its neurons are chosen and copied; after that the
-weights' place is taken by the layer after next. Layers that stay dense stay in memory.
+While a layer's weights are in memory for the prompt, its neurons are chosen and copied. Afterwards
+the layer after next reuses the buffer. Dense layers stay in memory.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from corematching.sizes import format_size, parse_size
 log = logging.getLogger(__name__)
 
 FFN_TENSORS, LAYER_TENSORS, SCORE_TENSORS = 3, 8, 2
-"""Tensors of a layer at work on a prompt: as wide as its FFN, as wide as its input, and scores."""
+"""Tensors of a layer during a prompt: of its FFN's width, of the hidden size, and of scores."""
 
-# Models that were loaded without their FFNs: where each of those weights is, and the cap.
+# Models that were loaded without their FFNs: the source of each FFN weight, and the cap.
 loaded_outside: weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, Source], int]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def find_offload(model: nn.Module, memory: str | int | None) -> Offload | None:
-    """What keeps a model under a cap: the one given here, or else the one it was loaded with.
+    """The offload of a model with a memory cap, given here or at loading; None without a cap.
 
     Raises
     ------
@@ -60,12 +60,12 @@ class Offload:
     model : nn.Module
         The model, whole or loaded without its FFNs.
     cap : int
-        Bytes that the model may take of the fast memory.
+        Cap on the model's fast memory, in bytes.
 
     Attributes
     ----------
     use : MemoryUse or None
-        What the latest run took.
+        Memory of the latest run.
     """
 
     def __init__(self, model: nn.Module, cap: int) -> None:
@@ -82,12 +82,12 @@ class Offload:
         self._ffns: dict[int, StreamedFFN] = {}
 
     def check_engine(self, engine: str) -> str:
-        """What runs the decode steps: PyTorch.
+        """The engine under a cap: always ``torch``.
 
         Raises
         ------
         ConfigError
-            Another one was asked for.
+            ``native`` was requested.
         """
         if engine == "native":
             raise ConfigError(
@@ -97,7 +97,7 @@ class Offload:
         return "torch"
 
     def prepare(self) -> None:
-        """Give weights that were never loaded a place of their shape, dtype and device.
+        """Replace weights that were never loaded by placeholders of their shape, dtype and device.
 
         From here on `remove` has something to undo.
         """
@@ -110,14 +110,14 @@ class Offload:
                 source = self._sources.get(f"{path}.{name}")
                 if old is None or not old.is_meta or source is None:
                     continue
-                place = nn.Parameter(blank(old.shape, old.dtype, device), requires_grad=False)
-                self._places[id(place)] = Outside(place, source)
-                self._places[id(place)].put_away()
+                fresh = nn.Parameter(blank(old.shape, old.dtype, device), requires_grad=False)
+                self._places[id(fresh)] = Outside(fresh, source)
+                self._places[id(fresh)].put_away()
                 self._swapped.append((owner, name, old))
-                owner._parameters[name] = place
+                owner._parameters[name] = fresh
 
     def make_ffns(self, parts: ModelSpec, counts: dict[int, int]) -> dict[int, SparseFFN]:
-        """The sparse FFNs of the layers with chosen neurons; ``counts`` maps each to its neurons.
+        """The sparse FFNs of the layers with chosen neurons; ``counts`` has their neuron counts.
 
         Raises
         ------
@@ -139,11 +139,11 @@ class Offload:
         return dict(self._ffns)
 
     def present(self, layer: int) -> AbstractContextManager[None]:
-        """A block in which a layer's weights are in its parameters."""
+        """A context in which a layer's weights are in its parameters."""
         return nullcontext() if self._stream is None else self._stream.present(layer)
 
     def install(self) -> None:
-        """Move the FFNs of a model that is whole out of fast memory."""
+        """Move the FFNs of a whole model out of fast memory."""
         weights = {i: _matrices(self._parts.ffns[i]) for i in self._ffns}
         model = self._model()
         assert model is not None
@@ -161,7 +161,7 @@ class Offload:
         )
 
     def remove(self) -> None:
-        """Put the model back as it was, and free everything; may run again after an interrupt."""
+        """Restore the model and free everything; may run again after an interrupt."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -182,21 +182,21 @@ class Offload:
             self._scratch = None
 
     def start_prompt(self, samples: int, length: int, total: int, cache_bytes: int) -> None:
-        """A prompt begins: reckon what it needs, and bring in the first layer.
+        """Plan a prompt's memory and begin to stream the first layer.
 
         Parameters
         ----------
         samples, length : int
             The prompt's shape.
         total : int
-            Tokens with those to come, where that is known.
+            Tokens of prompt and answer; 0 where unknown.
         cache_bytes : int
-            Keys and values of one token of one sample.
+            Bytes of keys and values per token and sample.
 
         Raises
         ------
         MemoryCapError
-            It does not fit under the cap.
+            The prompt does not fit under the cap.
         """
         cache = samples * max(length, total) * cache_bytes
         need = self.plan.check(samples, cache, self._work_bytes(samples, length))
@@ -208,7 +208,7 @@ class Offload:
             self._stream.expect_prompt()
 
     def measure(self, use: MemoryUse | None) -> None:
-        """Note what a run has taken so far, if it is the latest one."""
+        """Update the memory of a run, if it is the latest one."""
         if use is None or use is not self.use:
             return
         if self._stream is not None:
@@ -237,7 +237,7 @@ class Offload:
         return MemoryPlan(self.cap, whole - moved, slot_bytes(weights), chosen)
 
     def _open_stream(self, weights: dict[int, list[nn.Parameter]]) -> None:
-        """Stream the layers of a model that was loaded without them."""
+        """Open the stream of a model that was loaded without its FFNs."""
         layers = {i: [self._places[id(p)] for p in own] for i, own in weights.items()}
         self._stream = LayerStream(layers, self.device)
 
@@ -248,7 +248,7 @@ class Offload:
                 self._places[id(parameter)].bring_back()
 
     def _move(self, weights: dict[int, list[nn.Parameter]]) -> None:
-        """Take the layers of a whole model out of fast memory, one after the other."""
+        """Move the layers of a whole model out of fast memory, one after the other."""
         on_disk = self.device.type == "cpu"
         if on_disk:
             self._scratch = Scratch(sum(bytes_of(own) for own in weights.values()))
@@ -274,7 +274,7 @@ class Offload:
         return sum(ffn.copied_bytes for ffn in self._ffns.values())
 
     def _work_bytes(self, samples: int, length: int) -> int:
-        """Bytes of what a layer computes for a prompt, and of the scores over its neurons."""
+        """Bytes of a layer's activations for a prompt, and of the scores of its neurons."""
         weight = next(self._parts.layers[0].parameters())
         width, hidden = max(self._parts.widths), int(self._parts.config.hidden_size)
         each = (FFN_TENSORS * width + LAYER_TENSORS * hidden) * weight.element_size()
@@ -282,7 +282,7 @@ class Offload:
         return work + self._packed_bytes(weight.dtype)
 
     def _packed_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the largest matrix, which CPUs pack anew for a row of 16-bit numbers."""
+        """Bytes of the largest matrix, which CPUs repack for 16-bit products of single rows."""
         if self.device.type != "cpu" or dtype == torch.float32:
             return 0
         model = self._model()
@@ -291,7 +291,7 @@ class Offload:
 
 
 def _refuse(model: nn.Module, cap: int, what: str) -> CoreMatchingError:
-    """The error for what cannot be done while a method keeps weights outside."""
+    """The error for an operation that needs weights that a method keeps outside memory."""
     if model in loaded_outside:
         return refuse_loaded(type(model).__name__, what)
     return AlreadyInstalledError(
@@ -302,7 +302,7 @@ def _refuse(model: nn.Module, cap: int, what: str) -> CoreMatchingError:
 
 
 def refuse_loaded(kind: str, what: str) -> CoreMatchingError:
-    """The error for what cannot be done with a model that was loaded without its FFNs."""
+    """The error for an operation that a model loaded without its FFNs cannot do."""
     return InputError(
         f"{what} needs all weights, but this {kind} was loaded without its FFNs "
         f"(load(..., memory=...)): use {kind}.from_pretrained(...) for that, or tell load() the "

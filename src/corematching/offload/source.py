@@ -1,7 +1,7 @@
-"""Where weights stay that do not stay in fast memory: files, or pinned host memory.
+"""The sources of weights outside fast memory: files, or pinned host memory.
 
-Files are read with plain reads into buffers that are there already, and what was read is dropped
-from the page cache at once: a mapping would leave it to the kernel how much memory the file takes.
+Files are read into existing buffers and dropped from the page cache at once. With mmap, the kernel
+would decide how much memory a file takes.
 """
 
 from __future__ import annotations
@@ -39,21 +39,27 @@ class Source(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def copy_to(self, out: Tensor) -> None:
-        """Fill a contiguous tensor of this shape, of any floating dtype, with the weight."""
+        """Copy the weight into a contiguous tensor of its shape and any floating dtype."""
         ...
 
 
 class WeightFile:
-    """A file of weights that is open for reading, by one thread at a time.
+    """An open file of weights, for one thread at a time.
 
-    There is no lock that an interrupt could leave closed.
+    It has no lock, which an interrupt could leave closed.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.file, self.name = file, name
 
     def read(self, offset: int, into: memoryview) -> None:
-        """Fill ``into`` from ``offset`` on, and leave nothing of it in the page cache."""
+        """Fill ``into`` from ``offset`` on, and drop the pages from the page cache.
+
+        Raises
+        ------
+        InputError
+            The file is too short.
+        """
         done = 0
         while done < len(into):
             self.file.seek(offset + done)
@@ -67,14 +73,14 @@ class WeightFile:
         self.forget()
 
     def forget(self) -> None:
-        """Leave nothing of the file in the page cache."""
+        """Drop the file from the page cache."""
         forget_pages(self.file.fileno())
 
 
 def forget_pages(descriptor: int, end: int = 0) -> None:
     """Drop a file's first ``end`` bytes (0: all of it) from the page cache.
 
-    From the start, since the kernel keeps a large page that a range covers in part only.
+    Always from the start: the kernel keeps a large page that a range covers only in part.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, end, os.POSIX_FADV_DONTNEED)
@@ -90,7 +96,7 @@ class FileSource:
     dtype: torch.dtype
 
     def copy_to(self, out: Tensor) -> None:
-        """Read the weight; numbers of another dtype are converted a piece at a time."""
+        """Read the weight; another dtype is converted in chunks."""
         flat = out.view(-1)
         if out.dtype == self.dtype:
             self.file.read(self.offset, _raw(flat))
@@ -106,7 +112,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class HostSource:
-    """A weight in host memory, pinned where a GPU is to read it."""
+    """A weight in host memory, pinned for GPUs."""
 
     tensor: Tensor
 
@@ -116,7 +122,7 @@ class HostSource:
         return tuple(self.tensor.shape)
 
     def copy_to(self, out: Tensor) -> None:
-        """Copy the weight; to a GPU in the current stream, without waiting for it."""
+        """Copy the weight; to a GPU asynchronously in the current stream."""
         out.copy_(self.tensor, non_blocking=True)
 
 
@@ -132,7 +138,7 @@ def pin(weight: Tensor | Source, dtype: torch.dtype) -> HostSource:
 
 
 class Scratch:
-    """A file without a name in the cache directory; the system removes it when it is closed.
+    """An unnamed file in the cache directory; the system removes it when it is closed.
 
     Parameters
     ----------
@@ -176,17 +182,17 @@ class Scratch:
         return sources
 
     def close(self) -> None:
-        """Give the disk space back."""
+        """Close the file, which frees its disk space."""
         self._file.file.close()
 
 
 def open_checkpoint(paths: Iterable[str | Path]) -> dict[tuple[str, str], FileSource]:
-    """The weights of safetensors files, by file and name.
+    """The floating-point weights of safetensors files, by file and name.
 
     Raises
     ------
     InputError
-        A file is no safetensors file, or holds weights that are no floating point numbers.
+        A file is no safetensors file.
     """
     found: dict[tuple[str, str], FileSource] = {}
     for path in paths:
@@ -214,5 +220,5 @@ def cache_directory() -> Path:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, to read or to write."""
+    """The writable bytes of a contiguous CPU tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data

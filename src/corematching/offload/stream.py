@@ -1,4 +1,4 @@
-"""Brings one layer's weights at a time into fast memory, the next layer's while it works."""
+"""Streams weights into fast memory layer by layer, and prefetches the next layer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,22 @@ SLOTS = 2
 
 @dataclass
 class Slot:
-    """Fast memory for one layer's weights.
+    """A buffer in fast memory for one layer's weights.
 
     Attributes
     ----------
+    memory : Tensor
+        The buffer, in bytes.
+    views : dict
+        The weights' views of the buffer, by layer.
     layer : int or None
-        The layer that it holds, or that is on its way into it; set once that has begun.
+        The layer that it holds or loads; set once loading has begun.
     filled : bool
-        Whether all of the layer has arrived (GPU: will have, at the event ``ready``).
+        Whether loading has finished (GPU: is enqueued up to the event ``ready``).
+    loading : Future or None
+        The read of the layer (CPU).
+    ready, free : Any
+        Events (GPU): the layer has arrived; its last use is over.
     """
 
     memory: Tensor
@@ -40,22 +48,22 @@ class Slot:
 
 
 class LayerStream:
-    """Shows layers their weights, one layer at a time.
+    """Puts weights into the parameters of one layer at a time.
 
-    An exception at any point, an interrupt too, leaves it usable: a layer's weights are shown only
-    once all of them have arrived, and a block that was never left ends with the next one.
+    It stays usable after an exception or an interrupt at any point: a layer's weights are shown
+    only after all of them have arrived, and a context that was never left ends with the next one.
 
     Parameters
     ----------
     layers : dict
-        The weights of each layer, in the order in which a prompt runs through them.
+        The weights of each layer, in the order of the forward pass.
     device : torch.device
-        Where the layers run.
+        The layers' device.
 
     Attributes
     ----------
     streamed : int
-        Bytes brought in so far.
+        Bytes streamed so far.
     """
 
     def __init__(self, layers: Mapping[int, Sequence[Outside]], device: torch.device) -> None:
@@ -64,8 +72,8 @@ class LayerStream:
         order = list(layers)
         self._next = dict(itertools.pairwise(order))
         self._first = order[0] if order else None
-        self._shown: int | None = None  # all of its weights are in its parameters
-        self._touched: int | None = None  # some of them may be
+        self._shown: int | None = None  # the layer with all weights in its parameters
+        self._touched: int | None = None  # the layer that may have some of them
         with torch.inference_mode(False):
             self._slots = [self._make_slot() for _ in range(min(SLOTS, len(order)))]
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="corematching-weights")
@@ -73,11 +81,11 @@ class LayerStream:
         self._side: Any = torch.cuda.Stream(device) if cuda else None
 
     def present(self, layer: int) -> AbstractContextManager[None]:
-        """A block in which the layer's weights are in its parameters."""
+        """A context in which the layer's weights are in its parameters."""
         return _Present(self, layer)
 
     def show(self, layer: int) -> bool:
-        """Put the layer's weights into its parameters; False: they were there already."""
+        """Put the layer's weights into its parameters; False if they are there already."""
         if self._shown == layer:
             return False
         self.hide()
@@ -96,7 +104,7 @@ class LayerStream:
         return True
 
     def hide(self) -> None:
-        """Take the weights that are shown out of their parameters."""
+        """Take the shown weights out of their parameters."""
         self._shown = None
         if self._touched is None:
             return
@@ -109,7 +117,7 @@ class LayerStream:
         self._touched = None
 
     def expect_prompt(self) -> None:
-        """Begin to bring in the first layer."""
+        """Begin to load the first layer."""
         self.hide()
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))
@@ -117,7 +125,7 @@ class LayerStream:
             self._start(self._first)
 
     def close(self) -> None:
-        """Wait for what is under way, and free the slots."""
+        """Wait for pending loads, and free the slots."""
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._slots.clear()
 
@@ -134,7 +142,7 @@ class LayerStream:
         return slot
 
     def _wait_for(self, layer: int) -> Slot:
-        """The slot that holds the layer, once it is filled."""
+        """The slot with the layer, after its load has finished."""
         slot = self._start(layer)
         if not slot.filled:
             try:
@@ -149,7 +157,7 @@ class LayerStream:
         return slot
 
     def _start(self, layer: int) -> Slot:
-        """Begin to fill a slot with a layer, unless one holds it already."""
+        """Begin to load a layer into a slot, unless one holds it already."""
         for slot in self._slots:
             if slot.layer == layer:
                 return slot
@@ -172,7 +180,7 @@ class LayerStream:
                 outside.source.copy_to(view)
 
     def _copy(self, layer: int, slot: Slot) -> None:
-        """Copy a layer on the side stream, once the layer before is done with the slot."""
+        """Copy a layer on the side stream, after the slot's previous layer has finished."""
         if slot.free is not None:
             self._side.wait_event(slot.free)
         with torch.cuda.stream(self._side):
@@ -181,10 +189,10 @@ class LayerStream:
 
 
 class _Present(AbstractContextManager[None]):
-    """The block of `LayerStream.present`.
+    """The context of `LayerStream.present`.
 
-    No generator: one that is left suspended runs its end whenever it is collected, which may be
-    when the weights are back in the model for good.
+    Not a generator: a suspended one would run its end at garbage collection, perhaps after the
+    weights are back in the model for good.
     """
 
     def __init__(self, stream: LayerStream, layer: int) -> None:
@@ -207,6 +215,6 @@ def _layer_bytes(weights: Sequence[Tensor]) -> int:
 
 
 def slot_bytes(layers: Mapping[int, Sequence[Tensor]]) -> int:
-    """Bytes of all the slots that a stream of these layers has."""
+    """Bytes of all slots of a stream of these layers."""
     sizes = [_layer_bytes(weights) for weights in layers.values()]
     return min(SLOTS, len(sizes)) * max(sizes, default=0)

@@ -1,4 +1,4 @@
-"""Weights that are not in fast memory: what their parameters are while they are away."""
+"""Weights outside fast memory and their parameters in the model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from corematching.offload.source import Source
 
 @dataclass
 class Outside:
-    """A weight that is not in fast memory.
+    """A weight outside fast memory.
 
     Attributes
     ----------
     parameter : nn.Parameter
-        Its place in the model. While the weight is away, the parameter is an `AbsentWeight` and
-        takes one number of memory, a NaN.
+        Its parameter in the model: an `AbsentWeight` with the memory of one element, a NaN, while
+        the weight is outside.
     source : Source
-        Where the weight is.
+        The source of the weight.
     """
 
     parameter: nn.Parameter
@@ -33,21 +33,21 @@ class Outside:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in fast memory."""
+        """Bytes that the weight takes in fast memory."""
         return self.parameter.numel() * self.parameter.element_size()
 
     def put_away(self) -> None:
-        """Take the weight out of fast memory."""
+        """Replace the weight in fast memory by a placeholder."""
         old = self.parameter
         self._fill(blank(old.shape, old.dtype, old.device))
         old.__class__ = AbsentWeight
 
     def show(self, view: Tensor) -> None:
-        """Let the parameter have its numbers in ``view``, until it is put away again."""
+        """Back the parameter with ``view`` until it is put away again."""
         self._fill(view)
 
     def bring_back(self) -> None:
-        """Put the weight into fast memory of its own, for good."""
+        """Load the weight into fast memory of its own, for good."""
         with torch.inference_mode(False), torch.no_grad():
             old = self.parameter
             fresh = torch.empty(tuple(old.shape), dtype=old.dtype, device=old.device)
@@ -60,6 +60,6 @@ class Outside:
 
 
 def blank(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """NaN in any shape, in the memory of one number."""
+    """NaN in any shape, in the memory of one element."""
     with torch.inference_mode(False):
         return torch.full((1,), torch.nan, dtype=dtype, device=device).expand(tuple(shape))

@@ -165,8 +165,8 @@ def read_choices(record: Record, num_layers: int) -> list[Choices]:
     """
     if record.continued and record.earlier is None and record.rows:
         raise InputError(
-            "the tokens of this conversation were chosen by a prompt that is no longer on record "
-            "(the last 16 runs are): read run.choices after an earlier turn"
+            "the prompt that chose this conversation's tokens is no longer on record (only the "
+            "last 16 runs are): read run.choices after an earlier turn"
         )
     tokens, neurons = TokenReader(record), record.selection.neurons
     out = []

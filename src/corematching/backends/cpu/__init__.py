@@ -1,1 +1,1 @@
-"""Prompts and decode steps in compiled code on a CPU."""
+"""The CPU backend: prompts and decode steps in compiled code."""

@@ -1,4 +1,7 @@
-"""Attention of prompts between its projections: in C on a CPU's tiles, else the model's own."""
+"""Prompt attention between its projections: in C on tile units, else the model's own.
+
+Shapes: B samples, T tokens, H attention heads, G key-value heads, D head dimension.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from corematching.cache.layers import store
 
 ATTENTION = "sdpa"
 ONLY_SDPA = ("softcap", "position_bias", "cache", "enable_gqa")
-"""What a call may ask for besides, that the C code does not know."""
+"""Options of an attention call that the C code does not support."""
 PROBE_ERROR = 2e-2
 
 
 class PromptAttention:
-    """From queries, keys and values that stand side by side to what the output projection gets.
+    """Computes the output projection's input from concatenated queries, keys and values.
 
     Parameters
     ----------
     unit : str or None
-        What multiplies; only tiles attend here.
+        The compute unit; only tiles have an attention kernel here.
     """
 
     def __init__(self, unit: str | None) -> None:
@@ -31,7 +34,7 @@ class PromptAttention:
     def attend(
         self, module: Any, qkv: Tensor, cos_sin: Any, mask: Any, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """Llama's attention: (B, T, H + 2G, D), not rotated yet, to (B, T, H * D), and no weights.
+        """Llama's attention: (B, T, H + 2G, D) before rotation to (B, T, H * D), and no weights.
 
         ``cos_sin`` are cosines and sines, (B or 1, T, D) each; queries are rotated in place.
         """
@@ -69,28 +72,28 @@ class PromptAttention:
 
 
 def inputs_of(attention: Any) -> list[Any]:
-    """The projections to queries, keys and values."""
+    """An attention's projections to queries, keys and values."""
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
 def asks_for_more(kwargs: dict[str, Any]) -> bool:
-    """Whether a call of an attention asks for what the C code does not know."""
+    """Whether an attention call has options that the C code does not support."""
     return any(kwargs.get(name) for name in ONLY_SDPA)
 
 
 def is_causal(module: Any, mask: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an attention's queries see the keys up to their own only, as PyTorch's decides."""
+    """Whether an attention call is causal, by the rule of transformers' sdpa attention."""
     causal = kwargs.get("is_causal")
     return mask is None and (getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def uses_sdpa(attention: Any) -> bool:
-    """Whether an attention runs PyTorch's fused one, without dropout."""
+    """Whether an attention runs PyTorch's sdpa, without dropout."""
     config = getattr(attention, "config", None)
     return getattr(config, "_attn_implementation", None) == ATTENTION and not attention.training
 
 
 def is_close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two ways to compute something differ by roundings only."""
+    """Whether two results differ by rounding only."""
     error = (ours.float() - theirs.float()).norm()
     return bool(error <= PROBE_ERROR * theirs.float().norm())

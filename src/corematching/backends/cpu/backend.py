@@ -18,7 +18,7 @@ from corematching.model.spec import ModelSpec
 
 
 class CpuBackend(Backend):
-    """Whole prompt layers and whole decode steps in C, where the model's form is known."""
+    """Runs whole prompt layers and whole decode steps in C, for known architectures."""
 
     def __init__(self, model: nn.Module, parts: ModelSpec, sparse: Mapping[int, SparseFFN]) -> None:
         super().__init__(model, parts, sparse)
@@ -30,7 +30,7 @@ class CpuBackend(Backend):
 
     @staticmethod
     def supports(parts: ModelSpec) -> str | None:
-        """A model on another device, or no compiler."""
+        """The reason if the model is on another device or there is no compiler, else None."""
         device = next(parts.layers[0].parameters()).device
         if device.type != "cpu":
             return f"the model is on {device}"
@@ -51,11 +51,11 @@ class CpuBackend(Backend):
         self.prompts.install(self.steps.ffns)
 
     def refresh(self) -> None:
-        """Look at the weights again."""
+        """Check the weights for changes."""
         self.steps.refresh()
 
     def stats(self) -> BackendStats:
-        """Native layers and steps, and what the steps read of layers with all neurons."""
+        """Native layers and steps, and the FFN bytes that steps read with all neurons."""
         layers = range(len(self.parts.layers))
         return BackendStats(
             native_layers=self.prompts.layers,

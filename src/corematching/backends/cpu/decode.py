@@ -1,4 +1,7 @@
-"""Runs a decoder's single tokens in C: decides step by step whether that is possible."""
+"""Decode steps in C, where the call supports it.
+
+Shapes: B samples, d hidden size, D head dimension.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ log = logging.getLogger(__name__)
 
 
 class NativeSteps:
-    """Replaces a decoder's forward for single tokens that go on from a DynamicCache.
+    """Replaces a decoder's forward for decode steps on a DynamicCache.
 
-    Everything else (prompts, static caches, gradients, foreign hooks, wanted attention maps) runs
-    through the decoder's own forward.
+    Everything else (prompts, static caches, gradients, foreign hooks, attention maps) runs through
+    the decoder's own forward.
 
     Parameters
     ----------
@@ -43,11 +46,11 @@ class NativeSteps:
     Attributes
     ----------
     count : int
-        Steps that ran here.
+        Native steps.
     ffns : list of FFNParts
-        The layers' FFNs; empty where one of them cannot be read.
+        The layers' FFNs; empty if one of them is unsupported.
     reason : str
-        Why no step can run here; empty where they can.
+        Why steps cannot run natively; empty where they can.
     """
 
     def __init__(self, parts: ModelSpec, sparse: Mapping[int, SparseFFN]) -> None:
@@ -66,7 +69,7 @@ class NativeSteps:
         self._watch = WeightSnapshot()
 
     def install(self) -> None:
-        """Replace the decoder's forward on its instance, if its form is known."""
+        """Replace the decoder's forward on its instance, if it is supported."""
         self.refresh()
         if self._step is not None and not agrees(self):
             self.reason, self._step = "a probe gave other numbers than its own forward", None
@@ -76,13 +79,13 @@ class NativeSteps:
         self._patches.wrap(self._decoder, "forward", self._forward)
 
     def remove(self) -> None:
-        """Put the decoder's own forward back."""
+        """Restore the decoder's own forward."""
         self._patches.undo()
         self._step = self._layout = self._buffers = None
         self._addresses = ()
 
     def refresh(self) -> None:
-        """Look at the weights again: somebody may have moved, cast or replaced them."""
+        """Read the weights again if they were moved, cast or replaced."""
         if self._step is not None and self._watch.unchanged():
             return
         try:
@@ -126,17 +129,17 @@ class NativeSteps:
 
     @property
     def form(self) -> tuple[str, ...]:
-        """What decides whether a step agrees with the decoder's own; not the weights' values."""
+        """The key of a self-check's verdict: dtype, configuration and module classes."""
         kinds = {type(m).__qualname__ for layer in self.parts.layers for m in layer.modules()}
         dtype = "" if self._layout is None else str(self._layout.final_norm.dtype)
         return (dtype, repr(self._decoder.config.to_dict()), *sorted(kinds))
 
     def bytes_read(self, layer: int) -> int:
-        """Bytes of FFN weights that a layer has read here with all its neurons."""
+        """Bytes of FFN weights that native steps have read in a layer with all its neurons."""
         return self._dense[layer].bytes_read() if self._dense else 0
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, 1, d) embeddings to (B, 1, d) behind the final norm; None where that cannot be."""
+        """(B, 1, d) embeddings to the final norm's output (B, 1, d); None for unsupported calls."""
         step, buffers, cache = self._step, self._buffers, kwargs["past_key_values"]
         assert step is not None and buffers is not None and self._layout is not None
         batch = x.shape[0]
@@ -169,7 +172,7 @@ class NativeSteps:
         )
 
     def _is_plain_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether C can take this call."""
+        """Whether the C code supports this call."""
         if self._step is None or not is_plain_step(self._decoder, args, kwargs):
             return False
         ids, x = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -178,7 +181,7 @@ class NativeSteps:
         return fits and not self._hooks.sees_any()
 
     def _plans(self, batch: int) -> list[Plan] | None:
-        """What each layer's FFN computes, or None where one has no plan.
+        """The plan of each layer's FFN, or None if one has no plan.
 
         Raises
         ------
@@ -198,7 +201,7 @@ class NativeSteps:
     def _rotations(
         self, x: Tensor, positions: Tensor | None, cache: Any
     ) -> tuple[Tensor, Tensor] | None:
-        """(B, D) cosines and sines of this step's positions; None where they have another form."""
+        """Cosines and sines of the step's positions, (B, D) each; None for another form."""
         rotary = self._decoder.rotary_emb
         if positions is None:
             positions = torch.full((1, 1), int(cache.get_seq_length()))
@@ -220,7 +223,7 @@ class NativeSteps:
 
 
 def _valid_columns(mask: Any, batch: int, length: int) -> tuple[Tensor | None, bool]:
-    """A mask over the cache's columns as the C code wants it, and whether it could be had."""
+    """A mask over the cache's columns for the C code, (B, S) uint8 or None, and its validity."""
     if mask is None:
         return None, True
     if not isinstance(mask, Tensor) or mask.shape != (batch, length):

@@ -1,4 +1,4 @@
-"""The projection of single tokens to the vocabulary."""
+"""The output projection of decode steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from corematching.model.patching import Patches, has_foreign_forward
 
 
 class NativeHead:
-    """Runs the output projection of single tokens in C.
+    """Runs the output projection of decode steps in C.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class NativeHead:
             self._patches.wrap(head, "forward", self._forward)
 
     def remove(self) -> None:
-        """Put the projection's own forward back."""
+        """Restore the projection's own forward."""
         self._patches.undo()
 
     def _forward(self, original: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What C code may read of the inputs of a forward."""
+"""Inputs that the C code can read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 FEWEST_ROWS = 2
-"""A single row is a decode step, which reads each weight once and needs none of this."""
+"""A single row is a decode step, which is memory-bound and has kernels of its own."""
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether these are several rows that C code may read, and nobody wants a graph of it."""
+    """Whether a tensor is a plain CPU matrix of several rows, outside autograd and compilation."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
@@ -22,5 +22,5 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_prompt(x: Tensor) -> bool:
-    """The same, for several tokens of each sample: single ones may run on chosen neurons."""
+    """Whether a tensor is `is_plain` with several tokens per sample, (B, T, d)."""
     return is_plain(x) and x.dim() == 3 and x.shape[1] >= FEWEST_ROWS

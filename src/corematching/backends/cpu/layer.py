@@ -1,4 +1,7 @@
-"""A decoder layer of Llama's form in one call of C, or in a few."""
+"""Llama's decoder layer for prompts, in one C call or in a few.
+
+Shapes: B samples, T tokens, d hidden size, F intermediate neurons, D head dimension.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,25 @@ from corematching.model.snapshot import WeightSnapshot
 
 @dataclass
 class Weights:
-    """What a layer multiplies with, and its attention."""
+    """A layer's weights, norms and attention module.
+
+    Attributes
+    ----------
+    attention : Any
+        The attention module.
+    inputs, input_biases : list
+        Weights and biases of the query, key and value projections.
+    output, output_bias : Tensor
+        The output projection; the bias may be None.
+    ffn : dict
+        The FFN's weights, from `FFNParts.dense`.
+    down_bias : Tensor or None
+        The bias of the down projection.
+    norms : tuple of Norm
+        The norms of attention and FFN.
+    whole : PromptLayer or None
+        The layer as one C call, where tiles support all of it.
+    """
 
     attention: Any
     inputs: list[Tensor]
@@ -43,7 +64,7 @@ class Weights:
 
 
 class LlamaLayer:
-    """Runs prompts through a layer, with the residuals added where the products are rounded.
+    """Runs prompts through a layer, with the residuals fused into the matrix products.
 
     Parameters
     ----------
@@ -52,13 +73,13 @@ class LlamaLayer:
     ffn : FFNParts
         The parts of its FFN.
     products : Products
-        Multiplies.
+        The matrix products.
     attention : PromptAttention
-        Attends.
+        The attention between the projections.
     gates : GateStore
-        Who wants to see the FFN's gates.
+        Keeps requested gates of the FFN.
     scratch : Scratch
-        PrunedPrompt to work in, for all layers.
+        Working memory, shared by all layers.
     """
 
     def __init__(
@@ -77,14 +98,14 @@ class LlamaLayer:
         self._weights: Weights | None = None
 
     def run(self, x: Tensor, mask: Any, cache: Any, cos_sin: Any, **kwargs: Any) -> Tensor | None:
-        """(B, T, d) to (B, T, d), or None where C cannot do it.
+        """(B, T, d) to (B, T, d), or None where the C code does not support it.
 
         Parameters
         ----------
         x : Tensor
-            Several tokens of each sample, on the CPU, that nobody wants a graph of.
+            Several tokens per sample, on the CPU, without autograd.
         mask, cache : object
-            As the layer gets them.
+            The layer's ``attention_mask`` and ``past_key_values``.
         cos_sin : tuple of Tensor
             Cosines and sines, (B or 1, T, D) each, of x's dtype.
         """
@@ -99,7 +120,7 @@ class LlamaLayer:
         return out
 
     def _goes_at_once(self, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether attention reads this prompt's own keys alone, and hooks can wait for the end."""
+        """Whether attention reads this prompt's keys only, and the hooks may run late."""
         if cache is not None and not stores_as_given(cache, self.layer.self_attn.layer_idx):
             return False
         known = PromptLayer.supports(x, mask) and not asks_for_more(kwargs)
@@ -152,7 +173,7 @@ class LlamaLayer:
         return products.linear(active, weights.ffn["down"], weights.down_bias, x)
 
     def _find_weights(self) -> Weights | None:
-        """The weights, or None if C cannot multiply with them; looked at again after a change."""
+        """The weights, read again after a change; None if the C code does not support them."""
         if not self._watch.unchanged():
             weights = self._list_weights()
             self._weights = weights if weights is not None and self._fit(weights) else None
@@ -162,7 +183,7 @@ class LlamaLayer:
         return self._weights
 
     def _prepare(self, weights: Weights) -> PromptLayer | None:
-        """The layer as one call, where tiles do all of it."""
+        """The layer as one C call, or None where tiles do not support all of it."""
         attention, ffn = weights.attention, self.ffn
         names = ("q", "k", "v")
         matrices = dict(zip(names, weights.inputs, strict=True))
@@ -195,7 +216,7 @@ class LlamaLayer:
         return all(part.is_contiguous() for part in matrices if part is not weights.ffn["down"])
 
     def _list_weights(self) -> Weights | None:
-        """What stands in the layer now; None if that is no longer plain."""
+        """The layer's present weights; None if its modules are no longer plain."""
         layer, ffn = self.layer, self.ffn
         attention = layer.self_attn
         inputs = inputs_of(attention)
@@ -224,7 +245,7 @@ def activate(
     x: Tensor,
     norm: Norm | None = None,
 ) -> Tensor:
-    """(B, T, d) to the activations (B, T, F) of a gated FFN, of normalised x where there is a norm.
+    """The activations (B, T, F) of a gated FFN on x (B, T, d), normalised first with a norm.
 
     ``weights`` are those of `FFNParts.dense`.
     """

@@ -1,4 +1,4 @@
-"""Reads a Llama-like decoder, or says why it is none."""
+"""Reads the weights of a decoder of Llama's form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD_NORMS = {"q_norm", "k_norm"}
 
 
 class OddDecoderError(Exception):
-    """The decoder has another form than Llama's."""
+    """The decoder does not have Llama's form."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Layout:
     final_norm : Tensor
         (d,).
     shape : Shape
-        What the layers have in common.
+        The shape of every layer.
     """
 
     layers: list[LayerWeights]
@@ -46,18 +46,18 @@ class Layout:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor that is read by its address."""
+        """Every tensor that C code reads by its address."""
         own = [t for layer in self.layers for t in vars(layer).values() if t is not None]
         return [*own, self.final_norm, *(t for ffn in self.ffns for t in ffn.dense().values())]
 
 
 def read_layout(parts: ModelSpec, ffns: list[FFNParts]) -> Layout:
-    """Read a decoder.
+    """Read a decoder's weights.
 
     Raises
     ------
     OddDecoderError
-        It has another form than Llama's; the message says where.
+        The decoder does not have Llama's form; the message names the difference.
     """
     decoder: Any = parts.decoder
     config = parts.config
@@ -84,7 +84,7 @@ def read_layout(parts: ModelSpec, ffns: list[FFNParts]) -> Layout:
 
 
 def _refuse_foreign_forwards(parts: ModelSpec) -> None:
-    """Refuse layers in which somebody replaced the forward of a module on its instance."""
+    """Refuse layers with a forward that other code replaced on its instance."""
     final = getattr(parts.decoder, "norm", None)
     modules = [m for layer in parts.layers for m in layer.modules()]
     for module in [*modules, *([] if final is None else [final])]:
@@ -151,7 +151,7 @@ def _read_layer(layer: Any) -> LayerWeights:
 
 
 def _check_tensors(layout: Layout) -> None:
-    """Refuse what cannot be read by its address."""
+    """Refuse tensors that C code cannot read by their address."""
     dtype, shape = layout.final_norm.dtype, layout.shape
     hidden = layout.final_norm.shape[0]
     for tensor in layout.tensors:

@@ -1,4 +1,7 @@
-"""Runs the matrices, the norms and the FFNs of prompts in C, on a CPU's tiles or vectors."""
+"""Prompts in C: matrix products, norms, FFNs and whole layers, on tile or vector units.
+
+Shapes: B samples, T tokens, H attention heads, G key-value heads, D head dimension.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from corematching.model.patching import Patches, has_foreign_forward
 from corematching.model.spec import ModelSpec
 
 FEWEST_FLOAT_ROWS = 64
-"""PyTorch multiplies fewer rows of float32 in less time."""
+"""With fewer rows of float32, PyTorch's matrix products are faster."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -39,18 +42,18 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 class NativePrompts:
     """Replaces the forwards of linear layers, RMSNorms, gated FFNs and Llama's attention.
 
-    In the vision tower and the projector, those of linear layers and convolutions. On their
-    instances, and only for prompts: a call that they cannot take (a single token, gradients,
-    autocast, another dtype, compiled code) goes to the module's own forward. Hooks on modules see
-    what they always see.
+    In the vision tower and the projector it replaces linear layers, convolutions and whole layers.
+    Forwards are replaced on instances and for prompts only: unsupported calls (decode steps,
+    gradients, autocast, another dtype, compiled code) run the module's own forward. Hooks on
+    modules see their usual tensors.
 
     Parameters
     ----------
     parts : ModelSpec
         The model's parts.
     unit : str or None
-        What multiplies: ``tiles`` or ``vectors``; None replaces nothing. The default is what the
-        machine is best at.
+        The compute unit: ``tiles`` or ``vectors``; None replaces nothing. Default: the machine's
+        best one.
 
     Attributes
     ----------
@@ -69,12 +72,12 @@ class NativePrompts:
         self.layers = 0
 
     def install(self, ffns: list[FFNParts]) -> None:
-        """Replace the forwards, where there is something to multiply with.
+        """Replace the forwards, if there is a compute unit.
 
         Parameters
         ----------
         ffns : list of FFNParts
-            Of all layers, or none.
+            The FFNs of all layers, or an empty list.
         """
         if self.unit is None:
             return
@@ -96,7 +99,7 @@ class NativePrompts:
         for norm in norms:
             self._wrap(norm, _run_norm, norm)
         if any(map(has_foreign_forward, layers)):
-            return  # what follows runs several modules at once
+            return  # the code below fuses several modules
         ffns = ffns if _are_known(ffns) else []
         for ffn in ffns:
             inner = [module for module in ffn.mlp.modules() if module not in (ffn.mlp, ffn.down)]
@@ -110,7 +113,7 @@ class NativePrompts:
                     self._wrap(layer, self._layer, whole, _watch_layer(layer, ffn))
 
     def _install_in_tower(self, modules: list[nn.Module]) -> None:
-        """Whole layers, and attentions; a layer is compared before its attention is replaced."""
+        """Replace layers and attentions; a layer is compared before its attention is replaced."""
         found = [TowerAttention(m, self._project_qkv, self._attend) for m in modules]
         known = {attention.module: attention for attention in found if attention.is_known()}
         for module in modules:
@@ -124,14 +127,14 @@ class NativePrompts:
             self._wrap(module, attention.forward)
 
     def remove(self) -> None:
-        """Put every forward back."""
+        """Restore every forward."""
         self._patches.undo()
 
     def _wrap(self, owner: Any, around: Any, *args: Any) -> None:
         self._patches.wrap(owner, "forward", functools.partial(around, *args))
 
     def _layers_are_llamas(self, ffn: FFNParts, norms: list[Any]) -> bool:
-        """Whether the layers are of one form, and that form computes what `LlamaLayer` does."""
+        """Whether all layers have one form, and it computes the same as `LlamaLayer`."""
         first: Any = self.parts.layers[0]
         for layer in self.parts.layers:
             names = {name for name, _ in layer.named_children()}
@@ -147,15 +150,15 @@ class NativePrompts:
         return ours is not None and is_close(ours, theirs)
 
     def _make_probe(self, attention: Any) -> tuple[Tensor, Any]:
-        """As few tokens as run here, and their cos_sin; a gap is between their places."""
+        """A minimal prompt with a gap in its positions, and their cosines and sines."""
         decoder: Any = self.parts.decoder
         dtype = attention.q_proj.weight.dtype
         count = FEWEST_FLOAT_ROWS if dtype == torch.float32 else 3
         with torch.inference_mode(False), torch.no_grad():
             x = torch.sin(torch.arange(1.0 * count * attention.q_proj.in_features))
-            x, places = x.to(dtype).view(1, count, -1), torch.arange(1, count + 1)[None]
-            places[:, 2:] += 6
-            return x, decoder.rotary_emb(x, places)
+            x, positions = x.to(dtype).view(1, count, -1), torch.arange(1, count + 1)[None]
+            positions[:, 2:] += 6
+            return x, decoder.rotary_emb(x, positions)
 
     def _join(self, layer: Any, ffn: FFNParts) -> LlamaLayer:
         return LlamaLayer(layer, ffn, self._products, self._attend, self.parts.gates, self._scratch)
@@ -174,7 +177,7 @@ class NativePrompts:
         x, cos_sin = hidden_states, position_embeddings
         attention = whole.layer.self_attn
         known = is_prompt(x) and self._takes(x) and not hooks.sees_any()
-        known = known and uses_sdpa(attention) and _are_angles(cos_sin, x, attention.head_dim)
+        known = known and uses_sdpa(attention) and _are_cos_sin(cos_sin, x, attention.head_dim)
         out = whole.run(x, attention_mask, past_key_values, cos_sin, **kwargs) if known else None
         if out is not None:
             self.layers += 1
@@ -185,7 +188,7 @@ class NativePrompts:
         )  # fmt: skip
 
     def _takes(self, x: Tensor) -> bool:
-        """Whether x is of a dtype that C multiplies faster, and has rows enough for it."""
+        """Whether the C code is faster for x: its dtype, and its number of rows."""
         few = x.dtype == torch.float32 and x.numel() < FEWEST_FLOAT_ROWS * x.shape[-1]
         return x.dtype in self._dtypes and not few
 
@@ -200,7 +203,7 @@ class NativePrompts:
         return self._products.linear(x, module.weight, module.bias)
 
     def _ffn(self, ffn: FFNParts, hooks: HookMonitor, original: Any, x: Tensor, *args: Any) -> Any:
-        """Gate, activation and up at once; the down projection is called as a module."""
+        """Run gate, activation and up as one product; the down projection is called as a module."""
         if args or not is_prompt(x) or hooks.sees_any():
             return original(x, *args)
         weights = ffn.dense()
@@ -233,7 +236,7 @@ class NativePrompts:
         return module.o_proj(mixed), weights
 
     def _project_qkv(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
-        """(B, T, queries, keys and values, D), not rotated; None where C cannot do that."""
+        """Queries, keys and values before rotation, (B, T, H + 2G, D), or None if unsupported."""
         inputs = inputs_of(module)
         if not is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
             return None
@@ -244,13 +247,13 @@ class NativePrompts:
         return qkv.view(*x.shape[:-1], -1, module.head_dim)
 
     def _project(self, module: Any, x: Tensor, cos_sin: Any) -> Tensor | None:
-        """(B, T, H + 2G, D), queries, keys and values, not rotated; None where C cannot do that."""
-        if not _are_angles(cos_sin, x, module.head_dim):
+        """`_project_qkv` for Llama's attention; None also for unsupported cosines and sines."""
+        if not _are_cos_sin(cos_sin, x, module.head_dim):
             return None
         return self._project_qkv(module, x) if type(module.o_proj) is nn.Linear else None
 
     def _attends_like_llama(self) -> bool:
-        """Whether the attentions are of one form, and that form computes what `attend` does."""
+        """Whether all attentions have one form, and it computes the same as `attend`."""
         decoder: Any = self.parts.decoder
         first: Any = self.parts.attentions[0]
         for module in self.parts.attentions:
@@ -279,7 +282,7 @@ def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:
 
 
 def _are_known(ffns: list[FFNParts]) -> bool:
-    """Whether these are gated FFNs of one form, and the first computes what that form says."""
+    """Whether all FFNs are gated and of one class, and the first passes `FFNParts.check`."""
     if len({type(ffn.mlp) for ffn in ffns}) != 1:
         return False
     try:
@@ -290,7 +293,7 @@ def _are_known(ffns: list[FFNParts]) -> bool:
 
 
 def _watch_layer(layer: Any, ffn: FFNParts) -> HookMonitor:
-    """The hooks that a layer in one piece would not run."""
+    """A monitor of the hooks that a fused layer would skip."""
     called = (ffn.mlp, ffn.down)
     inner = [module for module in layer.modules() if module not in (layer, *called)]
     return HookMonitor(inner, called=called)
@@ -302,14 +305,14 @@ def _is_plain_linear(module: Any) -> bool:
 
 
 def _run_convolution(module: Any, original: Any, x: Tensor) -> Tensor:
-    """In float32, rounded once, what a CPU without bf16 products takes forty times longer for."""
+    """A bf16 convolution in float32, rounded once: 40 times faster on a CPU without bf16 units."""
     if not is_plain(x) or x.dtype != torch.bfloat16 or module.weight.dtype != x.dtype:
         return original(x)
     bias = None if module.bias is None else module.bias.float()
     return module._conv_forward(x.float(), module.weight.float(), bias).to(x.dtype)
 
 
-def _are_angles(cos_sin: Any, x: Tensor, size: int) -> bool:
+def _are_cos_sin(cos_sin: Any, x: Tensor, size: int) -> bool:
     """Whether these are cosines and sines, (B or 1, T, D) each."""
     return isinstance(cos_sin, tuple) and all(
         isinstance(part, Tensor)

@@ -1,9 +1,9 @@
-"""Compares a native step with the decoder's own, once per model.
+"""The self-check of native decode steps against the decoder's own forward, once per model.
 
-A native step of a bf16 model computes in float32 and rounds what it stores, so its keys and values
-of the first layers are compared with the layers' own in float32: there, any difference that is
-larger than a rounding is a difference of form. Deeper down, and at the end, it is compared with the
-decoder's own step in bf16, whose roundings add up.
+A native step of a bf16 model computes in float32 and rounds only stored values. The keys and values
+of its first layers are compared with the layers' own forwards in float32, where any difference
+beyond rounding is a difference of architecture. Deeper layers and the output are compared with the
+decoder's own step in bf16, where rounding errors add up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-2}
 ROUNDINGS = 2
-"""What a first layer's keys may differ by from float32, in units of the dtype's precision."""
+"""Tolerance of the first layers' keys and values against float32, in units of the dtype's eps."""
 EXACT_LAYERS = 2
 POSITIONS = (0, 5, 6, 17)
 STEP = 29
@@ -33,7 +33,7 @@ _checked: weakref.WeakKeyDictionary[Any, tuple[tuple[str, ...], bool]] = weakref
 
 
 def agrees(steps: NativeSteps) -> bool:
-    """Whether two tokens behind short prompts come out as from the decoder's own forward."""
+    """Whether native steps after two short prompts agree with the decoder's own forward."""
     decoder = steps.parts.decoder
     known, form = _checked.get(decoder), steps.form
     if known is not None and known[0] == form:
@@ -69,7 +69,7 @@ def _compare(steps: NativeSteps, decoder: Any) -> bool:
 def _is_exact(
     steps: NativeSteps, x: Tensor, ours: Tensor | None, own: DynamicCache, exact: DynamicCache
 ) -> bool:
-    """Whether the first layers' new keys and values are those in float32, but for a rounding."""
+    """Whether the first layers' new keys and values equal those in float32 up to rounding."""
     count = min(EXACT_LAYERS, len(steps.parts.layers))
     tolerance = ROUNDINGS * torch.finfo(x.dtype).eps
     try:
@@ -85,7 +85,7 @@ def _is_exact(
 
 
 def _run_in_float32(steps: NativeSteps, x: Tensor, cache: DynamicCache, count: int) -> Tensor:
-    """The first layers' own forwards, one after the other, on weights widened for as long."""
+    """Run the first layers' own forwards, one after the other, on float32 copies of weights."""
     decoder: Any = steps.parts.decoder
     position = torch.tensor([[STEP]])
     x = x.float()
@@ -117,7 +117,7 @@ def _layers(cache: DynamicCache) -> list[Any]:
 
 
 def _is_close(ours: Tensor | None, theirs: Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by little of their norm."""
+    """Whether the relative error in norm is below the tolerance."""
     if ours is None or ours.shape != theirs.shape:
         return False
     error = (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-20)

@@ -1,4 +1,7 @@
-"""Layers of vision towers in one call of C or in a few, and their attention, on a CPU's tiles."""
+"""Vision tower layers of CLIP and SigLIP, in one C call or in a few, on tile units.
+
+Shapes: B images, T patches, d hidden size, H attention heads, D head dimension.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +37,22 @@ from corematching.model.snapshot import WeightSnapshot
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 LAYER_PARTS = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
 NOT_HERE = (*ONLY_SDPA, "is_causal", "output_attentions")
-"""What a call may ask for that only the module's own forward does."""
+"""Options of an attention call that only the module's own forward supports."""
 NO_NORM = Norm(torch.empty(0), 0.0)
 
 
 class TowerAttention:
-    """The attention of CLIP and SigLIP: all heads have keys of their own, and nothing is rotated.
+    """The attention of CLIP and SigLIP: multi-head, without rotary positions.
 
     Parameters
     ----------
     module : nn.Module
-        What may be such an attention.
+        A candidate for such an attention; see `is_known`.
     project : callable
-        ``project(module, x, norm)`` gives (B, T, 3H, D), queries, keys and values of x, normalised
-        first where there is a norm; None where it cannot.
+        ``project(module, x, norm)`` gives queries, keys and values of x, (B, T, 3H, D), normalised
+        first with a norm; None if unsupported.
     attention : PromptAttention
-        Does the rest.
+        The attention between the projections.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class TowerAttention:
         self._hooks = HookMonitor(self._inputs, ignored=[reads_shapes])
 
     def is_known(self) -> bool:
-        """Whether the module has this form, and computes what `forward` does."""
+        """Whether the module has this form, and computes the same as `forward`."""
         module = self.module
         children = dict(module.named_children())
         if set(children) != set(PROJECTIONS) or not uses_sdpa(module):
@@ -86,14 +89,14 @@ class TowerAttention:
     def forward(
         self, original: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
-        """(B, T, d) to (B, T, d) and no weights, or what the module's own forward gives."""
+        """(B, T, d) to (B, T, d) and no weights, or the module's own forward."""
         out = self._see(hidden_states, attention_mask) if self.may_run(kwargs) else None
         if out is None:
             return original(hidden_states, attention_mask=attention_mask, **kwargs)
         return out, None
 
     def may_run(self, kwargs: dict[str, Any]) -> bool:
-        """Whether nobody asks for, or looks at, what only the module's own forward has."""
+        """Whether no option and no hook needs the module's own forward."""
         asked = any(kwargs.get(name) for name in NOT_HERE)
         return uses_sdpa(self.module) and not self._hooks.sees_any() and not asked
 
@@ -102,7 +105,7 @@ class TowerAttention:
         return None if mixed is None else self.module.out_proj(mixed)
 
     def mix(self, x: Tensor, mask: Any, norm: Norm | None = None) -> Tensor | None:
-        """(B, T, d) to what the output projection gets, (B, T, d); None where C cannot do it."""
+        """(B, T, d) to the output projection's input (B, T, d); None if unsupported."""
         qkv = self._project(self.module, x, norm)
         if qkv is None:
             return None
@@ -113,18 +116,18 @@ class TowerAttention:
 
 
 class TowerLayer:
-    """A layer of CLIP's and SigLIP's towers: products add the residuals and apply the activation.
+    """A layer of CLIP and SigLIP, with residuals and activation fused into the matrix products.
 
     Parameters
     ----------
     layer : nn.Module
-        What may be such a layer.
+        A candidate for such a layer; see `is_known`.
     attention : TowerAttention
-        Of its attention; known.
+        Its attention, which `is_known`.
     products : Products
-        Multiplies, on tiles.
+        The matrix products, on tiles.
     scratch : Scratch
-        PrunedPrompt to work in, for all layers.
+        Working memory, shared by all layers.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class TowerLayer:
         self._hooks = HookMonitor(())
 
     def is_known(self) -> bool:
-        """Whether the layer has this form, and computes what `forward` does."""
+        """Whether the layer has this form, and computes the same as `forward`."""
         layer = self.layer
         if set(dict(layer.named_children())) != LAYER_PARTS:
             return False
@@ -158,7 +161,7 @@ class TowerLayer:
     def forward(
         self, original: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
-        """(B, T, d) to (B, T, d), or what the layer's own forward gives."""
+        """(B, T, d) to (B, T, d), or the layer's own forward."""
         known = self._attention.may_run(kwargs) and not self._hooks.sees_any()
         out = self._run(hidden_states, attention_mask) if known else None
         return original(hidden_states, attention_mask, **kwargs) if out is None else out
@@ -180,7 +183,7 @@ class TowerLayer:
         return self._multiply(layer.mlp.fc2, active, x)
 
     def _run_at_once(self, whole: PromptLayer, x: Tensor, mask: Any) -> Tensor:
-        """The same in one call; the hooks, which count, read nothing but shapes."""
+        """Run the layer in one C call; its hooks read only shapes."""
         attention, mlp = self.layer.self_attn, self.layer.mlp
         done = whole.run(x.contiguous(), None, mask, is_causal(attention, mask, {}))
         assert done.qkv is not None
@@ -193,7 +196,7 @@ class TowerLayer:
         return done.out
 
     def _prepare(self) -> PromptLayer | None:
-        """The layer, whose other parts are plain, as one call; None if attention needs more."""
+        """The layer as one C call; None if its attention does not support that."""
         attention, mlp = self.layer.self_attn, self.layer.mlp
         inputs, dtype = inputs_of(attention), self._norms[0].weight.dtype
         plain = all(type(linear) is nn.Linear and _fits(linear.weight) for linear in inputs)
@@ -209,7 +212,7 @@ class TowerLayer:
         )  # fmt: skip
 
     def _read_layer(self) -> bool:
-        """Read the norms, and whether all parts are still such that C can do their work."""
+        """Read the norms, and return whether the C code supports all parts."""
         layer, mlp = self.layer, self.layer.mlp
         norms = [layer.layer_norm1, layer.layer_norm2]
         if mlp.activation_fn is not self._function or not all(map(_is_plain_norm, norms)):
@@ -243,7 +246,7 @@ def _is_plain_norm(norm: Any) -> bool:
 
 
 def _name_activation(function: Any) -> str:
-    """The name of an activation function that C knows; "" of any other."""
+    """The name of an activation function that the C code supports; "" for any other."""
     if type(function) is QuickGELUActivation:
         return "quick_gelu"
     return activation_name(function) or ""

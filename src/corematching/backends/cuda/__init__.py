@@ -1,1 +1,1 @@
-"""Triton kernels and CUDA graphs."""
+"""The CUDA backend: Triton kernels and CUDA graphs."""

@@ -28,7 +28,7 @@ class CudaBackend(Backend):
 
     @staticmethod
     def supports(parts: ModelSpec) -> str | None:
-        """Layers that are not all on one CUDA device."""
+        """The reason if the layers are not all on one CUDA device, else None."""
         devices = {p.device for layer in parts.layers for p in layer.parameters()}
         on_one = len(devices) == 1 and next(iter(devices)).type == "cuda"
         return None if on_one else "the layers are not all on one CUDA device"
@@ -39,19 +39,19 @@ class CudaBackend(Backend):
         self.graph.install()
 
     def refresh(self) -> None:
-        """Look at the weights and the choices again."""
+        """Check weights and choices for changes at the next step."""
         self.graph.refresh()
 
     def expect(self, tokens: int) -> None:
-        """Leave room for so many tokens in the graph's buffers."""
+        """Leave room for ``tokens`` new tokens in the graph's buffers."""
         self.graph.room = max(tokens, 0)
 
     def stats(self) -> BackendStats:
-        """Replayed steps."""
+        """The number of replayed steps."""
         return BackendStats(graph_replays=self.graph.count)
 
     def describe(self, ran: bool, counted: bool) -> str:
-        """The FFNs' kernel, and whether steps were replayed."""
+        """The FFNs' kernel, with "CUDA graph" if steps were replayed."""
         kernels = {ffn.kernel_name for ffn in self.sparse.values() if ffn.runs_uncounted}
         name = f"{kernels.pop()} FFNs" if kernels else "torch"
         return f"{name}, CUDA graph" if ran else name

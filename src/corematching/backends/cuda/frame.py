@@ -1,7 +1,7 @@
-"""The tensors on which a captured decode step runs, and what lays a cache into them.
+"""The static tensors of a captured decode step.
 
-Shapes: B samples, S columns of the buffer, d hidden size, G heads for keys and values, D their
-size, L layers.
+Shapes: B samples, S columns of the buffer, d hidden size, G key-value heads, D head dimension,
+L layers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from transformers.cache_utils import Cache, StaticLayer
 
 
 class FixedLayer(StaticLayer):
-    """A cache layer that stores one token where a tensor says, and shows all columns.
+    """A cache layer that stores a token in the column given by a tensor, and returns all columns.
 
     Parameters
     ----------
     keys, values : Tensor
-        (B, G, S, D).
+        (B, G, S, D) each.
     column : Tensor
-        (1,) long.
+        (1,) long, the column of the next token.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
@@ -32,7 +32,7 @@ class FixedLayer(StaticLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        """Store a token's keys and values, (B, G, 1, D) each."""
+        """Store a token's keys and values, (B, G, 1, D) each; returns all, (B, G, S, D) each."""
         assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, self.column, key_states)
         self.values.index_copy_(2, self.column, value_states)
@@ -46,25 +46,25 @@ class Frame:
     Attributes
     ----------
     form : tuple
-        What the tensors' shapes follow from.
+        The key of the tensors' shapes and dtypes.
     buffer : Tensor
         (2 * L, B, G, S, D), keys and values of all layers.
     x, out : Tensor
-        (B, 1, d), in front of the first layer and behind the final norm.
+        (B, 1, d) each, the first layer's input and the final norm's output.
     positions : Tensor
-        As the decoder takes them.
+        The decoder's ``position_ids``.
     column : Tensor
-        (1,) long, where this token's keys and values go.
+        (1,) long, the column of this token's keys and values.
     mask : Tensor
-        (B, 1, 1, S), bool for sdpa, additive for eager attention.
+        (B, 1, 1, S), bool for sdpa, additive for eager attention or log counts.
     cache : Cache
-        The buffer, as the decoder takes it.
+        The buffer as the decoder's ``past_key_values``.
     users : int
-        References to the buffer's memory while no other cache shows it.
+        References to the buffer's storage while no other cache uses it.
     addresses : tuple of int
-        Of all that else the captured step reads.
+        Addresses of the choices' tensors in the captured step; empty before the first step.
     recorder : Any
-        The captured step.
+        The captured step; None before the capture.
     """
 
     form: tuple[Any, ...]
@@ -86,23 +86,23 @@ class Frame:
 
     @property
     def is_free(self) -> bool:
-        """Whether nobody else can see the buffer any more."""
+        """Whether nothing else references the buffer any more."""
         return count_users(self.buffer) == self.users
 
 
 def make_frame(form: tuple[Any, ...], buffer: Tensor, x: Tensor, positions: Tensor) -> Frame:
-    """A frame for tokens like ``x`` at places like ``positions``.
+    """Create a frame for tokens like ``x`` and positions like ``positions``.
 
     Parameters
     ----------
     form : tuple
-        As `Frame` has it; the last item says whether masks are additive.
+        As in `Frame`; the last item is whether masks are additive.
     buffer : Tensor
-        (2 * L, B, G, S, D) of any values.
+        (2 * L, B, G, S, D); overwritten with zeros.
     x, positions : Tensor
-        Of a first step.
+        Inputs of a first step.
     """
-    buffer.zero_()  # what no one sees must still be numbers
+    buffer.zero_()  # masked columns must be finite
     batch, columns = x.shape[0], buffer.shape[3]
     column = torch.zeros(1, dtype=torch.long, device=x.device)
     halves = zip(buffer[::2].unbind(0), buffer[1::2].unbind(0), strict=True)
@@ -122,7 +122,7 @@ def make_frame(form: tuple[Any, ...], buffer: Tensor, x: Tensor, positions: Tens
 
 
 def count_users(tensor: Tensor) -> int:
-    """How many tensors show this one's memory; ever new numbers where torch does not say."""
+    """References to a tensor's storage; a new negative number where torch cannot count them."""
     count: Any = getattr(torch._C, "_storage_Use_Count", None)
     if count is None:
         return -id(object())
@@ -130,16 +130,16 @@ def count_users(tensor: Tensor) -> int:
 
 
 def show_columns(mask: Tensor, visible: Tensor, log_counts: Tensor | None = None) -> None:
-    """Let attention see some of the first columns and none behind them.
+    """Fill a mask with the visible columns; all columns from K on are hidden.
 
     Parameters
     ----------
     mask : Tensor
         (B, 1, 1, S), changed in place; additive where ``log_counts`` are given.
     visible : Tensor
-        (B or 1, K) bool, K columns that store something.
+        (B or 1, K) bool, for the K columns in use.
     log_counts : Tensor or None
-        (B, up to K), what is added to the scores of the first columns.
+        (B, up to K), the bias of the first columns' scores.
     """
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     mask[..., visible.shape[1] :].fill_(hidden)

@@ -1,10 +1,9 @@
-"""Replays a decoder's single tokens as a CUDA graph: one launch a token instead of a thousand.
+"""Replays decode steps as a CUDA graph: one launch per token instead of about a thousand.
 
-A small batch's step is a chain of short kernels that Python cannot launch as fast as a GPU runs
-them. The first step of a prompt runs as usual, on tensors that stay where they are; the second one
-is captured, and all others replay it. The cache remains an ordinary DynamicCache. Where the next
-prompt fits into the same tensors, its first step already replays.
-Shapes: B samples, S columns of the buffer, d hidden size.
+At small batch sizes, decode is launch-bound. The first step after a prompt runs eagerly on static
+tensors, the second one is captured, and all others replay it. The cache remains an ordinary
+DynamicCache. If the next prompt fits into the same tensors, its first step already replays.
+Shapes: B samples, S columns of the buffer, K columns in use, d hidden size.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ from corematching.model.spec import ModelSpec
 log = logging.getLogger(__name__)
 
 MOST_ROOM = 1024
-"""Columns for new tokens that a buffer has at first, however many are allowed."""
+"""Upper limit of a new buffer's columns for new tokens."""
 STRIDE = 128
-"""Columns are a multiple of this, so that prompts of like length use the same ones."""
+"""Columns are a multiple of this, so that prompts of similar length share a frame."""
 
 
 class Recorder(Protocol):
-    """Keeps the launches of a function."""
+    """Captures and replays the kernel launches of a function."""
 
     def capture(self, work: Callable[[], None]) -> None:
-        """Keep what ``work`` launches, without running it."""
+        """Capture the launches of ``work`` without running them."""
         ...
 
     def replay(self) -> None:
-        """Launch it again, on the same tensors."""
+        """Launch the captured work on the same tensors."""
         ...
 
 
 class CudaGraph:
-    """`Recorder` on a CUDA device."""
+    """The `Recorder` on a CUDA device."""
 
     def __init__(self) -> None:
         self._graph: Any = torch.cuda.CUDAGraph()
@@ -62,10 +61,10 @@ class CudaGraph:
 
 
 class GraphSteps:
-    """Replaces a decoder's forward for single tokens that go on from a DynamicCache.
+    """Replaces a decoder's forward for decode steps on a DynamicCache.
 
     Everything else (prompts, static caches, sliding windows, flash attention, gradients, foreign
-    hooks, wanted attention maps) runs through the decoder's own forward.
+    hooks, attention maps) runs through the decoder's own forward.
 
     Parameters
     ----------
@@ -74,18 +73,18 @@ class GraphSteps:
     sparse : mapping
         The layers' sparse FFNs, by layer.
     make_recorder : callable
-        Gives a `Recorder`.
+        Makes a `Recorder`.
 
     Attributes
     ----------
     count : int
-        Steps that were replayed.
+        Replayed steps.
     captures : int
-        Steps that were captured.
+        Captured steps.
     room : int
-        New tokens that are expected.
+        Expected number of new tokens.
     reason : str
-        Why no step can run here; empty where they can.
+        Why steps cannot be captured; empty where they can.
     """
 
     def __init__(
@@ -116,12 +115,12 @@ class GraphSteps:
         self._patches.wrap(self._decoder, "forward", self._forward)
 
     def remove(self) -> None:
-        """Put the decoder's own forward back; free the captured step and its tensors."""
+        """Restore the decoder's own forward; free the captured step and its tensors."""
         self._patches.undo()
         self._frame = self._buffers = None
 
     def refresh(self) -> None:
-        """A prompt or a turn begins: weights and choices may be others."""
+        """Check weights and choices for changes at the next step."""
         self._stale = True
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +136,7 @@ class GraphSteps:
         )
 
     def _can_run(self, kwargs: dict[str, Any]) -> bool:
-        """Whether attention takes a mask over all columns, and FFNs read what stays in place."""
+        """Whether attention takes a mask over all columns, and the FFNs' tensors are static."""
         if self.parts.config._attn_implementation not in ("sdpa", "eager"):
             return False
         if "sliding_attention" in (getattr(self.parts.config, "layer_types", None) or ()):
@@ -145,7 +144,7 @@ class GraphSteps:
         return not self._hooks.sees_any() and all(ffn.is_fixed for ffn in self.sparse.values())
 
     def _step(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, 1, d) embeddings to (B, 1, d) behind the final norm; None where that cannot be."""
+        """(B, 1, d) embeddings to the final norm's output (B, 1, d); None for unsupported calls."""
         cache, batch = kwargs["past_key_values"], x.shape[0]
         buffers = self._find_buffers(cache, x)
         stored = None if buffers is None else buffers.stored(cache, batch)
@@ -170,7 +169,7 @@ class GraphSteps:
             return frame.out.clone()
 
     def _run(self, frame: Frame) -> bool:
-        """Compute the step that lies in the frame: as usual the first time, then captured."""
+        """Run the frame's step: eagerly at first, then as a graph; False if capture fails."""
 
         def work() -> None:
             out = self._forward_of_decoder(
@@ -201,7 +200,7 @@ class GraphSteps:
         return True
 
     def _find_buffers(self, cache: Any, x: Tensor) -> CacheBuffers | None:
-        """The buffers for such a cache; new ones where they are for another model or device."""
+        """The buffers for a cache, new ones if its shape or device differs; None without keys."""
         layers = getattr(cache, "layers", None)
         keys = getattr(layers[0], "keys", None) if layers else None
         if not isinstance(keys, Tensor) or keys.ndim != 4 or keys.device != x.device:
@@ -215,7 +214,7 @@ class GraphSteps:
     def _take_frame(
         self, buffers: CacheBuffers, cache: Any, x: Tensor, positions: Tensor, stored: int
     ) -> Frame:
-        """The frame in which the cache's next token has a column."""
+        """A frame with the cache in its buffer and a free column for the next token."""
         frame = self._frame
         additive = self.parts.config._attn_implementation == "eager"
         additive = additive or log_counts_of(cache, x.shape[0]) is not None
@@ -238,17 +237,17 @@ class GraphSteps:
         return frame
 
     def _columns(self, stored: int) -> int:
-        """S of a frame for so many tokens and those that are to come."""
+        """S of a frame for the stored and the expected tokens."""
         room = max(min(self.room, MOST_ROOM), stored // 4) + 1
         return -(-(stored + room) // STRIDE) * STRIDE
 
     def _addresses(self) -> tuple[int, ...]:
-        """Where all that a captured step reads of the choices lies."""
+        """The addresses of the choices' tensors in a captured step."""
         return (len(self.sparse), *(a for ffn in self.sparse.values() for a in ffn.addresses))
 
 
 def _visible(mask: Any, batch: int, length: int, device: torch.device) -> Tensor | None:
-    """(B or 1, K) bool, the columns that a token sees; None where that cannot be had."""
+    """(B or 1, K) bool, the visible columns; None for a mask of another form."""
     if mask is None:
         return torch.ones(1, length, dtype=torch.bool, device=device)
     if not isinstance(mask, Tensor) or mask.shape != (batch, length):

@@ -1,15 +1,15 @@
-"""The indexed FFN as Triton kernels: the chosen neurons' rows are read in place, none is copied.
+"""The indexed FFN as Triton kernels, which read the chosen neurons' rows in place.
 
 Three launches, each with a fixed order of summation, so equal inputs give equal bits: the neurons
 (gate, up, activation), the down projection split over the neurons, and the sum of the splits with
-the bias. Accumulation is in float32 whatever the weights' dtype. Nothing waits for the device, all
+the bias. Accumulation is in float32 for every weight dtype. Nothing waits for the device, and all
 shapes follow from the arguments' shapes: the step can be captured in a CUDA graph, and
 ``torch.compile(fullgraph=True)`` sees one operator.
 
-A batch whose samples have different neurons walks their *union* once, with a membership mask. A
-decode step is bound by the weights that it reads: walking B lists of a share p of the neurons reads
-``B * p`` of the FFN (3.2 of it at B = 8, p = 0.4), the union ``1 - (1 - p) ** B`` at most (0.98),
-never more than the dense FFN; and one row serves up to 16 samples in one matrix instruction.
+A batch with different neurons per sample reads their *union* once, with a membership mask. Decode
+is memory-bound: B lists with a ratio p of the neurons would read ``B * p`` of the FFN (3.2 times at
+B = 8, p = 0.4). Independent choices have a union of ``1 - (1 - p) ** B`` (0.98), never more than
+the dense FFN, and one row serves up to 16 samples in one matrix instruction.
 
 Shapes: B samples, d hidden size, F neurons of the FFN, S sets of K neurons, C biases,
 R listed rows.
@@ -38,20 +38,20 @@ from corematching.model.ffn_weights import ACTIVATIONS, FFNWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SPLITS, MAX_SPLITS_OF_A_BATCH = 64, 32
-ROWS_PER_SPLIT = 64  # a split of the neurons is no smaller than this
+ROWS_PER_SPLIT = 64  # the smallest split of the neurons
 INTERPRETED_BLOCKS = {"BLOCK_R": 16, "BLOCK_D": 32} if INTERPRETED else {}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The neurons of all rows of the batch, each listed once, and what else the choice settles.
+    """The union of a batch's neurons, with the bias and the thresholds of the choice.
 
     Attributes
     ----------
     rows : Tensor
-        (R,) int32, ascending for several sets; -1 is filler, of which nothing is read.
+        (R,) int32, ascending for several sets; -1 is filler, which reads nothing.
     members : Tensor or None
-        (S, R) int8, 1 where a set holds the row; None where there is one set.
+        (S, R) int8, 1 where a set contains the row; None for a single set.
     bias : Tensor or None
         (C, d), as in `NeuronSets`.
     input, gate, output : Tensor or None
@@ -100,15 +100,15 @@ class TritonKernel:
     def prepare(self, weights: FFNWeights, sets: NeuronSets, previous: Plan | None = None) -> Plan:
         """List the neurons of a choice; does not wait for the device.
 
-        The tensors of ``previous`` are written in place where their shapes match. The list's length
-        is ``min(F, S * K)`` however many neurons the sets share. So a captured graph stays valid
-        from one choice to the next. The weights are marked as lying where they lie: a graph would
-        otherwise copy them at each replay.
+        The tensors of ``previous`` are written in place where their shapes match, and the list's
+        length is always ``min(F, S * K)``, so a captured graph stays valid from one choice to the
+        next. The weights get static addresses: a compiled graph would otherwise copy them at each
+        replay.
 
         Raises
         ------
         ConfigError
-            The choice thresholds the gate of an FFN that has none.
+            The choice has a gate threshold, but the FFN has no gate.
         """
         if sets.thresholds.gate is not None and weights.gate is None:
             raise ConfigError(
@@ -140,7 +140,7 @@ class TritonKernel:
 
 
 def _list_neurons(indices: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-    """(S, K), -1 where a set has fewer: the union's rows (R,), and which set holds which (S, R)."""
+    """The union's rows (R,) and memberships (S, R) of sets (S, K); -1 pads shorter sets."""
     sets, count = indices.shape
     if sets == 1:
         return indices[0].to(torch.int32), None
@@ -148,15 +148,15 @@ def _list_neurons(indices: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     held = held.scatter(1, torch.where(indices < 0, width, indices), True)[:, :width]
     used = held.any(0)
     length = min(width, sets * count)
-    places = torch.where(used, used.cumsum(0) - 1, length)
+    slots = torch.where(used, used.cumsum(0) - 1, length)
     rows = torch.full((length + 1,), -1, device=indices.device)
-    rows = rows.scatter(0, places, torch.arange(width, device=indices.device))[:length]
+    rows = rows.scatter(0, slots, torch.arange(width, device=indices.device))[:length]
     members = held[:, rows.clamp(min=0)] & (rows >= 0)
     return rows.to(torch.int32), members.to(torch.int8)
 
 
 def _keep(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """The new values, at the old address where the tensors are alike."""
+    """The new values, at the old address where shape, dtype and device match."""
     if new is None:
         return None
     if old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device):

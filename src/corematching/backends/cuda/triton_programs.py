@@ -1,6 +1,6 @@
 """The Triton programs of the indexed FFN; `corematching.backends.cuda.triton_ffn` launches them.
 
-Shapes: B samples, d hidden size, R listed rows of weights, -1 where there is none.
+Shapes: B samples, d hidden size, R listed rows of weights; -1 is filler.
 """
 
 # ruff: noqa: N803 - Triton's constants are written in capitals
@@ -19,7 +19,7 @@ WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bits of bflo
 
 
 def _tune(kernel: Any) -> Any:
-    """Let the device choose among a few block sizes, once per shape; the interpreter has none."""
+    """Autotune the block sizes, once per shape; not in the interpreter."""
     if INTERPRETED:
         return kernel
     sizes = [
@@ -37,7 +37,7 @@ def _tune(kernel: Any) -> Any:
 
 
 def _list_fitting(configs: list[Any], _: dict[str, Any], **meta: Any) -> list[Any]:
-    """Matrix instructions need 16 rows."""
+    """The configurations for a batch: matrix instructions need 16 rows."""
     fewest = 1 if meta["BLOCK_B"] == 1 else BATCH_BLOCK
     return [config for config in configs if config.kwargs["BLOCK_R"] >= fewest]
 
@@ -125,15 +125,17 @@ def neurons_kernel(
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """``act(gate(x)) * up(x)`` of BLOCK_R listed neurons for BLOCK_B samples."""
-    places = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    entries = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     samples = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    listed = tl.load(rows + places, mask=places < num_rows, other=-1)
+    listed = tl.load(rows + entries, mask=entries < num_rows, other=-1)
     live = listed >= 0
     chosen = tl.where(live, listed, 0)
     wanted = (samples < batch)[:, None] & live[None, :]
     if members is not None:
         held = tl.load(
-            members + (samples // group)[:, None] * num_rows + places[None, :], mask=wanted, other=0
+            members + (samples // group)[:, None] * num_rows + entries[None, :],
+            mask=wanted,
+            other=0,
         )
         wanted = wanted & (held != 0)
         live = tl.max(wanted.to(tl.int32), axis=0) > 0
@@ -162,9 +164,9 @@ def neurons_kernel(
         wanted = wanted & (tl.abs(values) >= least[:, None])
     values = tl.where(wanted, values, 0.0)
     tl.store(
-        out + samples[:, None] * num_rows + places[None, :],
+        out + samples[:, None] * num_rows + entries[None, :],
         values.to(out.dtype.element_ty),
-        mask=(samples < batch)[:, None] & (places < num_rows)[None, :],
+        mask=(samples < batch)[:, None] & (entries < num_rows)[None, :],
     )
 
 
@@ -186,7 +188,7 @@ def down_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One split's share of ``down(neurons)``; rows whose neurons are all 0 are not read."""
+    """The partial sum of ``down(neurons)`` over one split; skips rows whose neurons are all 0."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
     samples = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -198,13 +200,13 @@ def down_kernel(
         grid = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for first in range(begin, end, BLOCK_R):
-        places = first + tl.arange(0, BLOCK_R)
+        entries = first + tl.arange(0, BLOCK_R)
         values = tl.load(
-            neurons + samples[:, None] * num_rows + places[None, :],
-            mask=present[:, None] & (places < end)[None, :],
+            neurons + samples[:, None] * num_rows + entries[None, :],
+            mask=present[:, None] & (entries < end)[None, :],
             other=0.0,
         )
-        listed = tl.load(rows + places, mask=places < end, other=0)
+        listed = tl.load(rows + entries, mask=entries < end, other=0)
         needed = tl.max((values != 0).to(tl.int32), axis=0) > 0
         block = tl.load(
             down + listed.to(tl.int64)[:, None] * stride + columns[None, :],
@@ -236,7 +238,7 @@ def sum_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """The splits' sum, plus the sample's bias."""
+    """The sum of the splits, plus the sample's bias."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     sample = tl.program_id(1)
     inside = columns < width

@@ -1,8 +1,8 @@
 """Statistics of a prompt as Triton kernels; `backends.kernels.statistics` has the contract.
 
-Selecting runs while a prompt waits, between launches of matrix products: each function is one
-launch or a few, none waits for the device, and none sorts. What stands at a place of the order is
-found bit by bit, or by counting how often each value occurs.
+They run between the prompt's matrix products, so each function needs only a few launches, never
+waits for the device, and does not sort: order statistics are found by a radix select over bits, or
+over histograms of digits.
 
 Shapes: B samples, T tokens, F neurons.
 """
@@ -25,9 +25,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = {"values": 0, "sizes": 1, "unit squares": 2}
 INTEGERS = {2: torch.int16, 4: torch.int32}
 DIGITS = {2: ((0, 15),), 4: ((20, 11), (10, 10), (0, 10))}
-"""By bytes of a float: the bits of its magnitude, highest first, each (shift, number)."""
+"""By bytes of a float: the digits of its magnitude, highest first, as (shift, number of bits)."""
 WIDEST = 1 << 15
-"""The most numbers that one program holds."""
+"""The widest row that one program holds."""
 TINY = tl.constexpr(1e-24)
 LOWEST = tl.constexpr(-(1 << 31))
 
@@ -51,7 +51,7 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
 
 
 def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
-    """The weights of what each token marks; one launch."""
+    """The sum of the marked entries' weights, for each token; one launch."""
     if not _readable(marks, torch.bool):
         return None
     batch, length, width = marks.shape
@@ -80,22 +80,22 @@ def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | Non
 
 
 def pick_highest(scores: Tensor, count: int) -> Tensor | None:
-    """The places of each row's highest scores; one launch."""
+    """The indices of each row's highest scores; one launch."""
     batch, width = scores.shape
     if scores.dtype not in FLOATS or width > WIDEST or not _reachable(scores):
         return None
-    places = torch.empty(batch, count, dtype=torch.long, device=scores.device)
+    indices = torch.empty(batch, count, dtype=torch.long, device=scores.device)
     with _on(scores):
         _pick_highest_kernel[(batch,)](
-            scores.float().contiguous(), places, width, count, **_row(width)
+            scores.float().contiguous(), indices, width, count, **_row(width)
         )
-    return places
+    return indices
 
 
 def find_size(
     values: Tensor, tokens: Tensor, neurons: Tensor | None, ranks: Tensor
 ) -> Tensor | None:
-    """The magnitude at a place of the order; two launches for 16-bit floats, else six."""
+    """The magnitude of a given rank; two launches for 16-bit floats, else six."""
     if not _readable(values, *FLOATS):
         return None
     batch, length, width = values.shape
@@ -132,7 +132,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _row(width: int) -> dict[str, int]:
-    """How one program holds a row."""
+    """Block size and warps of a program for one row."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": max(4, min(16, block // 1024))}
 
@@ -145,7 +145,7 @@ def _on(values: Tensor) -> Any:
 def _invert_squares_kernel(
     values: tl.tensor, tokens: tl.tensor, factors: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """1 / ||a(t)||^2 of each token that counts."""
+    """1 / ||a(t)||^2 of each selected token."""
     row = tl.program_id(0).to(tl.int64)
     counts = tl.load(tokens + row) != 0
     total = tl.zeros([BLOCK], tl.float32)
@@ -169,15 +169,15 @@ def _sum_rows_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ) -> None:
-    """BLOCK_F columns of one sample."""
+    """The sums of BLOCK_F columns of one sample."""
     columns = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     sample = tl.program_id(1).to(tl.int64)
     inside = columns < width
     total = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
     for first in range(0, length, BLOCK_T):
-        places = first + tl.arange(0, BLOCK_T)
-        rows = sample * length + places
-        counts = tl.load(tokens + rows, mask=places < length, other=0) != 0
+        positions = first + tl.arange(0, BLOCK_T)
+        rows = sample * length + positions
+        counts = tl.load(tokens + rows, mask=positions < length, other=0) != 0
         block = tl.load(
             values + rows[:, None] * width + columns[None, :],
             mask=counts[:, None] & inside[None, :],
@@ -222,7 +222,7 @@ def _mark_highest_kernel(
     MAGNITUDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One token: the bits of floats above 0 are in the floats' order; what is below counts 0."""
+    """Marks of one token; positive floats sort like their bits, negative ones count as 0."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -240,16 +240,16 @@ def _mark_highest_kernel(
 
 @triton.jit
 def _pick_highest_kernel(
-    scores: tl.tensor, places: tl.tensor, width: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr
+    scores: tl.tensor, indices: tl.tensor, width: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """One row: the bits of its ``count``-th highest score, then what reaches it."""
+    """Indices of one row's ``count`` highest scores, by a radix select of the lowest of them."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     score = tl.load(scores + row * width + columns, mask=inside, other=0.0)
     score = tl.where(score == 0, 0.0, score)  # -0 counts as 0
     bits = score.to(tl.int32, bitcast=True)
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # whole numbers in the floats' order
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers that sort like the floats
     keys = tl.where(score != score, 0x7FFFFFFF, keys)
     keys = tl.where(inside, keys, LOWEST)
     cut = tl.where(tl.sum((keys >= 0).to(tl.int32), axis=0) >= count, 0, LOWEST)
@@ -261,8 +261,8 @@ def _pick_highest_kernel(
     equal = ((keys == cut) & inside).to(tl.int32)
     missing = count - tl.sum(above, axis=0)
     chosen = above | (equal & (tl.cumsum(equal, axis=0) <= missing).to(tl.int32))
-    place = tl.cumsum(chosen, axis=0) - 1
-    tl.store(places + row * count + place, columns.to(tl.int64), mask=chosen != 0)
+    slot = tl.cumsum(chosen, axis=0) - 1
+    tl.store(indices + row * count + slot, columns.to(tl.int64), mask=chosen != 0)
 
 
 @triton.jit
@@ -279,15 +279,15 @@ def _count_digits_kernel(
     MAGNITUDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """How often each digit follows the higher ones that are known, over one token's neurons."""
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """The histogram of the next digit after the known ones, over one token's neurons."""
+    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
     row = sample * tl.num_programs(1) + token
-    counts = (places < listed) & (tl.load(tokens + row) != 0)
-    columns = places.to(tl.int64)
+    counts = (entries < listed) & (tl.load(tokens + row) != 0)
+    columns = entries.to(tl.int64)
     if neurons is not None:
-        columns = tl.load(neurons + sample * listed + places, mask=counts, other=0)
+        columns = tl.load(neurons + sample * listed + entries, mask=counts, other=0)
     size = tl.load(bits + row * width + columns, mask=counts, other=0).to(tl.int32) & MAGNITUDE
     counts = counts & ((size >> (SHIFT + NUMBER)) == tl.load(known + sample))
     digit = (size >> SHIFT) & ((1 << NUMBER) - 1)
@@ -298,7 +298,7 @@ def _count_digits_kernel(
 def _narrow_kernel(
     found: tl.tensor, known: tl.tensor, missing: tl.tensor, NUMBER: tl.constexpr
 ) -> None:
-    """One digit more of what is known, and the rank among those that begin with it."""
+    """Append the next digit, and reduce the rank to the values that begin with it."""
     sample = tl.program_id(0)
     digits = tl.arange(0, 1 << NUMBER)
     below = tl.cumsum(tl.load(found + (sample << NUMBER) + digits), axis=0)

@@ -1,1 +1,1 @@
-"""The reference: plain PyTorch, right on every device."""
+"""The PyTorch backend, the reference on every device."""

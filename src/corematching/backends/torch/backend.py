@@ -1,4 +1,4 @@
-"""The backend that adds nothing: PyTorch's operators, on every device."""
+"""The PyTorch backend: the model's own forwards and sparse FFNs in PyTorch operators."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class TorchBackend(Backend):
         return None
 
     def install(self, patches: Patches) -> None:
-        """Nothing to put on."""
+        """Nothing to install."""
 
     def refresh(self) -> None:
-        """Nothing is remembered."""
+        """No state to check."""
 
     def stats(self) -> BackendStats:
-        """Nothing to count."""
+        """All counters 0."""
         return BackendStats()
 
     def describe(self, ran: bool, counted: bool) -> str:

@@ -1,6 +1,7 @@
-"""The sparse FFN in plain PyTorch: correct on every device, and traceable by ``torch.compile``.
+"""The sparse FFN in plain PyTorch: the reference on every device, traceable by ``torch.compile``.
 
-Shapes: S sets of neurons, G rows of the batch that share a set, K neurons per set, d hidden size.
+Shapes: B samples, S sets of K neurons, G samples per set, F neurons of the dense FFN, d hidden
+size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from corematching.backends.kernels.interface import Thresholds
 
 @dataclass
 class CompactWeights:
-    """The weights of the chosen neurons, in the layout of the layers that they come from.
+    """Compact copies of the chosen neurons' weights, in the layout of the dense weights.
 
     Attributes
     ----------
@@ -40,13 +41,13 @@ class CompactWeights:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that are there."""
+        """The tensors that are not None."""
         every = (self.up, self.down, self.gate, self.up_bias, self.gate_bias)
         return tuple(tensor for tensor in every if tensor is not None)
 
 
 def gather_rows(weight: Tensor, indices: Tensor, out: Tensor | None = None) -> Tensor:
-    """Copy the rows ``indices`` of a matrix, or the entries of a vector, one set after the other.
+    """Copy the rows ``indices`` of a matrix, or the entries of a vector, for each set.
 
     Parameters
     ----------
@@ -69,7 +70,7 @@ def gather_rows(weight: Tensor, indices: Tensor, out: Tensor | None = None) -> T
 
 
 def gather_columns(weight: Tensor, indices: Tensor, out: Tensor | None = None) -> Tensor:
-    """Copy the columns ``indices`` of a matrix, one set after the other.
+    """Copy the columns ``indices`` of a matrix, for each set.
 
     Parameters
     ----------
@@ -95,7 +96,7 @@ def gather_columns(weight: Tensor, indices: Tensor, out: Tensor | None = None) -
 def copy_neurons(
     dense: Mapping[str, Tensor], indices: Tensor, old: CompactWeights | None
 ) -> CompactWeights:
-    """Compact copies of some neurons' weights, in the memory of earlier ones where they fit.
+    """Compact copies of some neurons' weights, in the buffers of earlier copies where they fit.
 
     Parameters
     ----------
@@ -128,7 +129,7 @@ def sparse_ffn(
     activation: Callable[[Tensor], Tensor],
     limits: Thresholds | None = None,
 ) -> Tensor:
-    """One decode step of an FFN that has only the chosen neurons.
+    """One decode step of an FFN on the chosen neurons.
 
     Parameters
     ----------
@@ -138,11 +139,11 @@ def sparse_ffn(
     weights : CompactWeights
         S sets of K neurons.
     bias : Tensor or None
-        (C, d), what is added to the output of sample b: row ``b // (B / C)``.
+        (C, d); row ``b // (B / C)`` is added to the output of sample b.
     activation : callable
         The FFN's activation function.
     limits : Thresholds or None
-        Per-token rules, S of each; what they rule out is computed and then masked.
+        Per-token thresholds, (S,) each; values below them are computed and then masked.
 
     Returns
     -------
@@ -172,7 +173,7 @@ def sparse_ffn(
 
 
 def _project(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, d) with (S, K, d) and (S, K): the (B, K) inputs of the neurons."""
+    """Project (B, d) with rows (S, K, d) and bias (S, K) to (B, K)."""
     sets = rows.shape[0]
     if sets == 1:
         return F.linear(x, rows[0], None if bias is None else bias[0])
@@ -183,7 +184,7 @@ def _project(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _silence(x: Tensor, threshold: Tensor | None) -> Tensor:
-    """(B, n) without the entries whose magnitude is below (S,) thresholds."""
+    """Set entries of (B, n) to 0 where their magnitude is below the (S,) thresholds."""
     if threshold is None:
         return x
     rows = threshold[:, None].expand(-1, x.shape[0] // threshold.shape[0]).reshape(-1, 1)
