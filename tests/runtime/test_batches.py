@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -20,6 +18,7 @@ from corematching import (
 from corematching.cache.pruned_cache import pruned_prompt_of
 from corematching.methods.staged import StagedRule
 from corematching.policies.token_scores import TextOverlap
+from corematching.protocol import TokenPolicy
 from tests.models import LAYERS, WIDTH, build, image_mask, make_inputs
 from tests.runtime.test_families import single
 
@@ -129,14 +128,23 @@ def test_means_are_over_each_sample_s_own_tokens(active_ratio, engine, batch):
             close(choice.mean[sample], torch.where(dropped[sample], mean, 0.0), 1e-5)
 
 
-@dataclass(frozen=True)
-class Recorder(StagedRule, name="recorder"):
-    """Staged rule that keeps the views it gets, and its choices."""
+class Recorder(TokenPolicy):
+    """Another policy, and the views that it got, with its choices."""
 
-    seen: list = field(default_factory=list)
+    proportional = True
+
+    def __init__(self, inner):
+        self.inner, self.seen = inner, []
+
+    @property
+    def needs(self):
+        return self.inner.needs
+
+    def drop_after(self, num_layers):
+        return self.inner.drop_after(num_layers)
 
     def choose(self, view):
-        choice = super().choose(view)
+        choice = self.inner.choose(view)
         self.seen.append((view, choice))
         return choice
 
@@ -160,7 +168,7 @@ def standing_for(seen, sample, length):
 def test_after_several_cuts_each_token_counts_for_all_that_went_to_it(after, engine, batch):
     model, inputs = batch
     budgets = tuple(Ratio(ratio, cover=0.5) for ratio in (0.6, 0.3, 0.15)[-len(after) :])
-    rule = Recorder(TextOverlap(), budgets, after, proportional=True)
+    rule = Recorder(StagedRule(TextOverlap(), budgets, after, proportional=True))
     _, _, memory, _ = run(model, inputs, Sparsifier(tokens=rule, neurons=None), engine)
     assert [view.layer for view, _ in rule.seen] == list(after)
     image, length = image_mask("llava", inputs), inputs["input_ids"].shape[1]
