@@ -130,7 +130,7 @@ def test_means_are_over_each_sample_s_own_tokens(active_ratio, engine, batch):
 
 
 @dataclass(frozen=True)
-class Recorder(StagedRule, name="recorder"):
+class Recorder(StagedRule):
     """Staged rule that keeps the views it gets, and its choices."""
 
     seen: list = field(default_factory=list)
