@@ -75,7 +75,7 @@ PROMPTS = {
         {"bits": "i16", "counts": "i64", "marks": "u8"},
         {"ABSOLUTE": True, "BITS": 15, "MAGNITUDE": 32767, **ROW}, 16,
     ),
-    "_pick_highest_kernel": ({"scores": "fp32", "places": "i64"}, ROW, 16),
+    "_pick_highest_kernel": ({"scores": "fp32", "indices": "i64"}, ROW, 16),
     "_count_digits_kernel": (
         {"bits": "i16", "tokens": "u8", "neurons": "i64", "known": "i32", "found": "i32"},
         DIGIT, 4,
