@@ -21,14 +21,14 @@ pytestmark = pytest.mark.skipif(n.find_library() is None, reason="no C compiler"
 
 def run_together(calls):
     """Every call in threads of its own, again and again; all must give what they give alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums over neurons are split, and so rounded, by threads
     expected = [call() for call in calls]
 
     def repeat(index):
         call, alone = calls[index % len(calls)], expected[index % len(calls)]
         return sum(not torch.equal(call(), alone) for _ in range(ROUNDS))
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             wrong = list(pool.map(repeat, range(THREADS)))
