@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from corematching.runtime import attach, detach
 from tests.models import build
 
 
@@ -23,3 +24,17 @@ def stored(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def attached():
+    """`attach`, undone after the test."""
+    models = []
+
+    def put(model, method):
+        models.append(model)
+        return attach(model, method)
+
+    yield put
+    for model in models:
+        detach(model)

@@ -11,7 +11,6 @@ from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from corematching.errors import UnsupportedModelError
-from corematching.runtime import attach, detach
 from tests.models import build, image_mask, make_inputs
 from tests.runtime.families import (
     BANNED,
@@ -35,20 +34,6 @@ def make(name="llava", batch=1, layers=(1,), neurons=True, **inputs):
     choice = RandomNeurons(tuple(range(1, batch + 1)), True) if neurons else None
     method = TestMethod(tokens, choice)
     return model, method, make_inputs(name, model, batch=batch, **inputs)
-
-
-@pytest.fixture
-def attached():
-    """`attach`, undone after the test."""
-    models = []
-
-    def put(model, method):
-        models.append(model)
-        return attach(model, method)
-
-    yield put
-    for model in models:
-        detach(model)
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2), (-1,), (-1, 1)])

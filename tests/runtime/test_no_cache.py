@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from corematching.errors import UnsupportedModelError
-from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
 from tests.runtime.families import (
     STEPS,
@@ -23,20 +22,6 @@ def build_with(name, batch=1, neurons=True):
     model, seeds = build(name), tuple(range(1, batch + 1))
     method = TestMethod(RandomTokens((1,), seeds), RandomNeurons(seeds) if neurons else None)
     return model, method, make_inputs(name, model, batch=batch)
-
-
-@pytest.fixture
-def attached():
-    """`attach`, undone after the test."""
-    models = []
-
-    def put(model, method):
-        models.append(model)
-        return attach(model, method)
-
-    yield put
-    for model in models:
-        detach(model)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])

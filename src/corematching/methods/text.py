@@ -96,7 +96,7 @@ def read_json(text: str) -> Params:
             content = Path(text[1:]).expanduser().read_text(encoding="utf-8")
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"cannot read the method's file {text[1:]}: {error}") from error
-    check_text(content)
+        check_text(content)
     try:
         values = json.loads(content, object_pairs_hook=lambda pairs: unite(pairs, text))
     except json.JSONDecodeError as error:

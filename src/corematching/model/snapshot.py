@@ -10,6 +10,19 @@ from torch import Tensor, nn
 from corematching.model.patching import foreign_forward
 
 
+class _Children:
+    """The direct submodules of some modules."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._found: list[tuple[dict[str, Any], str, Any]] = [
+            (m._modules, name, child) for m in modules for name, child in m._modules.items()
+        ]
+
+    def unchanged(self) -> bool:
+        """Whether each is still the same object."""
+        return all(children.get(name) is child for children, name, child in self._found)
+
+
 class WeightSnapshot:
     """A snapshot of modules, their submodules and the addresses of their parameters.
 
@@ -21,9 +34,7 @@ class WeightSnapshot:
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         every = [inner for module in modules for inner in module.modules()]
-        self._children: list[tuple[dict[str, Any], str, Any]] = [
-            (m._modules, name, child) for m in every for name, child in m._modules.items()
-        ]
+        self._children = _Children(every)
         self._parameters: list[tuple[dict[str, Any], str, int]] = [
             (m._parameters, name, _address(parameter))
             for m in every
@@ -32,11 +43,8 @@ class WeightSnapshot:
 
     def unchanged(self) -> bool:
         """Whether every module and parameter is the same; False for a snapshot without any."""
-        if not self._parameters:
+        if not self._parameters or not self._children.unchanged():
             return False
-        for children, name, child in self._children:
-            if children.get(name) is not child:
-                return False
         for parameters, name, address in self._parameters:
             if _address(parameters.get(name)) != address:
                 return False
@@ -54,16 +62,13 @@ class ModuleSnapshot:
 
     def __init__(self, model: nn.Module) -> None:
         every = list(model.modules())
-        self._children = [
-            (m._modules, name, child) for m in every for name, child in m._modules.items()
-        ]
+        self._children = _Children(every)
         self._forwards = [(m, vars(m), vars(m).get("forward"), foreign_forward(m)) for m in every]
 
     def unchanged(self) -> bool:
         """Whether no module and no forward was replaced or restored by other code."""
-        for children, name, child in self._children:
-            if children.get(name) is not child:
-                return False
+        if not self._children.unchanged():
+            return False
         for module, attributes, forward, foreign in self._forwards:
             if attributes.get("forward") is not forward and foreign_forward(module) is not foreign:
                 return False

@@ -190,13 +190,12 @@ class _SampleCounter:
         after = [seen + prompt] * self.depth, [stored + final] * self.depth
         step = [1] * self.depth
         head = 2 * self.head_macs
-        steps = step, step
         return {
             "prefill_flops": text_flops(self.costs, sparse, contexts[1], ones) + head * heads[1],
             "dense_prefill_flops": text_flops(self.costs, dense, contexts[0], ones)
             + head * heads[0],
-            "decode_flops": text_flops(self.costs, steps[0], after[1], ratios) + head,
-            "dense_decode_flops": text_flops(self.costs, steps[1], after[0], ones) + head,
+            "decode_flops": text_flops(self.costs, step, after[1], ratios) + head,
+            "dense_decode_flops": text_flops(self.costs, step, after[0], ones) + head,
             "kv_bytes": self._kv_bytes(stored + final),
             "dense_kv_bytes": self._kv_bytes(seen + prompt),
         }

@@ -81,26 +81,22 @@ def record_prompt(run: Run, activations: bool = False, inputs: bool = False) -> 
     inputs : bool
         Also record the FFNs' inputs, for methods that read them or the gate.
     """
-    parts, recording = run._session.parts, Recording()
-    handles = []
+    parts, recording, patches = run._session.parts, Recording(), Patches()
     for index, layer in enumerate(parts.layers):
         see = functools.partial(_see_layer, recording, index)
-        handles.append(layer.register_forward_hook(see, with_kwargs=True))
+        patches.add_hook(layer, see, with_kwargs=True)
         if activations:
             keep = functools.partial(_see_input, recording.activations)
-            handles.append(parts.down_projs[index].register_forward_pre_hook(keep))
+            patches.add_pre_hook(parts.down_projs[index], keep)
         if inputs:
             keep = functools.partial(_see_input, recording.inputs)
-            handles.append(parts.ffns[index].register_forward_pre_hook(keep))
-    patches = Patches()
+            patches.add_pre_hook(parts.ffns[index], keep)
     if _has_features(run.model):
         patches.wrap(run.model.base_model, "get_image_features", _keep_features(recording))
     try:
         yield recording
     finally:
         patches.undo()
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -264,7 +264,7 @@ class Session:
             valid=valid,
             image=image if earlier is None else torch.zeros_like(image),
             context=torch.tensor([[seen, seen - dropped]]).expand(valid.shape[0], 2),
-            selection=Selection(length, neurons={} if memory is None else memory.neurons),
+            selection=Selection(neurons={} if memory is None else memory.neurons),
             counts=place.counts if memory is not None and memory.neurons else place.parts.widths,
             continued=True,
             earlier=earlier,

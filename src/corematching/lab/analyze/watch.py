@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from corematching.errors import AlreadyInstalledError, ConfigError, InputError
 from corematching.methods import Sparsifier
+from corematching.model.patching import Patches
 from corematching.protocol import PrefillView
 from corematching.runtime import check_model, is_attached
 from corematching.runtime.prefill.prompt import read_prompt
@@ -88,27 +89,23 @@ class _Watcher:
     def __init__(self, parts: Any, valid: Tensor, image: Tensor, look: Look) -> None:
         self.parts, self.valid, self.image, self.look = parts, valid, image, look
         self.memory: dict[type, Any] = {}
-        self._handles: list[Any] = []
+        self._patches = Patches()
         self._probe: AttentionObserver | None = None
         self._activations: Tensor | None = None
         self._embeddings: Tensor | None = None
 
     def install(self, layers: Collection[int]) -> None:
         first = self.parts.layers[0]
-        self._handles.append(first.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._patches.add_pre_hook(first, self._begin, with_kwargs=True)
         for index in layers:
-            parts = self.parts
-            arm = functools.partial(self._arm, parts.attentions[index])
+            attention = self.parts.attentions[index]
+            self._patches.add_pre_hook(attention, functools.partial(self._arm, attention))
+            self._patches.add_pre_hook(self.parts.down_projs[index], self._keep)
             show = functools.partial(self._show, index)
-            self._handles += [
-                parts.attentions[index].register_forward_pre_hook(arm),
-                parts.down_projs[index].register_forward_pre_hook(self._keep),
-                parts.layers[index].register_forward_hook(show),
-            ]
+            self._patches.add_hook(self.parts.layers[index], show)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._patches.undo()
         if self._probe is not None:
             self._probe.disarm()
         self._probe = self._activations = self._embeddings = None

@@ -74,7 +74,7 @@ class Prefill:
         self.prompt_valid, self.prompt_image = valid, image
         batch, self.length = valid.shape
         self.origin = torch.arange(self.length, device=valid.device).expand(batch, -1)
-        self.selection = Selection(self.length)
+        self.selection = Selection()
         self.weights: Tensor | None = None
         self.shortened = False
         self.cache: Any = None

@@ -40,15 +40,12 @@ class Selection:
 
     Attributes
     ----------
-    length : int
-        Tokens of the prompt, padding included.
     stages : list of Stage
         The token choices, in the order of their layers.
     neurons : dict
         The neuron choices, by layer.
     """
 
-    length: int
     stages: list[Stage] = field(default_factory=list)
     neurons: dict[int, NeuronChoice] = field(default_factory=dict)
 
