@@ -16,6 +16,7 @@ BASE = {
     "errors",
     "sizes",
     "devices",
+    "directories",
     "memory_meter",
     "extras",
     "report_sample",

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from corematching.inputs import check_length, longest_prompt, plain_text
+from corematching.inputs import check_length, longest_prompt, plain_text, tokenizer_of
 
 Part = dict[str, Any]
 """``{"type": "text", "text": str}`` or ``{"type": "image", "image": Image}``."""
@@ -30,11 +30,6 @@ def pictures_of(turns: Sequence[Turn]) -> list[Image.Image]:
 def takes_images(processor: Any) -> bool:
     """Whether this is the processor of a vision-language model, and no tokenizer."""
     return getattr(processor, "image_processor", None) is not None
-
-
-def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer of a processor; a tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
 
 
 def render(processor: Any, turns: Sequence[Turn]) -> str:

@@ -7,6 +7,11 @@ import torch
 CHECKS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+def default_device() -> str:
+    """A CUDA device when there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def multiplies(device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether matrix products of a dtype run at full speed.
 

@@ -39,6 +39,11 @@ class Controls:
 _known: WeakKeyDictionary[Any, Controls] = WeakKeyDictionary()
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def plain_text(processor: Any, text: str) -> str:
     """A user's text with nothing in it that acts as a control token.
 
@@ -60,7 +65,7 @@ def plain_text(processor: Any, text: str) -> str:
     if controls.exact is None or controls.alike is None or not controls.alike.search(_fold(text)):
         return text
     plain = controls.exact.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
     left = controls.ids.intersection(ids)
     if left:
@@ -74,7 +79,7 @@ def plain_text(processor: Any, text: str) -> str:
 
 def _controls_of(processor: Any) -> Controls:
     if processor not in _known:
-        tokenizer = getattr(processor, "tokenizer", processor)
+        tokenizer = tokenizer_of(processor)
         names = sorted(set(_special_texts(processor, tokenizer)), key=len, reverse=True)
         unknown = getattr(tokenizer, "unk_token", None)
         vocabulary = tokenizer.get_vocab()

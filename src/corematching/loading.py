@@ -53,11 +53,11 @@ def load_pretrained(
         The model is no causal language model, with or without pictures, or transformers does not
         know it.
     """
-    import torch
+    from corematching.devices import default_device
 
     loader, takes_images = choose_loader(name, read_config(name))
     processor = load_processor(name, takes_images)
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = device or default_device()
     model = load_weights(loader, name, dtype=dtype)
     return model.to(target), processor, takes_images
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from corematching.chat import tokenizer_of
 from corematching.errors import InputError, unknown_name
+from corematching.inputs import tokenizer_of
 
 SCENEVLM = "SceneVLM"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -110,8 +110,10 @@ def choose_device(device: str | None) -> str:
     """
     import torch
 
+    from corematching.devices import default_device
+
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
     try:
         torch.empty(0, device=torch.device(device))
     except (RuntimeError, AssertionError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -25,14 +25,11 @@ class BackendStats:
         Decode steps that ran in compiled CPU code.
     graph_replays : int
         Decode steps replayed from a CUDA graph.
-    dense_ffn_bytes : dict
-        Bytes of FFN weights that native steps read with all neurons, by layer.
     """
 
     native_layers: int = 0
     native_steps: int = 0
     graph_replays: int = 0
-    dense_ffn_bytes: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -87,6 +84,10 @@ class Backend(ABC):
         counted : bool
             Whether kernels counted the weights that they read.
         """
+
+    def dense_ffn_bytes(self, layer: int) -> int:
+        """Bytes of FFN weights that the backend's steps have read in a layer with all neurons."""
+        return 0
 
     def expect(self, tokens: int) -> None:
         """Prepare for an answer of at most ``tokens`` tokens."""

@@ -46,7 +46,7 @@ class WeightTraffic:
         """The counters now."""
         stats, sparse = self.backend.stats(), self.backend.sparse
         read = [
-            stats.dense_ffn_bytes.get(i, 0) + (sparse[i].bytes_counted() if i in sparse else 0)
+            self.backend.dense_ffn_bytes(i) + (sparse[i].bytes_counted() if i in sparse else 0)
             for i in range(len(self._ffn_bytes))
         ]
         return Tally(read, stats)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from corematching.demo.assemble import Progress, assemble
 from corematching.demo.assets import CONFIG_NAME, SceneAssets, sha256_of
 from corematching.demo.language import LanguageSource, find_language_model
-from corematching.devices import product_dtype
+from corematching.devices import default_device, product_dtype
+from corematching.directories import CACHE_VARIABLE, cache_root
 from corematching.errors import InputError, first_line
 from corematching.loading import load_processor, load_weights
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ENVIRONMENT = "CORE_MATCHING_CACHE"
 MANIFEST = "checksums.json"
 PREFIX = "scenevlm-"
 NEEDED = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
@@ -66,7 +66,7 @@ def load_demo(
     from transformers import AutoModelForImageTextToText
 
     path = demo_directory(cache_dir, progress=progress)
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = device or default_device()
     dtype = dtype or product_dtype(target, torch.bfloat16)
     model = load_weights(AutoModelForImageTextToText, path, dtype=dtype)
     return model.to(target), load_processor(path, backend="pil")
@@ -111,7 +111,8 @@ def demo_directory(
         held = "a damaged" if os.path.lexists(target) else "no"
         raise InputError(
             f"the cache {root} holds {held} SceneVLM and cannot be written to "
-            f"({error.strerror or error}): set {ENVIRONMENT} to a directory that you can write to"
+            f"({error.strerror or error}): set {CACHE_VARIABLE} to a directory that you can write "
+            "to"
         ) from error
     try:
         if is_intact(target):  # another process has built it meanwhile
@@ -123,14 +124,6 @@ def demo_directory(
     finally:
         lock.release()
     return target
-
-
-def cache_root(cache_dir: Path | str | None = None) -> Path:
-    """The directory that holds assembled models."""
-    import platformdirs
-
-    chosen = cache_dir or os.environ.get(ENVIRONMENT)
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("corematching"))
 
 
 def cache_key(assets: SceneAssets, source: LanguageSource) -> str:
@@ -158,7 +151,7 @@ def build(
             raise
         raise InputError(
             f"cannot write SceneVLM to {target.parent} ({first_line(error)}): free some space or "
-            f"set {ENVIRONMENT} to another directory"
+            f"set {CACHE_VARIABLE} to another directory"
         ) from error
     finally:
         if scratch is not None:
@@ -203,7 +196,7 @@ def require_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise InputError(
             f"no room on disk: SceneVLM needs {needed >> 20} MiB in {folder}, {free >> 20} MiB "
-            f"are free: free some space or set {ENVIRONMENT} to a directory on another disk"
+            f"are free: free some space or set {CACHE_VARIABLE} to a directory on another disk"
         )
 
 

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 
+from corematching.devices import default_device
 from corematching.errors import InputError, MemoryCapError
 from corematching.loading import choose_loader, load_weights, read_config
 from corematching.model.ffn import find_ffn
@@ -65,7 +66,7 @@ def load(
         There is no such model, or its weights are not in safetensors files.
     """
     cap = parse_size("memory", memory)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = torch.device(device or default_device())
     loader, empty = _build_empty(path, dtype)
     outside = _linear_names(empty)
     _check_rest(empty, outside, cap)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-import platformdirs
 import torch
 from torch import Tensor, nn
 
+from corematching.directories import cache_root
 from corematching.errors import InputError
 from corematching.sizes import format_size
 
@@ -152,7 +152,7 @@ class Scratch:
     """
 
     def __init__(self, size: int) -> None:
-        directory = cache_directory()
+        directory = cache_root()
         directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(directory).free
         if free < size + SPARE_BYTES:
@@ -211,12 +211,6 @@ def open_checkpoint(paths: Iterable[str | Path]) -> dict[tuple[str, str], FileSo
                 shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
                 found[str(path), name] = FileSource(file, offset, shape, dtype)
     return found
-
-
-def cache_directory() -> Path:
-    """``$CORE_MATCHING_CACHE``, or the user's cache directory."""
-    chosen = os.environ.get("CORE_MATCHING_CACHE")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("corematching"))
 
 
 def _raw(tensor: Tensor) -> memoryview:

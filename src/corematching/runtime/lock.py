@@ -73,11 +73,6 @@ class UseLock:
             raise _in_use(holder)
 
     @property
-    def held(self) -> bool:
-        """Whether the model is in use."""
-        return bool(self._holders)
-
-    @property
     def is_mine(self) -> bool:
         """Whether this thread uses the model."""
         holder = self._holders.get("")

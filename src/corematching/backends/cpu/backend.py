@@ -55,13 +55,12 @@ class CpuBackend(Backend):
         self.steps.refresh()
 
     def stats(self) -> BackendStats:
-        """Native layers and steps, and the FFN bytes that steps read with all neurons."""
-        layers = range(len(self.parts.layers))
-        return BackendStats(
-            native_layers=self.prompts.layers,
-            native_steps=self.steps.count,
-            dense_ffn_bytes={i: self.steps.bytes_read(i) for i in layers},
-        )
+        """Native layers and steps."""
+        return BackendStats(native_layers=self.prompts.layers, native_steps=self.steps.count)
+
+    def dense_ffn_bytes(self, layer: int) -> int:
+        """Bytes that native steps have read of an FFN with all neurons."""
+        return self.steps.bytes_read(layer)
 
     def describe(self, ran: bool, counted: bool) -> str:
         """Native steps, or native FFNs."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from corematching.backends.cpu.native import store
 from corematching.backends.cpu.native.structs import declare
+from corematching.directories import CACHE_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _find() -> ctypes.CDLL:
     log.warning(
         "%s: the kernels are compiled for this process alone; set %s to a directory of your own",
         reason,
-        store.VARIABLE,
+        CACHE_VARIABLE,
     )
     with tempfile.TemporaryDirectory(prefix="corematching-") as place:
         return _build(compiler, Path(place), key)

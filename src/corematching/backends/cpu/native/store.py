@@ -15,11 +15,10 @@ import stat
 import time
 from pathlib import Path
 
-import platformdirs
+from corematching.directories import cache_root
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "CORE_MATCHING_CACHE"
 BUILDING = "building-"
 """What names of directories begin with in which a compiler is at work."""
 DAY = 24 * 3600
@@ -29,9 +28,7 @@ UNUSED_SECONDS, BROKEN_OFF_SECONDS = 30 * DAY, DAY
 
 def cache_directory() -> Path:
     """The directory for libraries, in ``$CORE_MATCHING_CACHE`` or the user's cache directory."""
-    override = os.environ.get(VARIABLE)
-    root = Path(override) if override else Path(platformdirs.user_cache_dir("corematching"))
-    return root / "native"
+    return cache_root() / "native"
 
 
 def open_directory(directory: Path) -> str | None:
