@@ -44,8 +44,9 @@ ALLOWED = {
     "chat": BASE | {"inputs"},
     "demo": BASE | {"loading"},
     "named_models": INPUT | {"offload"},
+    "serving": INPUT | RUNTIME | {"policies", "methods", "runtime", "version"},
     "lab": INPUT | RUNTIME | {"policies", "methods", "runtime", "version"},
-    "cli": INPUT | RUNTIME | {"policies", "methods", "runtime", "lab", "version"},
+    "cli": INPUT | RUNTIME | {"policies", "methods", "runtime", "serving", "lab", "version"},
 }
 """What each package may import, besides itself."""
 EXCEPTIONS = {

@@ -40,6 +40,14 @@ class MissingPackageError(CoreMatchingError, ImportError):
     """A feature needs a package that an extra of this one installs."""
 
 
+class QueueFullError(CoreMatchingError):
+    """An engine has as many waiting requests as it takes."""
+
+
+class EngineClosedError(CoreMatchingError):
+    """An engine takes no more requests, or has stopped before an answer was complete."""
+
+
 class BusyMachineError(CoreMatchingError):
     """Other programs run, so that times would mean nothing."""
 

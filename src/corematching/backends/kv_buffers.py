@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from corematching.cache.pruned_cache import pruned_prompt_of
+from corematching.cache.slots import SlotCache
 
 LEAST_ROOM = 64
 CPU = torch.device("cpu")
@@ -70,7 +71,12 @@ class CacheBuffers:
         return length if fits and length else None
 
     def take(self, cache: Any, stored: int, batch: int) -> Tensor:
-        """A buffer (2 * layers, B, kv_heads, capacity, head_dim) with room for one more token."""
+        """A buffer (2 * layers, B, kv_heads, capacity, head_dim) with room for one more token.
+
+        A `SlotCache` has its own.
+        """
+        if isinstance(cache, SlotCache) and stored < cache.columns:
+            return cache.buffer
         own = self._own.get(cache)
         if own is not None and _are_shown(cache, own[1]) and stored < own[0].shape[3]:
             return own[0]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from corematching.backends.choice_checks import check_settled
 from corematching.errors import AlreadyInstalledError, InputError
-from corematching.model.spec import check_policies
+from corematching.model.spec import ModelSpec, check_policies
 from corematching.offload.offload import find_offload
 from corematching.protocol import Method
 from corematching.report import Report
@@ -14,6 +17,7 @@ from corematching.runtime.choices import Choices, read_choices
 from corematching.runtime.flops import build_report
 from corematching.runtime.record import Record
 from corematching.runtime.session import Session
+from corematching.runtime.substitute import check_substitute
 
 MARK = "_corematching"
 """The model's attribute for its installed session, or for the claim of an installation in progress.
@@ -40,7 +44,7 @@ class Run:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.model, self.method = session.model, session.method
+        self.model, self.method = session.model, session.installed
 
     @property
     def report(self) -> Report:
@@ -56,7 +60,7 @@ class Run:
     @property
     def reports(self) -> list[Report]:
         """The reports of the last 16 runs, the latest last; waits for the device."""
-        return [self._report(record) for record in self._session.records]
+        return [self._report(record) for record in self._session.log.records]
 
     @property
     def choices(self) -> list[Choices]:
@@ -74,6 +78,33 @@ class Run:
         check_settled(self._session.sparse.values())
         return read_choices(record, len(self._session.parts.layers))
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's parts."""
+        return self._session.parts
+
+    @contextmanager
+    def substitute(self, method: Method) -> Iterator[None]:
+        """Let another method read this thread's prompts inside a ``with`` block.
+
+        For another budget than the installed method's, or none (`Dense`), without installing it
+        anew. What a prompt chose goes with its cache, so decode steps may follow outside of the
+        block. Reports name the installed method.
+
+        Parameters
+        ----------
+        method : Method
+            Like the installed one but for the number of image tokens, or without neurons.
+
+        Raises
+        ------
+        ConfigError
+            It needs something else on the model than the installed one.
+        """
+        check_substitute(self._session.parts, self.method, method)
+        with self._session.substitute.use(method):
+            yield
+
     def remove(self) -> None:
         """Remove this method from the model, if it is still installed.
 
@@ -89,9 +120,9 @@ class Run:
     @property
     def _last(self) -> Record:
         """The record of the last run."""
-        if not self._session.records:
+        if not self._session.log.records:
             raise InputError("nothing has run yet: call model.generate(**inputs) first")
-        return self._session.records[-1]
+        return self._session.log.records[-1]
 
     def _report(self, record: Record) -> Report:
         self._session.log.close(record)

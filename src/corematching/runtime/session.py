@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections import deque
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from corematching.runtime.prefill.prompt import batch_size, query_length, read_p
 from corematching.runtime.prefill.selection import Selection
 from corematching.runtime.record import Mark, Record, mark
 from corematching.runtime.run_log import RunLog
+from corematching.runtime.substitute import Substitute
 
 
 class Session:
@@ -65,7 +65,8 @@ class Session:
         offload: Offload | None = None,
     ) -> None:
         self._kind = check_engine(engine) if offload is None else offload.check_engine(engine)
-        self._model, self.method, self.offload = weakref.ref(model), method, offload
+        self._model, self.installed, self.offload = weakref.ref(model), method, offload
+        self.substitute = Substitute()
         self.lock, self._inner_lock = UseLock(), UseLock()
         self.generation: Generation | None = None
         self.forward: ForwardPass | None = None
@@ -99,9 +100,9 @@ class Session:
         return self.place.backend
 
     @property
-    def records(self) -> deque[Record]:
-        """The records of the last runs."""
-        return self.log.records
+    def method(self) -> Method:
+        """The method that reads this thread's prompts."""
+        return self.substitute.method or self.installed
 
     def install(self) -> None:
         """Patch the model; `remove` also undoes an interrupted installation."""
@@ -134,7 +135,7 @@ class Session:
             )
         self._leave()
         self.place.remove()
-        self.place = Installation(self.model, self.method, self._kind, None)
+        self.place = Installation(self.model, self.installed, self._kind, None)
         self.place.install(self.model)
 
     def begin_generate(self, prompt_width: int) -> None:

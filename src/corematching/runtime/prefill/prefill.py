@@ -68,7 +68,8 @@ class Prefill:
         image: Tensor,
         tower: TowerObserver | None = None,
     ) -> None:
-        self.parts, self.method, self.sparse = parts, method, sparse
+        self.parts, self.method = parts, method
+        self.sparse = sparse if method.neurons else {}
         self.tower = tower
         self.valid, self.image = valid, image
         self.prompt_valid, self.prompt_image = valid, image

@@ -1,0 +1,20 @@
+"""An engine that answers many chats at a time, and a server around it."""
+
+from corematching.serving.answers import AnswerStream, CompletedAnswer, Completion
+from corematching.serving.engine import Engine
+from corematching.serving.observer import Observer
+from corematching.serving.params import AnswerOptions
+from corematching.serving.request import Chunk, Usage
+from corematching.serving.sampling import TokenLogprob
+
+__all__ = [
+    "AnswerOptions",
+    "AnswerStream",
+    "Chunk",
+    "CompletedAnswer",
+    "Completion",
+    "Engine",
+    "Observer",
+    "TokenLogprob",
+    "Usage",
+]
