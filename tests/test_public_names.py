@@ -32,8 +32,9 @@ TO_SUBCLASS = """
 """
 RESULTS = "Choices Report Run SampleReport"
 ERRORS = """
-    AlreadyInstalledError BusyMachineError ConfigError CoreMatchingError InputError
-    InvalidTensorError MemoryCapError MissingPackageError UnsupportedModelError
+    AlreadyInstalledError BusyMachineError ConfigError CoreMatchingError EngineClosedError
+    InputError InvalidTensorError MemoryCapError MissingPackageError QueueFullError
+    UnsupportedModelError
 """
 LOADING = "__version__ load load_demo"
 GROUPS = (METHODS, RULES, SCORES, AMOUNTS, TO_SUBCLASS, RESULTS, ERRORS, LOADING)

@@ -9,6 +9,7 @@ from corematching.cli.analyze import register_analyze
 from corematching.cli.bench import register_bench
 from corematching.cli.eval import register_eval
 from corematching.cli.once import OnceCommand
+from corematching.cli.serve import register_serve
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -140,3 +141,4 @@ def models() -> None:
 register_eval(app)
 register_bench(app)
 register_analyze(app)
+register_serve(app)

@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import socket
 import sys
+from collections.abc import Collection
 
 from corematching.errors import InputError
 
@@ -25,9 +26,16 @@ NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::
 
 
 class PublicTransport(httpx.AsyncBaseTransport):
-    """Sends a request, and each redirect, to a public address or not at all; without a proxy."""
+    """Sends a request, and each redirect, to a public address or not at all; without a proxy.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    hosts : collection of str or None
+        The only hosts to ask, in lower case; None: any.
+    """
+
+    def __init__(self, hosts: Collection[str] | None = None) -> None:
+        self.hosts = hosts
         # no connection serves two hosts: those that share an address differ in certificates
         self._inner = httpx.AsyncHTTPTransport(limits=NOT_KEPT)
 
@@ -37,11 +45,13 @@ class PublicTransport(httpx.AsyncBaseTransport):
         Raises
         ------
         InputError
-            The host has an address that is not public.
+            The host is none of `hosts`, or has an address that is not public.
         """
         host = request.url.host
         if not host or request.url.scheme not in PORTS:
             raise httpx.UnsupportedProtocol("no http(s) address")
+        if self.hosts is not None and host.lower() not in self.hosts:
+            raise InputError(f"pictures are not fetched from {host}: give one of an allowed host")
         addresses = await find_addresses(host, request.url.port or PORTS[request.url.scheme])
         for address in addresses:
             if not is_public(address):

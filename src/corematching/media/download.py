@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,11 +61,25 @@ def download(url: str, limits: Limits | None = None, public_only: bool = True) -
     return work.data
 
 
-async def download_async(url: str, limits: Limits | None = None, public_only: bool = True) -> bytes:
-    """As `download`, for callers that have an event loop."""
+async def download_async(
+    url: str,
+    limits: Limits | None = None,
+    public_only: bool = True,
+    hosts: Collection[str] | None = None,
+) -> bytes:
+    """As `download`, for callers that have an event loop.
+
+    Parameters
+    ----------
+    url, limits, public_only
+        See `download`.
+    hosts : collection of str or None
+        The only hosts to ask, at every redirect too, in lower case; None: any public one. Read
+        with ``public_only`` only.
+    """
     limits = limits or Limits()
     with translating(url, limits):
-        return await asyncio.wait_for(_stream(url, limits, public_only), limits.seconds)
+        return await asyncio.wait_for(_stream(url, limits, public_only, hosts), limits.seconds)
 
 
 class _Work:
@@ -83,8 +97,10 @@ class _Work:
             self.error = error
 
 
-async def _stream(url: str, limits: Limits, public_only: bool) -> bytes:
-    options: dict[str, Any] = {"transport": PublicTransport()} if public_only else {}
+async def _stream(
+    url: str, limits: Limits, public_only: bool, hosts: Collection[str] | None
+) -> bytes:
+    options: dict[str, Any] = {"transport": PublicTransport(hosts)} if public_only else {}
     client = httpx.AsyncClient(
         headers=HEADERS,
         follow_redirects=True,

@@ -94,6 +94,7 @@ class Engine:
         memory = parse_size("kv_memory", kv_memory)
         self.loaded, self.method = loaded, method or CoreMatching()
         self.max_batch, self.kv_memory = max_batch, memory
+        self._tokenizer = copy.deepcopy(loaded.tokenizer)
         self._run = self.method.install(loaded.model, engine)
         try:
             token_bytes = sum(cost.kv_bytes for cost in layer_costs(self._run.spec))
@@ -229,6 +230,11 @@ class Engine:
         self._preparing.shutdown(wait=True)
         self._run.remove()
         return done
+
+    def token_text(self, token: int) -> str:
+        """A token of the vocabulary as text."""
+        text: str = self._tokenizer.decode([token])
+        return text
 
     def drain(self) -> None:
         """Take no more requests; those that wait or run go on."""
