@@ -8,16 +8,19 @@ name. A block that cannot run says why, in a comment in front of it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import io
 import re
 import sys
+import threading
 import types
 from pathlib import Path
 
 import pytest
 import typer
+import uvicorn
 from PIL import Image
 from transformers import PreTrainedModel
 
@@ -44,6 +47,7 @@ CHEAP = {
     "bench": {"--rounds": "1", "--new-tokens": "2", "--force": None},
     "analyze": {"--layers": "5,11"},
     "analyze-task": {"--limit": "1", "--layers": "5"},
+    "serve": {"--port": "0"},
 }
 """Options that a command gets instead of its own; None: without a value."""
 LEFT_OUT = ("--peers",)
@@ -74,6 +78,26 @@ def loaded():
 
 
 @pytest.fixture
+def served(monkeypatch):
+    """Servers that pages start run in threads; the address of the last one."""
+    addresses, running = [], []
+
+    def serve(app, engine, listening, grace):
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        thread.start()
+        running.append((server, thread, engine))
+        addresses.append(f"127.0.0.1:{listening.getsockname()[1]}")
+
+    monkeypatch.setattr("corematching.serving.http.server.serve", serve)
+    yield addresses
+    for server, thread, engine in running:
+        server.should_exit = server.force_exit = True
+        thread.join()
+        engine.close()
+
+
+@pytest.fixture
 def session(checkpoint, loaded, monkeypatch, tmp_path):
     """An empty folder with a picture, a hub without a network, and models that are loaded once."""
     monkeypatch.chdir(tmp_path)
@@ -98,7 +122,7 @@ def session(checkpoint, loaded, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("page", SESSIONS)
-def test_blocks_of_a_page_run(page, session):
+def test_blocks_of_a_page_run(page, session, served):
     printed = ""
     for block in SESSIONS[page]:
         if block.reason:
@@ -107,14 +131,15 @@ def test_blocks_of_a_page_run(page, session):
             assert block.text == printed, f"{block.place}: this is not what is printed"
         printed = ""
         if block.language == "python":
-            printed = run_python(block, session)
+            printed = run_python(block, session, served)
         elif block.language == "bash":
             run_shell(block)
 
 
-def run_python(block: Block, module: types.ModuleType) -> str:
+def run_python(block: Block, module: types.ModuleType, served: list[str]) -> str:
     """Execute a block in the page's session; what it printed."""
-    code = compile("\n" * block.line + block.text, str(block.page), "exec")
+    text = block.text.replace("127.0.0.1:8000", served[-1]) if served else block.text
+    code = compile("\n" * block.line + text, str(block.page), "exec")
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(code, vars(module))
     return out.getvalue()
