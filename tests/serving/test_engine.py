@@ -90,6 +90,17 @@ def test_pieces_make_the_answer(tiny):
     assert (whole.usage.image_tokens, whole.usage.kept_image_tokens) == (16, 8)
 
 
+def test_an_answer_of_no_stated_length_fits_the_model(tiny):
+    limit = tiny.loaded.model.config.get_text_config().max_position_embeddings
+    asked = "word " * (limit // 7)
+
+    async def ask_long():
+        return await tiny.complete(ask(asked))
+
+    usage = run(ask_long()).usage
+    assert usage.completion_tokens == min(256, limit - usage.prompt_tokens) < 256
+
+
 def test_several_answers_and_seeds(tiny):
     async def draw():
         options = {"n": 3, "temperature": 1.0, "seed": 7}
@@ -270,6 +281,7 @@ def test_other_threads_make_the_engine_wait(tiny):
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 5}, "n"),
         ({"n": 99}, "n"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"keep_ratio": 2}, "keep_ratio"),

@@ -94,9 +94,9 @@ def test_rows_join_and_leave():
         expected = [generate(model, prompt, 80) for prompt in prompts]
         rows = make_rows(run, prompts, most=80)
         group, done, sizes = SlotGroup(model), [1, 1, 1], []
-        for step in range(120):
-            if step in (0, 3, 30):
-                group.add(rows[{0: 0, 3: 1, 30: 2}[step]])
+        for step in range(140):
+            if step in (0, 3, 45):
+                group.add(rows[{0: 0, 3: 1, 45: 2}[step]])
             if step == 20:
                 group.remove(rows[0])  # and the slot is taken out
             places = [rows.index(row) for row in group.rows]
@@ -111,7 +111,7 @@ def test_rows_join_and_leave():
             if not group.rows:
                 break
         assert done == [21, 80, 80]
-        assert (sizes[0], sizes[3], sizes[20], sizes[29], sizes[30]) == (1, 2, 2, 1, 2)
+        assert (sizes[0], sizes[3], sizes[20], sizes[44], sizes[45]) == (1, 2, 2, 1, 2)
         assert group.columns_with() == 0 and SlotGroup(model).columns_with(65, 2) == 256
 
 

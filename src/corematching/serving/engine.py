@@ -14,6 +14,7 @@ import torch
 
 from corematching.chat import Turn, encode, pictures_of
 from corematching.errors import ConfigError, EngineClosedError, InputError, translating
+from corematching.inputs import max_positions
 from corematching.methods import CoreMatching, Dense
 from corematching.methods.base import BaseMethod
 from corematching.named_models import LoadedModel, load_named
@@ -25,7 +26,7 @@ from corematching.serving.choices import ChoiceForm
 from corematching.serving.groups import Row, SlotGroup
 from corematching.serving.messages import read_messages
 from corematching.serving.observer import Observer
-from corematching.serving.params import DENSE, AnswerOptions, FieldError
+from corematching.serving.params import DENSE, USUAL_TOKENS, AnswerOptions, FieldError
 from corematching.serving.prompt import PromptReader
 from corematching.serving.request import Chunk, Request
 from corematching.serving.scheduler import Scheduler
@@ -259,20 +260,26 @@ class Engine:
             raise EngineClosedError("the engine has stopped")
         method = self._substitute(options.keep_ratio)
         turns = read_messages(messages)
-        inputs = self._encode(turns, options.max_tokens)
+        inputs = self._encode(turns, options.max_tokens or 1)
         length, image = self._reader.count_tokens(inputs)
+        most_new = options.max_tokens or self._usual_tokens(length)
         kept = _most_kept(self.method if method is None else method, image)
         request = Request(
             inputs=inputs,
-            options=options,
+            options=replace(options, max_tokens=most_new),
             method=method,
             deliver=stream.deliver,
             prompt=inputs["input_ids"][0].tolist(),
             image_tokens=image,
-            most=length - image + kept + options.max_tokens,
+            most=length - image + kept + most_new,
         )
         self._scheduler.check(request)
         return request
+
+    def _usual_tokens(self, length: int) -> int:
+        """The longest answer to a prompt of so many tokens, where the request does not say."""
+        limit = max_positions(self.loaded.model.config, self.loaded.tokenizer)
+        return USUAL_TOKENS if limit is None else max(1, min(USUAL_TOKENS, limit - length))
 
     def _encode(self, turns: Sequence[Turn], new_tokens: int) -> Any:
         if pictures_of(turns) and not self.loaded.takes_images:

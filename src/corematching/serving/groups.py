@@ -21,7 +21,7 @@ from corematching.serving.prompt import Prompt, forward
 
 MOST_ROWS = 16
 """Rows of a step in compiled code."""
-MOST_IDLE_STEPS = 4
+MOST_IDLE_STEPS = 16
 """An idle row costs part of a step, taking it out a copy of the others."""
 
 

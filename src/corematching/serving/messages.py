@@ -19,7 +19,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
     Parameters
     ----------
     messages : sequence of mapping
-        See `Engine.chat`.
+        See `Engine.chat`. In an image's place may stand a function that gives it.
 
     Raises
     ------
@@ -52,8 +52,11 @@ def _read_part(part: Any, where: str) -> Part:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    if kind == "image" and isinstance(part.get("image"), Image.Image):
-        return {"type": "image", "image": part["image"]}
+    image = part.get("image") if kind == "image" else None
+    if callable(image):
+        image = image()
+    if isinstance(image, Image.Image):
+        return {"type": "image", "image": image}
     raise InputError(
         f'{where}: give {{"type": "text", "text": str}} or {{"type": "image", "image": Image}}'
     )

@@ -10,6 +10,8 @@ from corematching.errors import ConfigError
 
 MOST_STOPS, MOST_LOGPROBS, MOST_ANSWERS = 4, 20, 16
 DENSE = "dense"
+USUAL_TOKENS = 256
+"""The longest answer where a request does not say."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,9 @@ class AnswerOptions:
 
     Parameters
     ----------
-    max_tokens : int
-        The longest answer, in tokens.
+    max_tokens : int or None
+        The longest answer, in tokens. None: 256, or fewer where the model has no positions for so
+        many.
     temperature : float or None
         0 takes the likeliest token. None: what the model's generation config says where that
         samples, else 0.
@@ -53,7 +56,7 @@ class AnswerOptions:
         A value is of another type or out of range; `ConfigError.field` names it.
     """
 
-    max_tokens: int = 256
+    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -122,7 +125,7 @@ class FieldError(ConfigError):
 
 
 def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if value is None and name not in ("max_tokens", "n"):
+    if value is None and name != "n":
         return
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):

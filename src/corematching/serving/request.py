@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corematching.methods.base import BaseMethod
 from corematching.serving.groups import Row
-from corematching.serving.params import AnswerOptions
+from corematching.serving.params import USUAL_TOKENS, AnswerOptions
 from corematching.serving.sampling import Defaults, Sampler, TokenLogprob
 from corematching.serving.text import TextStream
 
@@ -167,6 +167,7 @@ class Answer:
         self.sampler = Sampler(options, index, request.prompt, defaults)
         self.stream = TextStream(tokenizer, options.stop)
         self.token, self.count, self.last = 0, 0, request.arrived
+        self.most = options.max_tokens or USUAL_TOKENS
         self.finish_reason: str | None = None
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -183,7 +184,7 @@ class Answer:
             self.finish_reason, text = "stop", self.stream.finish()
         else:
             text = self.stream.add(token)
-            if not self.stream.stopped and self.count >= self.request.options.max_tokens:
+            if not self.stream.stopped and self.count >= self.most:
                 self.finish_reason, text = "length", text + self.stream.finish()
             if self.stream.stopped:
                 self.finish_reason = "stop"

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corematching.errors import ConfigError, EngineClosedError, InputError
+from corematching.errors import EngineClosedError, InputError
 from corematching.serving.choices import ChoiceForm
 from corematching.serving.groups import MOST_ROWS, Group, Row, SlotGroup, TurnGroup
 from corematching.serving.observer import Observer
+from corematching.serving.params import USUAL_TOKENS, FieldError
 from corematching.serving.prompt import Prompt, PromptReader
 from corematching.serving.queue import RequestQueue
 from corematching.serving.request import Answer, Request
@@ -110,7 +111,7 @@ class Scheduler:
         """
         count = request.options.n
         if count > self.max_batch:
-            raise ConfigError(f"n={count}: this engine decodes {self.max_batch} answers at a time")
+            raise FieldError("n", f"{self.max_batch} or less: so many decode at a time", count)
         needed = self.token_bytes * SlotGroup(None).columns_with(request.most, count)
         if needed > self.kv_memory:
             raise InputError(
@@ -201,9 +202,9 @@ class Scheduler:
         request.dropped = len(request.prompt) - prompt.kept
         request.kv_bytes = prompt.kept * self.token_bytes
         self.observer.on_prompt(request, start - request.arrived, time.perf_counter() - start)
-        options = request.options
         choices = self.form.fill(prompt.neurons)
-        rows = [Row(prompt, choices, prompt.kept + options.max_tokens) for _ in range(options.n)]
+        most = prompt.kept + (request.options.max_tokens or USUAL_TOKENS)
+        rows = [Row(prompt, choices, most) for _ in range(request.options.n)]
         request.answers = [
             Answer(request, index, row, self.tokenizer, self.ends, self.defaults)
             for index, row in enumerate(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 
 import pytest
 
@@ -25,7 +26,7 @@ BASE64 = data_uri().partition(",")[2]
         ({"temperature": 3}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"n": 5}, None),
+        ({"n": 5}, "n"),
         ({"n": 99}, "n"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": [""]}, "stop"),
@@ -161,6 +162,31 @@ def test_remote_pictures_come_from_allowed_hosts_only(tiny_vlm, serve, monkeypat
         assert server.refused(400, shown("file:///etc/hosts"))["code"] == "not_allowed"
         monkeypatch.setattr(addresses, "is_public", lambda address: False)
         assert "public" in server.refused(422, shown(f"{there.url}/a.png"))["message"]
+
+
+def test_limits_on_bytes_pixels_and_time(tiny_vlm):
+    settings = Settings(most_bytes=4000, most_held=6000, most_pixels=9000, body_seconds=0.3)
+    with serving(tiny_vlm, settings) as server:
+        assert server.chat(shown(*[data_uri()] * 2)).status_code == 200
+        error = server.refused(422, shown(*[data_uri()] * 3))
+        assert error["param"] == "messages[0].content[2].image_url"
+        assert server.refused(413, "a" * 4000)["code"] == "too_large"
+
+        def slow(first):
+            yield first
+            time.sleep(0.6)
+            yield b"{}"
+
+        path, replies = "/v1/chat/completions", []
+        holding = threading.Thread(
+            target=lambda: replies.append(server.client.post(path, content=slow(b" " * 3500)))
+        )
+        holding.start()
+        time.sleep(0.1)
+        assert server.refused(429, "a" * 3000)["code"] == "busy"
+        holding.join()
+        assert replies[0].status_code == 408
+        assert server.chat("a" * 300).status_code == 200
 
 
 def test_settings_and_keys(tmp_path):

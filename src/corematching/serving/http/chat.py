@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from corematching.serving.answers import AnswerStream, Completion
 from corematching.serving.engine import Engine
 from corematching.serving.http.errors import ApiError, explain
-from corematching.serving.http.pictures import load_picture
+from corematching.serving.http.pictures import PictureReader
 from corematching.serving.http.schema import ChatRequest, TextPart
 from corematching.serving.http.settings import Settings
 from corematching.serving.request import Usage
@@ -72,8 +72,8 @@ class ChatRoute:
             )
 
     async def read_messages(self, body: ChatRequest) -> list[dict[str, Any]]:
-        """The chat, with its pictures loaded one after the other."""
-        messages, count = [], 0
+        """The chat, with what decodes its pictures."""
+        messages, pictures = [], PictureReader(self.settings)
         for index, message in enumerate(body.messages):
             content: str | list[dict[str, Any]] = ""
             if isinstance(message.content, str):
@@ -85,19 +85,13 @@ class ChatRoute:
                         content.append({"type": "text", "text": part.text})
                         continue
                     field = f"messages[{index}].content[{at}].image_url"
-                    count += 1
-                    self._check_picture(count, field)
-                    image = await load_picture(part.image_url.url, self.settings, field)
+                    if not self.engine.loaded.takes_images:
+                        text = f"{field}: this model takes no pictures"
+                        raise ApiError(400, text, field, "invalid_value")
+                    image = await pictures.read(part.image_url.url, field)
                     content.append({"type": "image", "image": image})
             messages.append({"role": message.role, "content": content})
         return messages
-
-    def _check_picture(self, count: int, field: str) -> None:
-        if not self.engine.loaded.takes_images:
-            raise ApiError(400, f"{field}: this model takes no pictures", field, "invalid_value")
-        if count > self.settings.most_pictures:
-            most = self.settings.most_pictures
-            raise ApiError(400, f"{field}: at most {most} pictures", field, "too_many_images")
 
     async def _stream(
         self, stream: AnswerStream, reply: Reply, with_usage: bool, started: float

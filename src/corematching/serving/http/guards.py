@@ -30,6 +30,7 @@ class Guards:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -83,36 +84,41 @@ class Guards:
 
     async def _limit(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the body within its limits, and run the app with it."""
+        body = bytearray()
         try:
-            body = await asyncio.wait_for(self._read(receive), self.settings.body_seconds)
+            reading = self._read(receive, body)
+            if not await asyncio.wait_for(reading, self.settings.body_seconds):
+                return
+            given = [bytes(body)]
+
+            async def replay() -> Message:
+                if given:
+                    return {"type": "http.request", "body": given.pop(), "more_body": False}
+                return await receive()
+
+            await self.app(scope, replay, send)
         except (asyncio.TimeoutError, TimeoutError):
             error = ApiError(408, "the body did not come in time: send it again", code="timeout")
             await error.response()(scope, receive, send)
-            return
         except ApiError as error:
             await error.response()(scope, receive, send)
-            return
-        if body is None:
-            return
-        given = [body]
+        finally:
+            self._held -= len(body)
 
-        async def replay() -> Message:
-            if given:
-                return {"type": "http.request", "body": given.pop(), "more_body": False}
-            return await receive()
-
-        await self.app(scope, replay, send)
-
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None where the client has gone."""
-        body, more = bytearray(), True
+    async def _read(self, receive: Receive, body: bytearray) -> bool:
+        """Read the whole body; False where the client has gone."""
+        more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
+                return False
+            piece = message.get("body", b"")
             more = message.get("more_body", False)
-            error = self._too_large(len(body))
+            error = self._too_large(len(body) + len(piece))
+            if error is None and self._held + len(piece) > self.settings.most_held:
+                error = ApiError(429, "too many bytes at a time: ask again later", code="busy")
             if error is not None:
                 raise error
-        return bytes(body)
+            body += piece
+            self._held += len(piece)
+        return True

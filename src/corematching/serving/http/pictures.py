@@ -5,53 +5,82 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
 from corematching.errors import InputError
-from corematching.media import decode_picture, download_async, open_picture
+from corematching.media import decode_picture, download_async, read_file
 from corematching.serving.http.errors import ApiError
 from corematching.serving.http.settings import Settings
 
 
-async def load_picture(url: str, settings: Settings, field: str) -> Image.Image:
-    """Read one picture.
+class PictureReader:
+    """Reads the pictures of one request; decodes them later, when the engine prepares its prompt.
 
     Parameters
     ----------
-    url : str
-        ``data:image/...;base64,...``, or ``http(s)://`` or ``file://`` where that is allowed.
     settings : Settings
         What is allowed, and the limits.
-    field : str
-        The field that holds the address, for messages.
-
-    Raises
-    ------
-    ApiError
-        400 for an address that is not allowed, 422 for a picture that cannot be read.
     """
-    scheme = url.partition(":")[0].lower()
-    try:
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._pictures, self._pixels = 0, 0
+
+    async def read(self, url: str, field: str) -> Callable[[], Image.Image]:
+        """What decodes a picture.
+
+        Parameters
+        ----------
+        url : str
+            ``data:image/...;base64,...``, or ``http(s)://`` or ``file://`` where that is allowed.
+        field : str
+            The field that holds the address, for messages.
+
+        Raises
+        ------
+        ApiError
+            400 for an address that is not allowed or one too many, 422 for a picture that cannot
+            be had; 422 also from what is returned.
+        """
+        self._pictures += 1
+        if self._pictures > self.settings.most_pictures:
+            most = self.settings.most_pictures
+            raise ApiError(400, f"{field}: at most {most} pictures", field, "too_many_images")
+        scheme = url.partition(":")[0].lower()
         if scheme == "data":
-            data = _decode(url, settings, field)
-            return await asyncio.to_thread(decode_picture, data, field, settings.limits)
-        if scheme in ("http", "https"):
-            data = await _fetch(url, settings, field)
-            return await asyncio.to_thread(decode_picture, data, field, settings.limits)
-        if scheme == "file":
-            path = _find_file(url, settings, field)
-            return await asyncio.to_thread(open_picture, path, settings.limits)
-    except InputError as error:
-        raise ApiError(422, str(error), field, "unreadable_image") from error
-    raise ApiError(
-        400, f"{field}: give a data URI, such as data:image/png;base64,...", field, "invalid_value"
-    )
+            data = _decode_base64(url, self.settings, field)
+        elif scheme in ("http", "https"):
+            data = await _fetch(url, self.settings, field)
+        elif scheme == "file":
+            path = _find_file(url, self.settings, field)
+            data = await asyncio.to_thread(_read_file, path, self.settings, field)
+        else:
+            text = f"{field}: give a data URI, such as data:image/png;base64,..."
+            raise ApiError(400, text, field, "invalid_value")
+        return partial(self._decode, data, field)
+
+    def _decode(self, data: bytes, field: str) -> Image.Image:
+        limits, most = self.settings.limits, self.settings.most_pixels
+        left = max(min(limits.pixels, most - self._pixels), 1)
+        try:
+            picture = decode_picture(data, field, replace(limits, pixels=left))
+        except InputError as error:
+            raise _unreadable(str(error), field) from error
+        self._pixels += picture.width * picture.height
+        return picture
 
 
-def _decode(url: str, settings: Settings, field: str) -> bytes:
+def _unreadable(text: str, field: str) -> ApiError:
+    return ApiError(422, text, field, "unreadable_image")
+
+
+def _decode_base64(url: str, settings: Settings, field: str) -> bytes:
     head, comma, text = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise ApiError(400, f"{field}: a data URI needs ;base64, in it", field, "invalid_value")
@@ -65,13 +94,12 @@ def _decode(url: str, settings: Settings, field: str) -> bytes:
 
 async def _fetch(url: str, settings: Settings, field: str) -> bytes:
     if not settings.media_hosts:
-        raise ApiError(
-            400,
-            f"{field}: this server fetches no pictures: send a data URI",
-            field,
-            "not_allowed",
-        )
-    return await download_async(url, settings.limits, hosts=settings.media_hosts)
+        text = f"{field}: this server fetches no pictures: send a data URI"
+        raise ApiError(400, text, field, "not_allowed")
+    try:
+        return await download_async(url, settings.limits, hosts=settings.media_hosts)
+    except InputError as error:
+        raise _unreadable(str(error), field) from error
 
 
 def _find_file(url: str, settings: Settings, field: str) -> Path:
@@ -88,3 +116,10 @@ def _find_file(url: str, settings: Settings, field: str) -> Path:
     if not inside:
         raise refused
     return path
+
+
+def _read_file(path: Path, settings: Settings, field: str) -> bytes:
+    try:
+        return read_file(path, settings.limits)
+    except InputError as error:
+        raise _unreadable(f"{field}: the file cannot be read, or is too large", field) from error

@@ -27,10 +27,10 @@ class Settings:
         Pictures are fetched from these hosts only, in lower case.
     limits : Limits
         On each picture.
-    most_pictures : int
+    most_pictures, most_pixels : int
         In one request.
-    most_bytes : int
-        Of a request's body.
+    most_bytes, most_held : int
+        Of a request's body, and of all bodies at a time.
     body_seconds : float
         For a request's body to come.
 
@@ -45,7 +45,9 @@ class Settings:
     media_hosts: frozenset[str] = frozenset()
     limits: Limits = PICTURE
     most_pictures: int = 16
+    most_pixels: int = 64_000_000
     most_bytes: int = 32 << 20
+    most_held: int = 512 << 20
     body_seconds: float = 60.0
 
     def __post_init__(self) -> None:
