@@ -7,7 +7,9 @@ import torch
 
 from corematching import CoreMatching, Dense, GateThreshold, Sparsifier, TopNeurons
 from corematching.serving.choices import ChoiceForm
+from corematching.serving.features import FeatureCache
 from corematching.serving.groups import Row, SlotGroup, TurnGroup
+from corematching.serving.observer import Observer
 from corematching.serving.prompt import PromptReader
 from tests.models import FAMILIES, TEXT_FAMILIES, build, make_inputs
 
@@ -47,7 +49,7 @@ def generate(model, inputs, steps=STEPS):
 
 
 def make_rows(run, prompts, most=64):
-    reader = PromptReader(run)
+    reader = PromptReader(run, FeatureCache(run.model, 0, Observer()))
     read = [reader.read(prompt, None) for prompt in prompts]
     form = ChoiceForm(read[0].neurons, dict(enumerate(run.spec.widths)))
     return [Row(prompt, form.fill(prompt.neurons), prompt.kept + most) for prompt in read]

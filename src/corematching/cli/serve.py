@@ -43,6 +43,10 @@ KvMemory = Annotated[
     typer.Option(metavar="SIZE", help="For keys and values of running answers, such as 2GiB."),
 ]
 MaxQueue = Annotated[int, typer.Option(min=1, help="Requests that wait; more get a 429.")]
+ImageMemory = Annotated[
+    str,
+    typer.Option(metavar="SIZE", help="For vision features of recent pictures; 0 keeps none."),
+]
 LocalMedia = Annotated[
     Path | None,
     typer.Option(
@@ -75,6 +79,7 @@ def serve(
     max_batch: MaxBatch = 16,
     kv_memory: KvMemory = "2GiB",
     max_queue: MaxQueue = 64,
+    image_memory: ImageMemory = "256MiB",
     allowed_local_media_path: LocalMedia = None,
     allowed_media_domains: MediaDomains = None,
     grace: Grace = 30.0,
@@ -95,6 +100,8 @@ def serve(
 
     start_log(log_level)
     parse_size("--kv-memory", kv_memory)
+    if image_memory != "0":
+        parse_size("--image-memory", image_memory)
     with console.noting_old_names():
         chosen = build_method(method, {})
     settings = Settings(
@@ -117,6 +124,7 @@ def serve(
             "max_batch": max_batch,
             "kv_memory": kv_memory,
             "max_queue": max_queue,
+            "image_memory": None if image_memory == "0" else image_memory,
             "engine": engine,
         },
     )

@@ -4,8 +4,9 @@ from corematching.serving.answers import AnswerStream, CompletedAnswer, Completi
 from corematching.serving.engine import Engine
 from corematching.serving.observer import Observer
 from corematching.serving.params import AnswerOptions
-from corematching.serving.request import Chunk, Usage
+from corematching.serving.request import Chunk
 from corematching.serving.sampling import TokenLogprob
+from corematching.serving.usage import Usage
 
 __all__ = [
     "AnswerOptions",

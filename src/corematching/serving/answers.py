@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from corematching.serving.queue import RequestQueue
-from corematching.serving.request import Chunk, Request, Usage
+from corematching.serving.request import Chunk, Request
 from corematching.serving.sampling import TokenLogprob
+from corematching.serving.usage import Usage
 
 
 @dataclass

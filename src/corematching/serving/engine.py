@@ -23,6 +23,7 @@ from corematching.runtime.flops import layer_costs
 from corematching.runtime.substitute import check_substitute
 from corematching.serving.answers import AnswerStream, Completion
 from corematching.serving.choices import ChoiceForm
+from corematching.serving.features import FeatureCache
 from corematching.serving.groups import Row, SlotGroup
 from corematching.serving.messages import read_messages
 from corematching.serving.observer import Observer
@@ -59,6 +60,9 @@ class Engine:
         prompt takes while it is read is not included.
     max_queue : int
         Requests that wait; a further one is refused.
+    image_memory : str or int or None
+        Bytes for the vision features of recent pictures, so that the next question about them does
+        not run the vision tower; None: they are not kept.
     engine : str
         What runs the model: ``auto``, ``torch`` or ``native``, as in `BaseMethod.install`.
     observer : Observer, optional
@@ -86,20 +90,22 @@ class Engine:
         max_batch: int = 16,
         kv_memory: str | int = "2GiB",
         max_queue: int = 64,
+        image_memory: str | int | None = "256MiB",
         engine: str = "auto",
         observer: Observer | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r}: give an integer of at least 1")
-        memory = parse_size("kv_memory", kv_memory)
+        memory, observer = parse_size("kv_memory", kv_memory), observer or Observer()
+        kept = 0 if image_memory is None else parse_size("image_memory", image_memory)
         self.loaded, self.method = loaded, method or CoreMatching()
         self.max_batch, self.kv_memory = max_batch, memory
         self._tokenizer = copy.deepcopy(loaded.tokenizer)
         self._run = self.method.install(loaded.model, engine)
         try:
             token_bytes = sum(cost.kv_bytes for cost in layer_costs(self._run.spec))
-            self._reader = PromptReader(self._run)
+            self._reader = PromptReader(self._run, FeatureCache(loaded.model, kept, observer))
             self._scheduler = Scheduler(
                 self._reader,
                 self._warm_up(),
@@ -108,7 +114,7 @@ class Engine:
                 max_queue,
                 memory,
                 token_bytes,
-                observer or Observer(),
+                observer,
             )
         except BaseException:
             self._run.remove()

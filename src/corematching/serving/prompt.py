@@ -22,6 +22,7 @@ from corematching.methods.base import BaseMethod
 from corematching.protocol import NeuronChoice
 from corematching.runtime import Run
 from corematching.runtime.prefill.prompt import read_prompt
+from corematching.serving.features import FeatureCache
 
 T = TypeVar("T")
 POLL_SECONDS = 0.005
@@ -76,10 +77,12 @@ class PromptReader:
     ----------
     run : Run
         The method on the model.
+    features : FeatureCache
+        Of pictures that were seen before.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, features: FeatureCache) -> None:
+        self.run, self.features = run, features
 
     def count_tokens(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """Tokens of a prompt, and how many of them are image tokens."""
@@ -98,7 +101,8 @@ class PromptReader:
         method : BaseMethod or None
         """
         model: Any = self.run.model
-        with nullcontext() if method is None else self.run.substitute(method):
+        other = nullcontext() if method is None else self.run.substitute(method)
+        with other, self.features.use(method or self.run.method):
             out = when_free(
                 lambda: model.generate(
                     **inputs,

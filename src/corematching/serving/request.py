@@ -14,29 +14,7 @@ from corematching.serving.groups import Row
 from corematching.serving.params import USUAL_TOKENS, AnswerOptions
 from corematching.serving.sampling import Defaults, Sampler, TokenLogprob
 from corematching.serving.text import TextStream
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The tokens of a request.
-
-    Attributes
-    ----------
-    prompt_tokens : int
-        Of the prompt before any was dropped, image tokens included.
-    completion_tokens : int
-        Of all answers, end tokens included.
-    image_tokens, kept_image_tokens : int
-        Of the prompt, and those that decoding attends to.
-    kv_bytes : int
-        Keys and values of the prompt's kept tokens.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    image_tokens: int
-    kept_image_tokens: int
-    kv_bytes: int
+from corematching.serving.usage import Usage
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ class Scheduler:
         request.inputs = None
         request.dropped = len(request.prompt) - prompt.kept
         request.kv_bytes = prompt.kept * self.token_bytes
-        self.observer.on_prompt(request, start - request.arrived, time.perf_counter() - start)
+        self.observer.on_prompt(request.usage, start - request.arrived, time.perf_counter() - start)
         choices = self.form.fill(prompt.neurons)
         most = prompt.kept + (request.options.max_tokens or USUAL_TOKENS)
         rows = [Row(prompt, choices, most) for _ in range(request.options.n)]
@@ -281,7 +281,7 @@ class Scheduler:
     def _end(self, request: Request, error: BaseException | None, reason: str) -> None:
         for answer in request.answers:
             self._drop(answer.row)
-        self.observer.on_end(request, time.perf_counter() - request.arrived, reason)
+        self.observer.on_end(request.usage, time.perf_counter() - request.arrived, reason)
         self._deliver(request, error)
 
     def _drop(self, row: Row) -> None:

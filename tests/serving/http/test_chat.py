@@ -153,6 +153,7 @@ def test_metrics_count(server):
     assert values["vllm:prompt_tokens_total"] > values["corematching:image_tokens_total"] > 0
     assert values["corematching:kept_image_tokens_total"] > 0
     assert values["vllm:generation_tokens_total"] > 0
+    assert values["vllm:mm_cache_queries_total"] > values["vllm:mm_cache_hits_total"] > 0
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert values[f"vllm:{name}"] == 0
     for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency"):

@@ -18,8 +18,8 @@ from corematching.serving.http.errors import ApiError, explain
 from corematching.serving.http.pictures import PictureReader
 from corematching.serving.http.schema import ChatRequest, TextPart
 from corematching.serving.http.settings import Settings
-from corematching.serving.request import Usage
 from corematching.serving.sampling import TokenLogprob
+from corematching.serving.usage import Usage
 
 log = logging.getLogger(__name__)
 

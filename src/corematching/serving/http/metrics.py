@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from corematching.serving.engine import Engine
 from corematching.serving.observer import Observer
-from corematching.serving.request import Request
+from corematching.serving.usage import Usage
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
@@ -29,6 +29,8 @@ class Metrics(Observer):
         self._answer_tokens = self._counter("vllm:generation_tokens", "Answer tokens made.")
         self._image = self._counter("corematching:image_tokens", "Image tokens of prompts.")
         self._kept = self._counter("corematching:kept_image_tokens", "Image tokens kept.")
+        self._asked = self._counter("vllm:mm_cache_queries", "Prompts with pictures.")
+        self._found = self._counter("vllm:mm_cache_hits", "Those whose features were kept.")
         self._ends = Counter(
             "vllm:request_success",
             "Requests that ended, by reason: stop, length, abort or error.",
@@ -53,9 +55,13 @@ class Metrics(Observer):
         self._usage = self._gauge("vllm:kv_cache_usage_perc", "Reserved KV memory, 1 is all.")
         self._bytes = self._gauge("corematching:kv_bytes", "Reserved KV memory, bytes.")
 
-    def on_prompt(self, request: Request, waited: float, seconds: float) -> None:
+    def on_pictures(self, found: bool) -> None:
+        """Count a prompt with pictures."""
+        self._asked.inc()
+        self._found.inc(int(found))
+
+    def on_prompt(self, usage: Usage, waited: float, seconds: float) -> None:
         """Count a prompt."""
-        usage = request.usage
         self._prompt_tokens.inc(usage.prompt_tokens)
         self._image.inc(usage.image_tokens)
         self._kept.inc(usage.kept_image_tokens)
@@ -67,7 +73,7 @@ class Metrics(Observer):
         self._answer_tokens.inc()
         (self._first if first else self._next).observe(seconds)
 
-    def on_end(self, request: Request, seconds: float, reason: str) -> None:
+    def on_end(self, usage: Usage, seconds: float, reason: str) -> None:
         """Count a request that has ended."""
         self._ends.labels(self.model, reason).inc()
         self._whole.observe(seconds)
