@@ -13,6 +13,7 @@ from corematching.serving.http.chat import ChatRoute
 from corematching.serving.http.errors import ApiError, handle_errors
 from corematching.serving.http.guards import Guards
 from corematching.serving.http.metrics import Metrics
+from corematching.serving.http.responses import ResponseRequest, ResponseRoute
 from corematching.serving.http.schema import ChatRequest
 from corematching.serving.http.settings import Settings
 
@@ -55,6 +56,12 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings, version: str)
         if state.draining:
             raise ApiError(503, "the server is stopping: ask another one", code="stopping")
         return await route.answer(body, request)
+
+    @app.post("/v1/responses", summary="Answer as a response", responses=ERRORS)
+    async def respond(body: Annotated[ResponseRequest, Body()], request: Request) -> Response:
+        if state.draining:
+            raise ApiError(503, "the server is stopping: ask another one", code="stopping")
+        return await ResponseRoute(route).answer(body, request)
 
     @app.get("/v1/models", summary="The model")
     async def models() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from corematching.serving.answers import AnswerStream, Completion
 from corematching.serving.engine import Engine
 from corematching.serving.http.errors import ApiError, explain
 from corematching.serving.http.pictures import PictureReader
-from corematching.serving.http.schema import ChatRequest, TextPart
+from corematching.serving.http.schema import ChatRequest, Message, TextPart
 from corematching.serving.http.settings import Settings
 from corematching.serving.sampling import TokenLogprob
 from corematching.serving.usage import Usage
@@ -45,7 +45,7 @@ class ChatRoute:
         self.check_model(body.model)
         options = body.options()
         started = time.perf_counter()
-        messages = await self.read_messages(body)
+        messages = await self.read_messages(body.messages)
         stream = await self.engine.start(messages, options)
         reply = Reply(request.state.id, self.engine, logprobs=bool(body.logprobs))
         if body.stream:
@@ -57,7 +57,7 @@ class ChatRoute:
         completion = await collect_while_connected(stream, request)
         if completion is None:
             return Response(status_code=CLIENT_GONE)
-        note(reply, completion.usage, started)
+        note(reply.id, completion.usage, started)
         return JSONResponse(reply.whole(completion))
 
     def check_model(self, name: str | None) -> None:
@@ -71,10 +71,12 @@ class ChatRoute:
                 "model_not_found",
             )
 
-    async def read_messages(self, body: ChatRequest) -> list[dict[str, Any]]:
-        """The chat, with what decodes its pictures."""
+    async def read_messages(
+        self, given: Sequence[Message], name: str = "messages"
+    ) -> list[dict[str, Any]]:
+        """A chat for the engine, with what decodes its pictures; ``name`` is the field's."""
         messages, pictures = [], PictureReader(self.settings)
-        for index, message in enumerate(body.messages):
+        for index, message in enumerate(given):
             content: str | list[dict[str, Any]] = ""
             if isinstance(message.content, str):
                 content = message.content
@@ -84,7 +86,7 @@ class ChatRoute:
                     if isinstance(part, TextPart):
                         content.append({"type": "text", "text": part.text})
                         continue
-                    field = f"messages[{index}].content[{at}].image_url"
+                    field = f"{name}[{index}].content[{at}].image_url"
                     if not self.engine.loaded.takes_images:
                         text = f"{field}: this model takes no pictures"
                         raise ApiError(400, text, field, "invalid_value")
@@ -111,7 +113,7 @@ class ChatRoute:
             if with_usage and usage is not None:
                 yield event({**reply.head("chat.completion.chunk"), "choices": [],
                              "usage": describe_usage(usage)})  # fmt: skip
-            note(reply, usage, started)
+            note(reply.id, usage, started)
         except Exception as error:
             yield event(explain(error).body())
         finally:
@@ -212,14 +214,14 @@ def event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def note(reply: Reply, usage: Usage | None, started: float) -> None:
+def note(response_id: str, usage: Usage | None, started: float) -> None:
     """One log line about an answer; nothing of its text."""
     if usage is None:
         return
     log.info(
         "answered id=%s prompt_tokens=%d image_tokens=%d kept_image_tokens=%d "
         "completion_tokens=%d seconds=%.3f",
-        reply.id,
+        response_id,
         usage.prompt_tokens,
         usage.image_tokens,
         usage.kept_image_tokens,

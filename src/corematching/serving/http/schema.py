@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +12,7 @@ from corematching.serving.params import AnswerOptions
 
 IGNORED = frozenset(
     "user metadata store service_tier parallel_tool_calls prompt_cache_key prompt_cache_retention "
-    "safety_identifier verbosity reasoning_effort".split()
+    "safety_identifier verbosity reasoning_effort reasoning".split()
 )
 """Fields that change nothing here."""
 NOTHING: dict[str, list[Any]] = {
@@ -22,6 +23,13 @@ NOTHING: dict[str, list[Any]] = {
     "logit_bias": [{}],
     "response_format": [{"type": "text"}],
     "modalities": [["text"]],
+    "background": [False],
+    "include": [[]],
+    "previous_response_id": [],
+    "conversation": [],
+    "prompt": [],
+    "text": [{}, {"format": {"type": "text"}}],
+    "truncation": ["disabled"],
 }
 """Fields that are taken with these values only."""
 
@@ -112,7 +120,7 @@ class ChatRequest(BaseModel):
         ConfigError
             A value is out of range.
         """
-        self._check_extra()
+        check_extra(self.model_extra)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs", "invalid_value")
         if self.stream_options is not None and not self.stream:
@@ -128,9 +136,17 @@ class ChatRequest(BaseModel):
         given["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         return AnswerOptions(**{name: value for name, value in given.items() if value is not None})
 
-    def _check_extra(self) -> None:
-        for name, value in (self.model_extra or {}).items():
-            if name in IGNORED or value is None or value in NOTHING.get(name, []):
-                continue
-            what = "is not supported" if name in NOTHING else "is no known field"
-            raise ApiError(400, f"{name} {what}: leave it out", name, "unsupported_parameter")
+
+def check_extra(fields: Mapping[str, Any] | None) -> None:
+    """Refuse fields that would change the answer, and unknown ones.
+
+    Raises
+    ------
+    ApiError
+        It names the field.
+    """
+    for name, value in (fields or {}).items():
+        if name in IGNORED or value is None or value in NOTHING.get(name, []):
+            continue
+        what = "is not supported" if name in NOTHING else "is no known field"
+        raise ApiError(400, f"{name} {what}: leave it out", name, "unsupported_parameter")
