@@ -91,9 +91,7 @@ class Peer:
         scheduler.max_num_seqs = self.batch
         scheduler.max_num_batched_tokens = self.batch * options["prompt_tokens"] * 2
         scheduler.enable_prefix_caching = False
-        self.pipeline = openvino_genai.ContinuousBatchingPipeline(
-            path, scheduler, device, settings
-        )
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(path, scheduler, device, settings)
 
     def generate(self, request):
         """Seconds of a request."""
