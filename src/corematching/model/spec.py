@@ -12,6 +12,8 @@ from corematching.errors import ConfigError, UnsupportedModelError
 from corematching.model.attention import find_attention
 from corematching.model.ffn import find_ffn
 from corematching.model.gate_store import GateStore
+from corematching.model.layer_inputs import needs_positions, no_cache_error, takes_cache
+from corematching.model.linear import linear_shape
 from corematching.protocol import (
     ACTIVATIONS,
     ATTENTION,
@@ -121,14 +123,6 @@ def check_model(model: nn.Module, method: Method) -> ModelSpec:
     if method.tokens is not None:
         _check_tokens(model, config, parts, method)
     return parts
-
-
-def linear_shape(module: Any) -> tuple[int, int]:
-    """(inputs, outputs) of a linear layer, quantised ones and GPT-2's Conv1D included."""
-    if hasattr(module, "in_features"):
-        return int(module.in_features), int(module.out_features)
-    rows, columns = module.weight.shape
-    return int(rows), int(columns)
 
 
 def _kind(model: Any) -> str:
@@ -259,6 +253,7 @@ def _check_tokens(model: nn.Module, config: Any, parts: ModelSpec, method: Metho
             f"{_kind(model)} runs on flex_attention, whose block masks cannot be shortened: "
             "call model.set_attn_implementation('sdpa')"
         )
+    _check_layer_inputs(model, config, parts)
     depth = len(parts.layers)
     after = method.tokens.drop_after(depth)
     if list(after) != sorted(set(after)) or any(not -1 <= i <= depth - 2 for i in after):
@@ -271,6 +266,20 @@ def _check_tokens(model: nn.Module, config: Any, parts: ModelSpec, method: Metho
         raise UnsupportedModelError(
             f"the method drops tokens before layer 0 and reads {', '.join(sorted(shown))}, which "
             "no layer has computed by then: drop after layer 0 or later"
+        )
+
+
+def _check_layer_inputs(model: nn.Module, config: Any, parts: ModelSpec) -> None:
+    """Refuse layers without a known cache input, and positions that FlashAttention misreads."""
+    for layer in parts.layers:
+        if not takes_cache(layer):
+            raise no_cache_error(layer)
+    flash = "flash" in (config._attn_implementation or "")
+    if flash and any(needs_positions(attention) for attention in parts.attentions):
+        raise UnsupportedModelError(
+            f"{_kind(model)} scales its attention by positions, and FlashAttention takes the gaps "
+            "that dropped tokens leave between them for several prompts: call "
+            "model.set_attn_implementation('sdpa')"
         )
 
 
