@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corematching.errors import UnsupportedModelError
+from corematching.errors import ALL_NEURONS, UnsupportedModelError
 from corematching.model.absent import AbsentWeight
 from corematching.model.ffn_weights import FFNWeights, activation_name
 from corematching.model.linear import is_parametrized
@@ -24,7 +24,6 @@ PLAIN_NAMES = (
     ("dense_h_to_4h", "dense_4h_to_h"),
 )
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
-ALL_NEURONS = "compute all neurons, as with CoreMatching(neurons=None)"
 ROUNDINGS = 1.5
 """Tolerance of a comparison in 16 bits, in units of the dtype's eps: it rounds four times."""
 EXPERT_NAMES = frozenset({"experts", "router", "shared_expert", "shared_experts"})
@@ -258,7 +257,8 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
     kind = f"{type(mlp).__name__}'s {type(linear).__name__}"
     if hasattr(linear, "base_layer"):
         raise UnsupportedModelError(
-            f"{kind} carries an adapter: merge it first (model = model.merge_and_unload())"
+            f"{kind} carries an adapter: merge it first (merge_and_unload() of the PeftModel), or "
+            f"{ALL_NEURONS}"
         )
     weight: Any = getattr(linear, "weight", None)
     if has_foreign_forward(linear):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from corematching.errors import UnsupportedModelError
+from corematching.errors import ALL_TOKENS, UnsupportedModelError
 
 CACHE_NAMES = ("past_key_values", "layer_past")
 """Names under which decoder layers take the KV cache."""
@@ -89,7 +89,7 @@ def no_cache_error(layer: nn.Module) -> UnsupportedModelError:
     """The error for layers that take their KV cache under an unknown name."""
     return UnsupportedModelError(
         f"{type(layer).__name__} takes no KV cache named {' or '.join(CACHE_NAMES)}, so dropped "
-        "tokens would stay in it: keep all tokens (CoreMatching: score=None)"
+        f"tokens would stay in it: {ALL_TOKENS}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from corematching.cache.masks import shorten_mask, take, weigh_mask
-from corematching.errors import UnsupportedModelError
+from corematching.errors import ALL_TOKENS, UnsupportedModelError
 from corematching.model.layer_inputs import PER_TOKEN, list_odd_inputs
 from corematching.model.spec import ModelSpec
 
@@ -86,7 +86,7 @@ class LayerInputs:
             if isinstance(value, Tensor) and self.length in value.shape:
                 raise UnsupportedModelError(
                     f"{type(layer).__name__} takes '{name}' with an entry for every token of the "
-                    "prompt, which cannot be shortened: keep all tokens (CoreMatching: score=None)"
+                    f"prompt, which cannot be shortened: {ALL_TOKENS}"
                 )
 
     def _positions(self, positions: Tensor, present: Present) -> Tensor | None:

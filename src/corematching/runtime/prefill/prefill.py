@@ -20,7 +20,7 @@ from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import compact, is_fresh, widen_sliding_layers
 from corematching.cache.masks import survivors, take
 from corematching.cache.pruned_prompt import PrunedPrompt
-from corematching.errors import UnsupportedModelError
+from corematching.errors import ALL_TOKENS, UnsupportedModelError
 from corematching.model.gate_store import GateRequest, make_gate_request
 from corematching.model.hooks import Reader, stay_eager
 from corematching.model.layer_inputs import find_cache, name_inputs, no_cache_error
@@ -225,7 +225,7 @@ class Prefill:
         if self.cuts and hidden.ndim != 3:
             raise UnsupportedModelError(
                 f"{type(layer).__name__} takes hidden states of {hidden.ndim} dimensions, whose "
-                "tokens cannot be dropped: keep all tokens (CoreMatching: score=None)"
+                f"tokens cannot be dropped: {ALL_TOKENS}"
             )
         cache = find_cache(kwargs)
         if cache is not None and is_fresh(cache, self.length):
