@@ -91,6 +91,15 @@ def test_a_batch_is_its_singles(name, engine, batch):
                 close(ours.mean[sample], choice.mean[0], 1e-5)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_engines_agree(name, batch):
+    model, inputs = batch
+    ours, logits, _, masks = run(model, inputs, METHODS[name], "auto")
+    theirs, others, _, found = run(model, inputs, METHODS[name], "torch")
+    assert masks == found and torch.equal(ours.sequences, theirs.sequences)
+    close(logits, others)
+
+
 @pytest.mark.parametrize("name", ["default", "staged", "staged and compensating"])
 def test_a_padded_batch_in_a_static_cache_is_the_same(name, batch):
     model, inputs = batch
