@@ -7,6 +7,10 @@ import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+ALL_TOKENS = "keep all tokens, as with CoreMatching(score=None)"
+ALL_NEURONS = "compute all neurons, as with CoreMatching(neurons=None)"
+"""What works where tokens, or neurons, cannot be dropped."""
+
 
 class CoreMatchingError(Exception):
     """Base class; the command turns it into one line and exit code 2."""

@@ -38,6 +38,15 @@ from corematching.protocol import NeuronChoice
 log = logging.getLogger(__name__)
 
 
+def no_gate(mlp: nn.Module) -> str:
+    """The message for thresholds of the gate and an FFN without one."""
+    return (
+        f"{type(mlp).__name__} has no gate to compare with a threshold: use a method without a "
+        "rule on the gate, such as CoreMatching(neurons=TopNeurons()), or a policy that gives "
+        "output_threshold, such as TEAL()"
+    )
+
+
 class SparseFFN:
     """An FFN with all neurons for prompts, and only the chosen ones for decode steps.
 
@@ -229,11 +238,7 @@ class SparseFFN:
         """
         check_neurons(choice, self.count, self.width)
         if choice.gate_threshold is not None and not self.parts.gated:
-            raise ConfigError(
-                f"{type(self.mlp).__name__} has no gate to compare with a threshold: use a method "
-                "without a rule on the gate (CoreMatching: neurons=TopNeurons()), or a policy that "
-                "gives output_threshold"
-            )
+            raise ConfigError(no_gate(self.mlp))
 
     def check_batch(self, batch: int) -> None:
         """Check that ``batch`` rows are a multiple of the choice's samples.

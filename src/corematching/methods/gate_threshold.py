@@ -32,6 +32,7 @@ class GateThreshold(NeuronDropper, name="gate"):
     """
 
     per_token: ClassVar[bool] = True
+    gate_thresholds: ClassVar[bool] = True
 
     active_ratio: float = field(
         default=0.6,

@@ -300,9 +300,7 @@ class Session:
         self._leave()
         if generation is not None and generation.record is not None:
             return
-        cache, selection = prefill.cache, prefill.selection
-        if cache is None:
-            cache = getattr(output, "past_key_values", None)
+        cache, selection = prefill.cache_of(output), prefill.selection
         if generation is None:
             place.gather_neurons(cache)
         if cache is not None and (selection.stages or selection.neurons):

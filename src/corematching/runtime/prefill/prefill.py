@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from corematching.backends.choice_checks import check_tokens
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import compact, is_fresh, widen_sliding_layers
-from corematching.cache.masks import shorten_mask, survivors, take, weigh_mask
+from corematching.cache.masks import survivors, take
 from corematching.cache.pruned_prompt import PrunedPrompt
+from corematching.errors import ALL_TOKENS, UnsupportedModelError
 from corematching.model.gate_store import GateRequest, make_gate_request
 from corematching.model.hooks import Reader, stay_eager
+from corematching.model.layer_inputs import find_cache, name_inputs, no_cache_error
+from corematching.model.linear import weight_of
 from corematching.model.patching import Patches
 from corematching.model.spec import ModelSpec
 from corematching.protocol import (
@@ -36,6 +39,8 @@ from corematching.protocol import (
     Method,
     PrefillView,
 )
+from corematching.runtime.prefill.layer_gaps import LayerGaps
+from corematching.runtime.prefill.layer_inputs import LayerInputs, Present
 from corematching.runtime.prefill.selection import Selection, Stage
 from corematching.runtime.prefill.tower import TowerObserver
 from corematching.runtime.prefill.view import AttentionObserver, FFNObserver
@@ -91,7 +96,8 @@ class Prefill:
         self._waiting: list[tuple[Tensor, PrefillView]] = []
         self._embeddings: Tensor | None = None
         self._probe: AttentionObserver | None = None
-        self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._inputs = LayerInputs(parts, self.length)
+        self._between = LayerGaps(parts, self.length)
         self._patches = Patches()
 
     def install(self) -> None:
@@ -110,8 +116,8 @@ class Prefill:
                 self._install_probe(index)
             if {INPUTS, GATE} & needs:
                 self._install_ffn_probe(index)
-        if self.cuts and hasattr(self.parts.decoder, "_deepstack_process"):
-            self._wrap_deepstack()
+        if self.cuts:
+            self._between.install(self._patches, self._present)
 
     def remove(self) -> None:
         """Remove the hooks and release the tensors."""
@@ -122,7 +128,7 @@ class Prefill:
         self._ffn = self._gate_requested = None
         self.parts.gates.forget()
         self._waiting.clear()
-        self._memo.clear()
+        self._inputs.forget()
 
     def make_memory(self, record: int) -> PrunedPrompt:
         """The cache's memory of this prefill; ``record`` is the number of its record."""
@@ -137,6 +143,19 @@ class Prefill:
             log_counts=None if weights is None else weights.float().log(),
             origin=self.origin,
         )
+
+    def cache_of(self, output: Any) -> Any:
+        """The KV cache of this prompt, from its layers or from the model's output; or None.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Tokens were dropped, but no layer showed the cache that holds them.
+        """
+        found = getattr(output, "past_key_values", None) if self.cache is None else self.cache
+        if self.shortened and self.cache is None and found is not None:
+            raise no_cache_error(self.parts.layers[0])
+        return found
 
     def _needs(self, index: int) -> frozenset[str]:
         """The parts of this layer's view that policies read, out of `NEEDS`."""
@@ -179,13 +198,15 @@ class Prefill:
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Drop tokens if the previous layer is a cut; shorten the layer's inputs."""
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden, kwargs = name_inputs(layer, args, kwargs)
         if index == 0:
-            self._begin(hidden, kwargs)
+            self._begin(layer, hidden, kwargs)
         if hidden.device != self.valid.device:  # a model spread over several devices
             self.valid, self.image = self.valid.to(hidden.device), self.image.to(hidden.device)
             self.origin = self.origin.to(hidden.device)
             self.weights = None if self.weights is None else self.weights.to(hidden.device)
+        if self.shortened:
+            hidden = self._between.gather(hidden, self.origin)
         if index - 1 in self.cuts:
             hidden = self._cut(index - 1, hidden)
         if self._ffn is not None:
@@ -193,17 +214,20 @@ class Prefill:
         self._activations = self._probe = self._ffn = None
         if not self.shortened:
             return None
-        kwargs = dict(kwargs, position_ids=None)
-        if "attention_mask" in kwargs:
-            kwargs["attention_mask"] = self._mask(index, kwargs["attention_mask"], hidden)
-        if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = self._rotations(kwargs["position_embeddings"])
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, dict(kwargs, hidden_states=hidden)
+        present = Present(self.origin, self.valid, self.weights)
+        return (hidden,), self._inputs.shorten(index, hidden, kwargs, present, self.cache)
 
-    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+    def _present(self) -> Present | None:
+        """The tokens still present, or None before any is dropped."""
+        return Present(self.origin, self.valid, self.weights) if self.shortened else None
+
+    def _begin(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        if self.cuts and hidden.ndim != 3:
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} takes hidden states of {hidden.ndim} dimensions, whose "
+                f"tokens cannot be dropped: {ALL_TOKENS}"
+            )
+        cache = find_cache(kwargs)
         if cache is not None and is_fresh(cache, self.length):
             self.cache = cache
             if self.cuts:
@@ -247,7 +271,7 @@ class Prefill:
         view.memory, view.origin, view.weights = self.memory, self.origin, self.weights
         if ACTIVATIONS in needs and layer >= 0:
             view.activations = self._activations
-            view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)
+            view.down_proj = weight_of(self.parts.down_projs[layer])
         if self._ffn is not None and self._activations is not None:
             view.inputs = self._ffn.inputs if INPUTS in needs else None
             view.gate = self._ffn.gate(self._activations) if GATE in needs else None
@@ -285,50 +309,6 @@ class Prefill:
         self.shortened = True
         if self._waiting and layer == self.cuts[-1]:
             self._choose_waiting()
-        self._memo.clear()
+        self._inputs.forget()
         self._gate_requested = None
         return take(merged, order)
-
-    def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:
-        count = stored = self.valid.shape[1]
-        if self.cache is not None:
-            stored = self.cache.layers[index].get_mask_sizes(count)[0]
-        key = (id(mask), stored)
-        if key not in self._memo:
-            config = self.parts.config
-            causal = getattr(self.parts.attentions[index], "is_causal", True)
-            origin, valid = self.origin, self.valid
-            # without a mask, attention reads the first `count` keys only
-            kv_length = count if mask is None and bool(valid.all()) else stored
-            how = (causal, config._attn_implementation, hidden.dtype)
-            short = shorten_mask(mask, origin, valid, kv_length, *how)
-            if self.weights is not None:
-                log_counts = self.weights.float().log()[:, None, None]
-                short = weigh_mask(short, log_counts, valid, stored, causal, hidden.dtype)
-            self._memo[key] = (mask, short)
-        return self._memo[key][1]
-
-    def _rotations(self, rotations: Any) -> Any:
-        """Gather cosines and sines, (..., B or 1, T, D) each."""
-        pair = rotations if isinstance(rotations, tuple) else (rotations,)
-        key = (id(pair[0]), -1)
-        if key not in self._memo:
-            short = tuple(take(x, self.origin, -3, -2) for x in pair)
-            self._memo[key] = (pair, short)
-        short = self._memo[key][1]
-        return short if isinstance(rotations, tuple) else short[0]
-
-    def _wrap_deepstack(self) -> None:
-        """Make Qwen3-VL add its visual features to the present tokens only."""
-
-        def process(original: Any, hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
-            if not self.shortened:
-                return original(hidden, masks, features)
-            rows = torch.zeros(masks.shape, dtype=torch.long, device=masks.device)
-            rows[masks] = torch.arange(int(masks.sum()), device=masks.device)
-            origin = self.origin.to(masks.device)
-            present = masks.gather(1, origin) & self.valid.to(masks.device)
-            picked = rows.gather(1, origin)[present]
-            return original(hidden, present, features[picked.to(features.device)])
-
-        self._patches.wrap(self.parts.decoder, "_deepstack_process", process)
