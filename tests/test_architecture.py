@@ -46,6 +46,7 @@ ALLOWED = {
     "named_models": INPUT | {"offload"},
     "lab": INPUT | RUNTIME | {"policies", "methods", "runtime", "version"},
     "cli": INPUT | RUNTIME | {"policies", "methods", "runtime", "lab", "version"},
+    "__main__": {"cli"},
 }
 """What each package may import, besides itself."""
 EXCEPTIONS = {

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 
-COMMAND = [sys.executable, "-m", "corematching.cli"]
+import pytest
+
+COMMAND = [sys.executable, "-m", "corematching"]
 
 
 def run(*arguments, **environment):
@@ -34,6 +36,18 @@ def test_bad_input_is_one_line_and_code_2(tiny_lm, picture):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("module", ["corematching", "corematching.cli"])
+def test_the_package_runs_as_the_command_does(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "run", "--no-such-option"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: No such option: --no-such-option See `corematching --help`.\n"
 
 
 def test_missing_wheel_is_one_line(tmp_path):
