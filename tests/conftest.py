@@ -1,5 +1,9 @@
 """Settings that all tests share."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the models are tiny, and each core has a worker
+
 from hypothesis import settings
 
 settings.register_profile("shared-machine", deadline=None)
