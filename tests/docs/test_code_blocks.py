@@ -26,6 +26,8 @@ from corematching.cli.entry import run_command
 from corematching.demo import cache
 from corematching.demo.example import read_example
 from corematching.demo.language import PACKAGE
+from corematching.lab.bench import runner
+from corematching.lab.bench.machine import Ceilings
 from corematching.policies.component import REGISTRY
 from tests.docs.blocks import DOCS, ROOT, Block, read_blocks, written_pages
 
@@ -39,8 +41,8 @@ SESSIONS = {
     )
 }
 CHEAP = {
-    "run": {"--max-new-tokens": "8"},
-    "eval": {"--limit": "2", "--batch": "2", "--max-new-tokens": "4"},
+    "run": {"--max-new-tokens": "4"},
+    "eval": {"--limit": "1", "--batch": "2", "--max-new-tokens": "2"},
     "bench": {"--rounds": "1", "--new-tokens": "2", "--force": None},
     "analyze": {"--layers": "5,11"},
     "analyze-task": {"--limit": "1", "--layers": "5"},
@@ -89,6 +91,7 @@ def session(checkpoint, loaded, monkeypatch, tmp_path):
         return loaded[key]
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load))
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *_: Ceilings(1e9, 1e12, "float32"))
     module = types.ModuleType("page_of_the_documentation")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     yield module
@@ -147,7 +150,7 @@ def test_cheap_forms_keep_the_rest():
     words = "eval -M corematching --limit 200 --out board".split()
     cheap = make_cheap(words)
     assert cheap[:5] == ["eval", "-M", "corematching", "--out", "board"]
-    assert cheap[cheap.index("--limit") + 1] == "2" and cheap.count("--limit") == 1
+    assert cheap[cheap.index("--limit") + 1] == "1" and cheap.count("--limit") == 1
     bench = make_cheap("bench --peers all --dtype bfloat16 --force".split())
     assert bench[:3] == ["bench", "--dtype", "bfloat16"] and "all" not in bench
 
