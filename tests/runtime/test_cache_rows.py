@@ -156,13 +156,13 @@ def test_beams_that_chose_alike_take_no_neurons_again():
             taken.append(ffn.gathers)
             assert ffn.bytes_read(4) == before
 
-        settle = ffn._settle
+        materialize = ffn._materialize
 
         def counted(*args):
             ffn.gathers += 1
-            settle(*args)
+            materialize(*args)
 
-        ffn._settle = counted
+        ffn._materialize = counted
         for order in ([1, 0, 3, 2], [0, 0, 3, 3], [2, 3, 0, 1], [1, 0, 3, 3]):
             step(order)
         assert taken == [0, 0, 1, 0]
