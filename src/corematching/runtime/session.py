@@ -307,7 +307,7 @@ class Session:
         if generation is None:
             installation.gather_neurons(cache)
         if cache is not None and (selection.stages or selection.neurons):
-            memory = prefill.make_memory(self.log.number)
+            memory = prefill.make_pruned_prompt(self.log.number)
             remember(cache, memory)
             installation.choices.hold(memory)
         logits = getattr(output, "logits", None)

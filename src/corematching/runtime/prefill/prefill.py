@@ -124,8 +124,8 @@ class Prefill:
         self._waiting.clear()
         self._memo.clear()
 
-    def make_memory(self, record: int) -> PrunedPrompt:
-        """The cache's memory of this prefill; ``record`` is the number of its record."""
+    def make_pruned_prompt(self, record: int) -> PrunedPrompt:
+        """The prompt for the cache; ``record`` is the number of its record."""
         weights, chosen = self.weights, self.selection
         return PrunedPrompt(
             self.valid,
