@@ -205,14 +205,14 @@ def fit_mask(kwargs: dict[str, Any], cache: Cache | None, length: int) -> dict[s
         total = tokens_after(cache, length)
     elif mask is not None and mask.ndim == 2:
         total = mask.shape[1]
-        _refuse_short_mask(total, cache, length)
+        _check_columns(total, cache, length)
     else:
         return kwargs
     return dict(kwargs, attention_mask=short_mask(pruned, mask, total))
 
 
-def _refuse_short_mask(columns: int, cache: Any, length: int) -> None:
-    """Refuse a mask with fewer columns than a dynamic cache and the new tokens."""
+def _check_columns(columns: int, cache: Any, length: int) -> None:
+    """Check that a mask spans a dynamic cache and the new tokens."""
     seen = cache.get_seq_length()
     if isinstance(seen, int) and columns < seen + length:
         raise InputError(

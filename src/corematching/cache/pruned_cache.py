@@ -96,7 +96,7 @@ class PrunedCache(Cache):
         UnsupportedModelError
             The cache is static.
         """
-        self._refuse_static("batch_repeat_interleave")
+        self._check_not_static("batch_repeat_interleave")
         rows, counts = self._find_rows(slice(None)), torch.as_tensor(repeats).cpu()
         fits = counts.ndim == 0 or counts.shape == rows.shape
         if not fits or counts.is_floating_point() or bool((counts < 1).any()):
@@ -118,7 +118,7 @@ class PrunedCache(Cache):
         UnsupportedModelError
             The cache is static.
         """
-        self._refuse_static("batch_select_indices")
+        self._check_not_static("batch_select_indices")
         rows = self._find_rows(indices)
         super().batch_select_indices(rows)
         self._follow(rows)
@@ -140,7 +140,7 @@ class PrunedCache(Cache):
         UnsupportedModelError
             The cache is static, or a sliding window has evicted tokens that would be visible again.
         """
-        self._refuse_crop(tokens_to_remove)
+        self._check_crop(tokens_to_remove)
         pruned, count = follow(self), -tokens_to_remove
         if pruned is None:
             super().crop(tokens_to_remove)
@@ -161,8 +161,8 @@ class PrunedCache(Cache):
             pruned.watch(self)
         pruned.note(self)
 
-    def _refuse_crop(self, tokens_to_remove: int) -> None:
-        self._refuse_static("crop")
+    def _check_crop(self, tokens_to_remove: int) -> None:
+        self._check_not_static("crop")
         if tokens_to_remove > 0:
             raise ConfigError(
                 f"crop({tokens_to_remove}): give the number of tokens to take back, with a minus"
@@ -175,7 +175,7 @@ class PrunedCache(Cache):
                     "cache.activate_past_recording() before the tokens that you may crop"
                 )
 
-    def _refuse_static(self, operation: str) -> None:
+    def _check_not_static(self, operation: str) -> None:
         if any(layer.is_compileable for layer in self.layers):
             raise UnsupportedModelError(
                 f"{operation}() changes the shape of a cache, which a static one cannot: use a "

@@ -208,7 +208,7 @@ class FFNParts:
         with torch.inference_mode(False), torch.no_grad():
             ours = self._compute(x)
         if not bool(ours.isfinite().all()) or not bool(theirs.isfinite().all()):
-            self._refuse_broken()
+            raise self._non_finite_error()
         scale = theirs.float().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
         error = float((ours.float() - theirs.float()).abs().max() / scale)
         if not error < (1e-3 if weight.dtype == torch.float32 else 5e-2):
@@ -218,17 +218,17 @@ class FFNParts:
                 "merge its adapters, or drop tokens only (neurons=None)"
             )
 
-    def _refuse_broken(self) -> None:
-        """Raise UnsupportedModelError for NaN or infinite outputs of finite inputs."""
+    def _non_finite_error(self) -> UnsupportedModelError:
+        """The error for NaN or infinite outputs of finite inputs."""
         kind = type(self.mlp).__name__
         weights = self.mlp.named_parameters()
         broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
         if broken:
-            raise UnsupportedModelError(
+            return UnsupportedModelError(
                 f"{kind}'s {', '.join(broken)} hold NaN or infinite values: download the "
                 "checkpoint again, or load it in the dtype that it is stored in"
             )
-        raise UnsupportedModelError(
+        return UnsupportedModelError(
             f"{kind} overflows in {self.down.weight.dtype}: load the model in bf16 or fp32"
         )
 

@@ -76,8 +76,8 @@ class Patches:
         A copy would share the patches, which refer to the original's modules.
         """
         for module in model.modules():
-            self.set(module, "__deepcopy__", _refuse_copy)
-            self.set(module, "__reduce_ex__", _refuse_copy)
+            self.set(module, "__deepcopy__", _forbid_copy)
+            self.set(module, "__reduce_ex__", _forbid_copy)
 
     def then(self, action: Callable[[], None]) -> None:
         """Add an action that `undo` calls in order; it may run twice."""
@@ -128,7 +128,7 @@ def _remove_hook(module: nn.Module, hook: Any) -> None:
                 mark.pop(key, None)
 
 
-def _refuse_copy(*_: Any) -> Any:
+def _forbid_copy(*_: Any) -> Any:
     raise InputError(
         "a model with a method installed cannot be copied or pickled: remove the method first "
         "(leave its `with` block, or call remove(model)), then install it on the copy"
