@@ -53,7 +53,7 @@ class CoreMatching(BaseMethod, name="corematching"):
     Raises
     ------
     ConfigError
-        When a parameter is out of range or would do nothing, or a score's name is unknown.
+        A parameter is out of range or has no effect, or a score's name is unknown.
 
     Examples
     --------
@@ -184,11 +184,11 @@ class CoreMatching(BaseMethod, name="corematching"):
         return make_rule(score, self.layers, *amount, taper, proportional, cover)
 
     def make_neurons(self) -> NeuronPolicy | None:
-        """The rule for neurons, as it was given."""
+        """The rule for neurons, as given."""
         return self.neurons
 
     def _normalize_tokens(self) -> None:
-        """Defaults for what was not given; what would do nothing is refused."""
+        """Fill in defaults; parameters without an effect are refused."""
         if self.score is None:
             names = ("keep_ratio", "keep_tokens", "budget", "layer")
             self._forbid((*names, "cover", "taper", "proportional"), "score=None keeps all tokens")

@@ -62,7 +62,7 @@ def study_task(
     subject : Subject
         The model under study.
     task : Task
-        Where questions come from.
+        The source of the questions.
     rules : sequence of Rule
     plan : StudyPlan
     progress : callable

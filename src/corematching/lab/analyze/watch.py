@@ -26,28 +26,28 @@ def watch_layers(
     """Run a prompt and show each of its layers, whole, as soon as it has run.
 
     A view holds what the layer's own modules computed: activations, attention rows and
-    contributions on request, hidden states and input embeddings. It is good for the length of the
-    call only.
+    contributions on request, hidden states and input embeddings. It is valid during the call
+    only.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Without a method on it.
+        A model without a method.
     inputs : mapping
-        What the processor gave: ``input_ids``, pixels and the rest.
+        The processor's output: ``input_ids``, pixels and the rest.
     look : callable
         Gets one view after the other.
     layers : collection of int, optional
-        Those to show, counted from 0. Default: all.
+        The layers to show, counted from 0. Default: all.
 
     Raises
     ------
     InputError
         The prompt holds no image token.
     ConfigError
-        A layer that the model does not have is asked for.
+        The model does not have one of the layers.
     AlreadyInstalledError
-        A method is on the model, and would drop what is to be watched.
+        A method is installed on the model, and would drop tokens.
     UnsupportedModelError
         The model's layers cannot be watched.
     """
