@@ -160,14 +160,14 @@ def bench(
 
 
 def register_bench(app: typer.Typer) -> None:
-    """Make it a command of the app."""
+    """Register the command with the app."""
     app.command("bench", epilog=EXAMPLES, cls=OnceCommand)(bench)
 
 
 def choose_methods(
     texts: Sequence[str] | None, by_hand: dict[str, Any], by_shape: bool
 ) -> dict[str, Any]:
-    """The methods to time, by the text that makes them, dense first."""
+    """The methods to time, by their text, dense first."""
     from corematching.lab.bench import name_by_hand
     from corematching.methods import method_from_text
 
@@ -200,7 +200,7 @@ def measure(
     plan: Any,
     given: dict[str, Any],
 ) -> dict[str, Any]:
-    """Run the contenders in turn, with those peers that can run here."""
+    """Run the contenders in turn, with the peers available here."""
     from corematching.lab.bench import MethodContender, PeerContender, run_bench
 
     missing = {}
@@ -231,7 +231,7 @@ def save(board: dict[str, Any], out: Path) -> None:
 
 
 def show(board: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Print the result, and where it is kept."""
+    """Print the result and its folder."""
     if as_json:
         print(json.dumps(board))
         return
@@ -242,7 +242,7 @@ def show(board: dict[str, Any], out: Path, as_json: bool) -> None:
 
 
 def list_changed(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that differ from their defaults, but for those that change no figure."""
+    """The options other than their defaults, without those that change no figure."""
     defaults = inspect.signature(bench).parameters
     return {
         name: value

@@ -214,7 +214,7 @@ class FFNParts:
         if not error < (1e-3 if weight.dtype == torch.float32 else 5e-2):
             raise UnsupportedModelError(
                 f"{type(self.mlp).__name__} computes more than its activation and linear layers "
-                f"(a probe differs by {error:.1e} of the output): put the model in eval mode, "
+                f"(test tokens differ by {error:.1e} of the output): put the model in eval mode, "
                 "merge its adapters, or drop tokens only (neurons=None)"
             )
 

@@ -29,7 +29,7 @@ def count_activations(activated: Tensor, tokens: Tensor) -> Tensor:
 
 
 def pick_top(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` highest of F scores, ascending by index; of equal ones the first.
+    """The ``count`` highest of F scores, ascending by index; the first among ties.
 
     Parameters
     ----------
