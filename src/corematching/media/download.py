@@ -1,4 +1,4 @@
-"""Bytes from an http(s) address, within limits; whatever goes wrong becomes one of our errors."""
+"""Bytes from an http(s) address, within limits; every failure becomes one of our errors."""
 
 from __future__ import annotations
 

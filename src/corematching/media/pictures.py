@@ -1,4 +1,4 @@
-"""Pictures as upright RGB with 8 bits, whatever they are stored as."""
+"""Pictures as upright RGB with 8 bits, from any stored form."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def pick_top(scores: Tensor, count: int) -> Tensor:
 def pick_core_neurons(
     activations: Tensor, tokens: Tensor, rho: float, beta: float, activated_by: str = "sign"
 ) -> Tensor:
-    """``C_rho^beta(s)``, the ratio ``beta`` of the neurons that stand in most token-wise sets.
+    """``C_rho^beta(s)``, the ratio ``beta`` of the neurons in the most token-wise sets.
 
     The token-wise set is `activate_top_positive` (``sign``, the paper) or `activate_by_magnitude`.
 

@@ -72,7 +72,7 @@ class Contender(Protocol):
 
 
 class MethodContender:
-    """A method of ours, left on an instance of the model that shares its weights with the others.
+    """A method of ours, installed on its own instance of the model; instances share weights.
 
     Parameters
     ----------

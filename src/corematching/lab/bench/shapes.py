@@ -66,7 +66,7 @@ class Shape:
 
     @property
     def image_id(self) -> int:
-        """The token id that stands for a piece of a picture."""
+        """The id of image placeholder tokens."""
         return self.whole.get("image_token_id", self.whole.get("image_token_index"))
 
 

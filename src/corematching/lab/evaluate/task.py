@@ -115,7 +115,7 @@ class SceneQA:
         return cls(name, digest.hexdigest()[:16], families, questions)
 
     def prompt(self, question: SceneQuestion) -> str:
-        """The question as it stands."""
+        """The question, unchanged."""
         return question.question
 
     def is_correct(self, question: SceneQuestion, answer: str) -> bool:
