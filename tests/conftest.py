@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the models are tiny, and each core has a worker
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; each core has a worker
 
 from hypothesis import settings
 
