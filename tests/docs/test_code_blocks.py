@@ -9,6 +9,7 @@ name. A block that cannot run says why, in a comment in front of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 import typer
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from corematching.cli.app import app
 from corematching.cli.entry import run_command
@@ -71,26 +72,29 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded():
-    """Models that pages have loaded, by what was asked for."""
+    """Models and processors that pages have loaded, by what was asked for."""
     return {}
+
+
+def load_once(loaded, load, cls, name, *args, **kwargs):
+    """``cls.from_pretrained(name, ...)``, out of ``loaded`` where it was asked for before."""
+    key = (cls, str(name), repr(sorted((k, str(v)) for k, v in kwargs.items())))
+    if key not in loaded:
+        loaded[key] = load(cls, name, *args, **kwargs)
+    return loaded[key]
 
 
 @pytest.fixture
 def session(checkpoint, loaded, monkeypatch, tmp_path):
-    """An empty folder with a picture, a hub without a network, and models that are loaded once."""
+    """An empty folder with a picture, a hub without a network, models that are loaded once."""
     monkeypatch.chdir(tmp_path)
     Image.open(read_example().image).convert("RGB").save("photo.png")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(checkpoint))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    once = PreTrainedModel.from_pretrained.__func__
-
-    def load(cls, name, *args, **kwargs):
-        key = (cls, str(name), repr(sorted((k, str(v)) for k, v in kwargs.items())))
-        if key not in loaded:
-            loaded[key] = once(cls, name, *args, **kwargs)
-        return loaded[key]
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load))
+    monkeypatch.setattr(cache, "is_intact", lambda folder: True)  # `checkpoint` has looked
+    for kind in (PreTrainedModel, ProcessorMixin):
+        load = functools.partial(load_once, loaded, kind.from_pretrained.__func__)
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(load))
     monkeypatch.setattr(runner, "measure_ceilings", lambda *_: Ceilings(1e9, 1e12, "float32"))
     module = types.ModuleType("page_of_the_documentation")
     monkeypatch.setitem(sys.modules, module.__name__, module)
