@@ -1,4 +1,4 @@
-"""What a device multiplies by itself, and the dtype to load a model in because of that."""
+"""The dtypes that a device multiplies at full speed, and the dtype to load a model in."""
 
 from __future__ import annotations
 

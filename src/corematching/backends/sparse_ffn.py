@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corematching.backends.buffers import count_sets, refill
-from corematching.backends.choice_checks import check_neurons, check_settled, limits_of
+from corematching.backends.choice_checks import check_materialized, check_neurons, limits_of
 from corematching.backends.kernels import (
     CompactWeights,
     FFNWeights,
@@ -68,7 +68,7 @@ class SparseFFN:
     count : int
         Neurons of each choice.
     checked : NeuronChoice or None
-        The last choice that `check_settled` has checked.
+        The last choice that `check_materialized` has checked.
     plan : Any
         The choice as the kernel prepared it; None where compact copies are used.
 
@@ -205,11 +205,11 @@ class SparseFFN:
             unless that kernel runs in compiled code too.
         """
         if self._taken is not None:
-            check_settled([self])
+            check_materialized([self])
             choice, self._taken, self.checked = self._taken, None, None
             assert choice.indices is not None
             with torch.inference_mode(False), torch.no_grad():
-                self._settle(choice.indices, choice)
+                self._materialize(choice.indices, choice)
             self.active = True
             self._warn_of_hooks()
         copies = copies and not (self._kernel is not None and self._kernel.traceable)
@@ -306,7 +306,7 @@ class SparseFFN:
         fits = kernel.max_batch is None or x.shape[0] <= kernel.max_batch
         return fits and x.dtype == self.parts.down.weight.dtype
 
-    def _settle(self, indices: Tensor, choice: NeuronChoice) -> None:
+    def _materialize(self, indices: Tensor, choice: NeuronChoice) -> None:
         """Turn a choice into sets of neurons, and prepare the kernel with them."""
         device = self.parts.down.weight.device
         limits = [None if x is None else x.to(device, torch.float32) for x in limits_of(choice)]

@@ -177,7 +177,7 @@ def bench(
 
 
 def register_bench(app: typer.Typer) -> None:
-    """Make it a command of the app."""
+    """Register the command with the app."""
     app.command("bench", epilog=EXAMPLES, cls=OnceCommand)(bench)
 
 
@@ -203,7 +203,7 @@ def read_batches(text: str) -> list[int]:
 def choose_methods(
     texts: Sequence[str] | None, by_hand: dict[str, Any], by_shape: bool
 ) -> dict[str, Any]:
-    """The methods to time, by the text that makes them, dense first."""
+    """The methods to time, by their text, dense first."""
     from corematching.lab.bench import name_by_hand
     from corematching.methods import method_from_text
 
@@ -236,7 +236,7 @@ def measure(
     plan: Any,
     given: dict[str, Any],
 ) -> dict[str, Any]:
-    """Run the contenders in turn, with those peers that can run here."""
+    """Run the contenders in turn, with the peers available here."""
     from corematching.lab.bench import MethodContender, PeerContender, run_bench
 
     missing = {}
@@ -267,7 +267,7 @@ def save(board: dict[str, Any], out: Path) -> None:
 
 
 def show(board: dict[str, Any], out: Path) -> None:
-    """Print the result, and where it is kept."""
+    """Print the result and its folder."""
     from corematching.lab.bench import write_markdown
 
     print(write_markdown(board))
@@ -275,7 +275,7 @@ def show(board: dict[str, Any], out: Path) -> None:
 
 
 def list_changed(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that differ from their defaults, but for those that change no figure."""
+    """The options other than their defaults, without those that change no figure."""
     defaults = inspect.signature(bench).parameters
     return {
         name: value

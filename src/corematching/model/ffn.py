@@ -209,7 +209,7 @@ class FFNParts:
         with torch.inference_mode(False), torch.no_grad():
             ours = self._compute(x)
         if not bool(ours.isfinite().all()) or not bool(theirs.isfinite().all()):
-            self._refuse_broken()
+            raise self._non_finite_error()
         info = torch.finfo(weight.dtype)
         error = float(
             (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(info.tiny)
@@ -217,21 +217,21 @@ class FFNParts:
         if not error < (1e-3 if weight.dtype == torch.float32 else ROUNDINGS * info.eps):
             raise UnsupportedModelError(
                 f"{type(self.mlp).__name__} computes more than its activation and linear layers "
-                f"(a probe differs by {error:.1e} of the output): put the model in eval mode, "
+                f"(test tokens differ by {error:.1e} of the output): put the model in eval mode, "
                 f"merge its adapters, or {ALL_NEURONS}"
             )
 
-    def _refuse_broken(self) -> None:
-        """Raise UnsupportedModelError for NaN or infinite outputs of finite inputs."""
+    def _non_finite_error(self) -> UnsupportedModelError:
+        """The error for NaN or infinite outputs of finite inputs."""
         kind = type(self.mlp).__name__
         weights = self.mlp.named_parameters()
         broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
         if broken:
-            raise UnsupportedModelError(
+            return UnsupportedModelError(
                 f"{kind}'s {', '.join(broken)} hold NaN or infinite values: download the "
                 "checkpoint again, or load it in the dtype that it is stored in"
             )
-        raise UnsupportedModelError(
+        return UnsupportedModelError(
             f"{kind} overflows in {self.down.weight.dtype}: load the model in bf16 or fp32"
         )
 

@@ -76,8 +76,8 @@ class Patches:
         A copy would share the patches, which refer to the original's modules.
         """
         for module in model.modules():
-            self.set(module, "__deepcopy__", _refuse_copy)
-            self.set(module, "__reduce_ex__", _refuse_copy)
+            self.set(module, "__deepcopy__", _forbid_copy)
+            self.set(module, "__reduce_ex__", _forbid_copy)
 
     def then(self, action: Callable[[], None]) -> None:
         """Add an action that `undo` calls in order; it may run twice."""
@@ -102,7 +102,7 @@ def has_foreign_forward(module: nn.Module) -> bool:
 
 
 def foreign_forward(module: nn.Module) -> Any:
-    """What stands in for a module's forward under our own patches; None: its class's forward."""
+    """The replacement of a module's forward under our own patches; None: its class's forward."""
     function = _unwrap(vars(module).get("forward"))
     return None if _is_own(function, module) else function
 
@@ -144,7 +144,7 @@ def _remove_hook(module: nn.Module, hook: Any) -> None:
                 mark.pop(key, None)
 
 
-def _refuse_copy(*_: Any) -> Any:
+def _forbid_copy(*_: Any) -> Any:
     raise InputError(
         "a model with a method installed cannot be copied or pickled: remove the method first "
         "(leave its `with` block, or call remove(model)), then install it on the copy"

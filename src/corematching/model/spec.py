@@ -181,10 +181,10 @@ def _check_architecture(model: PreTrainedModel, config: Any) -> None:
 
 
 def _check_shared(model: PreTrainedModel, what: str, modules: list[nn.Module]) -> None:
-    """Refuse modules that stand at several depths, where each depth chooses for itself."""
-    places: dict[int, int] = {}
+    """Refuse modules used at several depths, as each depth makes its own choice."""
+    seen: dict[int, int] = {}
     for index, module in enumerate(modules):
-        first = places.setdefault(id(module), index)
+        first = seen.setdefault(id(module), index)
         if first != index:
             raise UnsupportedModelError(
                 f"{_kind(model)} runs one {what} as layers {first} and {index}, which cannot "

@@ -95,7 +95,7 @@ class Prefill:
         self._gate_requested: GateRequest | None = None
         self._waiting: list[tuple[Tensor, PrefillView]] = []
         self._embeddings: Tensor | None = None
-        self._probe: AttentionObserver | None = None
+        self._observer: AttentionObserver | None = None
         self._inputs = LayerInputs(parts, self.length)
         self._between = LayerGaps(parts, self.length)
         self._patches = Patches()
@@ -113,25 +113,25 @@ class Prefill:
                 down = self.parts.down_projs[index]
                 self._patches.add_pre_hook(down, reader)
             if {ATTENTION, CONTRIBUTIONS} & needs:
-                self._install_probe(index)
+                self._observe_attention(index)
             if {INPUTS, GATE} & needs:
-                self._install_ffn_probe(index)
+                self._observe_ffn(index)
         if self.cuts:
             self._between.install(self._patches, self._present)
 
     def remove(self) -> None:
         """Remove the hooks and release the tensors."""
         self._patches.undo()
-        if self._probe is not None:
-            self._probe.disarm()
-        self._probe = self._activations = self._embeddings = None
+        if self._observer is not None:
+            self._observer.disarm()
+        self._observer = self._activations = self._embeddings = None
         self._ffn = self._gate_requested = None
         self.parts.gates.forget()
         self._waiting.clear()
         self._inputs.forget()
 
-    def make_memory(self, record: int) -> PrunedPrompt:
-        """The cache's memory of this prefill; ``record`` is the number of its record."""
+    def make_pruned_prompt(self, record: int) -> PrunedPrompt:
+        """The prompt for the cache; ``record`` is the number of its record."""
         weights, chosen = self.weights, self.selection
         return PrunedPrompt(
             self.valid,
@@ -166,24 +166,24 @@ class Prefill:
             needs |= self.neuron_needs | {ACTIVATIONS}
         return needs
 
-    def _install_probe(self, index: int) -> None:
+    def _observe_attention(self, index: int) -> None:
         attention = self.parts.attentions[index]
 
         def arm(*_: Any) -> None:
-            self._probe = AttentionObserver(attention)
-            self._probe.arm()
+            self._observer = AttentionObserver(attention)
+            self._observer.arm()
 
         self._patches.add_pre_hook(attention, arm)
 
-    def _install_ffn_probe(self, index: int) -> None:
+    def _observe_ffn(self, index: int) -> None:
         ffn, wanted = self.parts.ffns[index], GATE in self._needs(index)
 
-        def begin(probe: FFNObserver) -> None:
-            self._ffn = probe
+        def begin(observer: FFNObserver) -> None:
+            self._ffn = observer
             self.parts.gates.ask(ffn, self._gate_request() if wanted else None)
 
-        probe = FFNObserver(ffn, self.parts.gates, begin)
-        self._patches.add_pre_hook(ffn, probe)
+        observer = FFNObserver(ffn, self.parts.gates, begin)
+        self._patches.add_pre_hook(ffn, observer)
 
     def _gate_request(self) -> GateRequest | None:
         """A request for the gates of the text tokens, which policies read; on a CPU only."""
@@ -211,7 +211,7 @@ class Prefill:
             hidden = self._cut(index - 1, hidden)
         if self._ffn is not None:
             self._ffn.forget()
-        self._activations = self._probe = self._ffn = None
+        self._activations = self._observer = self._ffn = None
         if not self.shortened:
             return None
         present = Present(self.origin, self.valid, self.weights)
@@ -266,7 +266,7 @@ class Prefill:
         self._waiting.clear()
 
     def _view(self, layer: int, hidden: Tensor | None, needs: frozenset[str]) -> PrefillView:
-        probe, valid = self._probe, self.valid
+        observer, valid = self._observer, self.valid
         view = PrefillView(layer, len(self.parts.layers), valid, self.image, hidden=hidden)
         view.memory, view.origin, view.weights = self.memory, self.origin, self.weights
         if ACTIVATIONS in needs and layer >= 0:
@@ -281,10 +281,10 @@ class Prefill:
             whole = not self.shortened
             shown = self._embeddings if whole else take(self._embeddings, self.origin)
             view.embeddings = shown.to(valid.device)
-        if ATTENTION in needs and probe is not None:
-            view.attention = functools.partial(probe.rows, valid=valid)
-        if CONTRIBUTIONS in needs and probe is not None:
-            view.contributions = lambda: probe.contributions(view.last, valid)
+        if ATTENTION in needs and observer is not None:
+            view.attention = functools.partial(observer.rows, valid=valid)
+        if CONTRIBUTIONS in needs and observer is not None:
+            view.contributions = lambda: observer.contributions(view.last, valid)
         return view
 
     @torch.no_grad()
