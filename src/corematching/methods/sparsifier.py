@@ -17,6 +17,7 @@ from corematching.policies.check import check_bool, check_depth
 from corematching.policies.compensation import average_dropped
 from corematching.policies.component import REGISTRY, Component
 from corematching.policies.core import pick_top
+from corematching.policies.known_cut import cut_known
 from corematching.policies.passes import sum_tokens
 from corematching.policies.proportional import count_alike
 from corematching.policies.schedules import Schedule
@@ -106,6 +107,9 @@ class TokenRule(TokenDropper, name="token-rule"):
             The whole picture, of which the view has only some tokens; see `Budget`.
         """
         scores = self.score(view)
+        known = cut_known(self.budget, scores, view, picture)
+        if known is not None:
+            return known.choose(view, scores, self.proportional)
         kept = self.budget(scores, view.image, picture)
         dropped = torch.where(view.image & ~kept, scores, -torch.inf).amax(1, keepdim=True)
         cut = torch.where(kept & (scores >= dropped), scores, torch.inf).amin(1)

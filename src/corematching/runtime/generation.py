@@ -50,10 +50,11 @@ class Generation:
 
     def note_config(self, config: Any, cache: Any) -> None:
         """Take over the final configuration and the cache."""
-        ends = getattr(config, "_eos_token_tensor", None)
         self.cache, self.total = cache, config.max_length or 0
         self.expand = max(config.num_beams or 1, config.num_return_sequences or 1)
-        self.ends = () if ends is None else tuple(int(x) for x in ends.flatten())
+        ends = config.eos_token_id
+        ends = ends.tolist() if isinstance(ends, Tensor) else ends
+        self.ends = () if ends is None else tuple(ends if isinstance(ends, list) else [ends])
 
     def note_output(self, output: Any) -> None:
         """Add the generated tokens to the record."""

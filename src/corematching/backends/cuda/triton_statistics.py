@@ -34,13 +34,13 @@ LOWEST = tl.constexpr(-(1 << 31))
 
 def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
     """A sum over each sample's tokens; two launches for ``unit squares``, else one."""
-    if not _readable(values, *FLOATS, torch.bool):
+    if not is_readable(values, *FLOATS, torch.bool):
         return None
     batch, length, width = values.shape
-    values, tokens = _bytes(values), _bytes(tokens.contiguous())
+    values, tokens = as_bytes(values), as_bytes(tokens.contiguous())
     out = torch.empty(batch, width, dtype=torch.float32, device=values.device)
     factors = None
-    with _on(values):
+    with on_device(values):
         if what == "unit squares":
             factors = torch.empty(batch, length, dtype=torch.float32, device=values.device)
             _invert_squares_kernel[(batch * length,)](values, tokens, factors, width, BLOCK=1024)
@@ -52,29 +52,29 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
 
 def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
     """The sum of the marked entries' weights, for each token; one launch."""
-    if not _readable(marks, torch.bool):
+    if not is_readable(marks, torch.bool):
         return None
     batch, length, width = marks.shape
     out = torch.empty(batch, length, dtype=torch.float32, device=marks.device)
-    with _on(marks):
+    with on_device(marks):
         _weigh_marks_kernel[(batch * length,)](
-            _bytes(marks), weights.float().contiguous(), out, length, width, BLOCK=1024
+            as_bytes(marks), weights.float().contiguous(), out, length, width, BLOCK=1024
         )
     return out
 
 
 def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | None:
     """Mark each token's largest entries; one launch."""
-    if not _readable(values, *FLOATS) or values.shape[-1] > WIDEST:
+    if not is_readable(values, *FLOATS) or values.shape[-1] > WIDEST:
         return None
     batch, length, width = values.shape
     marks = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     counts = counts.expand(batch, length, 1).contiguous()
     bits = 8 * values.element_size() - 1
-    with _on(values):
+    with on_device(values):
         _mark_highest_kernel[(batch * length,)](
-            _bits(values), counts, _bytes(marks), width, ABSOLUTE=absolute, BITS=bits,
-            MAGNITUDE=(1 << bits) - 1, **_row(width),
+            _bits(values), counts, as_bytes(marks), width, ABSOLUTE=absolute, BITS=bits,
+            MAGNITUDE=(1 << bits) - 1, **size_row(width),
         )  # fmt: skip
     return marks
 
@@ -85,9 +85,9 @@ def pick_highest(scores: Tensor, count: int) -> Tensor | None:
     if scores.dtype not in FLOATS or width > WIDEST or not _reachable(scores):
         return None
     indices = torch.empty(batch, count, dtype=torch.long, device=scores.device)
-    with _on(scores):
+    with on_device(scores):
         _pick_highest_kernel[(batch,)](
-            scores.float().contiguous(), indices, width, count, **_row(width)
+            scores.float().contiguous(), indices, width, count, **size_row(width)
         )
     return indices
 
@@ -96,17 +96,17 @@ def find_size(
     values: Tensor, tokens: Tensor, neurons: Tensor | None, ranks: Tensor
 ) -> Tensor | None:
     """The magnitude of a given rank; two launches for 16-bit floats, else six."""
-    if not _readable(values, *FLOATS):
+    if not is_readable(values, *FLOATS):
         return None
     batch, length, width = values.shape
-    bits, tokens = _bits(values), _bytes(tokens.contiguous())
+    bits, tokens = _bits(values), as_bytes(tokens.contiguous())
     neurons = None if neurons is None else neurons.contiguous()
     listed = width if neurons is None else neurons.shape[1]
     known = torch.zeros(batch, dtype=torch.int32, device=values.device)
     missing = ranks.to(torch.int32)
     for shift, number in DIGITS[values.element_size()]:
         found = torch.zeros(batch, 1 << number, dtype=torch.int32, device=values.device)
-        with _on(values):
+        with on_device(values):
             _count_digits_kernel[(triton.cdiv(listed, 1024), length, batch)](
                 bits, tokens, neurons, known, found, width, listed, SHIFT=shift, NUMBER=number,
                 MAGNITUDE=(1 << 8 * values.element_size() - 1) - 1, BLOCK=1024,
@@ -115,7 +115,7 @@ def find_size(
     return known.to(bits.dtype).view(values.dtype).float()
 
 
-def _readable(values: Tensor, *dtypes: torch.dtype) -> bool:
+def is_readable(values: Tensor, *dtypes: torch.dtype) -> bool:
     return values.dtype in dtypes and values.is_contiguous() and _reachable(values)
 
 
@@ -123,7 +123,7 @@ def _reachable(values: Tensor) -> bool:
     return values.numel() > 0 and (values.is_cuda or INTERPRETED)
 
 
-def _bytes(values: Tensor) -> Tensor:
+def as_bytes(values: Tensor) -> Tensor:
     return values.view(torch.uint8) if values.dtype == torch.bool else values
 
 
@@ -131,13 +131,13 @@ def _bits(values: Tensor) -> Tensor:
     return values.view(INTEGERS[values.element_size()])
 
 
-def _row(width: int) -> dict[str, int]:
+def size_row(width: int) -> dict[str, int]:
     """Block size and warps of a program for one row."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": max(4, min(16, block // 1024))}
 
 
-def _on(values: Tensor) -> Any:
+def on_device(values: Tensor) -> Any:
     return torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext()
 
 

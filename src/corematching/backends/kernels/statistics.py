@@ -104,12 +104,16 @@ def find_size(
 
 
 @functools.cache
-def _find(kind: str) -> Any:
-    """The module of a kind of device, or None."""
-    if kind not in MODULES:
+def import_or_none(name: str | None) -> Any:
+    """A module of kernels by its full name, or None where it cannot be imported."""
+    if name is None:
         return None
     try:
-        return importlib.import_module(MODULES[kind])
+        return importlib.import_module(name)
     except ImportError as error:
-        log.debug("no kernels for prompts on '%s': %s", kind, error)
+        log.debug("no kernels for prompts: %s: %s", name, error)
         return None
+
+
+def _find(kind: str) -> Any:
+    return import_or_none(MODULES.get(kind))

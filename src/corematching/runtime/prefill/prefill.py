@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corematching import devices
 from corematching.backends.choice_checks import check_tokens
+from corematching.backends.kernels.selection import Survivors
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import compact, is_fresh, widen_sliding_layers
-from corematching.cache.masks import shorten_mask, survivors, take, weigh_mask
+from corematching.cache.masks import take
 from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.model.gate_store import GateRequest, make_gate_request
 from corematching.model.hooks import Reader, stay_eager
@@ -35,7 +37,10 @@ from corematching.protocol import (
     VISION,
     Method,
     PrefillView,
+    TokenChoice,
 )
+from corematching.runtime.prefill.known import KnownTokens
+from corematching.runtime.prefill.left import find_survivors, shorten
 from corematching.runtime.prefill.selection import Selection, Stage
 from corematching.runtime.prefill.tower import TowerObserver
 from corematching.runtime.prefill.view import AttentionObserver, FFNObserver
@@ -76,11 +81,13 @@ class Prefill:
         self.origin = torch.arange(self.length, device=valid.device).expand(batch, -1)
         self.selection = Selection()
         self.weights: Tensor | None = None
+        self.log_weights: Tensor | None = None
         self.shortened = False
         self.cache: Any = None
         depth = len(parts.layers)
         tokens = method.tokens
-        drops = tokens is not None and bool(image.any())
+        self.known = KnownTokens(valid, image)
+        drops = tokens is not None and not (devices.on_host(image) and not bool(image.any()))
         self.cuts: tuple[int, ...] = tokens.drop_after(depth) if tokens and drops else ()
         self.token_needs = tokens.needs if tokens and drops else frozenset()
         self.neuron_needs = method.neurons.needs if method.neurons else frozenset()
@@ -126,7 +133,7 @@ class Prefill:
 
     def make_memory(self, record: int) -> PrunedPrompt:
         """The cache's memory of this prefill; ``record`` is the number of its record."""
-        weights, chosen = self.weights, self.selection
+        chosen = self.selection
         return PrunedPrompt(
             self.valid,
             self.length,
@@ -134,9 +141,23 @@ class Prefill:
             neurons=chosen.neurons,
             shortened=bool(chosen.stages),
             record=record,
-            log_counts=None if weights is None else weights.float().log(),
+            log_counts=self._log_counts(),
             origin=self.origin,
+            full=self.known.is_full,
         )
+
+    def learn(self) -> None:
+        """Find out what the host can know of the prompt; a prompt without images is not cut."""
+        self.known.read()
+        view = self.known.view
+        if view is not None and not any(view.image_counts):
+            self.cuts, self.token_needs = (), frozenset()
+
+    def _log_counts(self) -> Tensor | None:
+        """(B, K) float32, the logarithms of the weights."""
+        if self.weights is None or self.log_weights is not None:
+            return self.log_weights
+        return self.weights.float().log()
 
     def _needs(self, index: int) -> frozenset[str]:
         """The parts of this layer's view that policies read, out of `NEEDS`."""
@@ -168,7 +189,7 @@ class Prefill:
 
     def _gate_request(self) -> GateRequest | None:
         """A request for the gates of the text tokens, which policies read; on a CPU only."""
-        if self.valid.device.type != "cpu":
+        if not devices.on_host(self.valid):
             return None
         if self._gate_requested is None:
             self._gate_requested = make_gate_request(self.valid & ~self.image)
@@ -203,6 +224,7 @@ class Prefill:
         return args, dict(kwargs, hidden_states=hidden)
 
     def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        self.learn()
         cache = kwargs.get("past_key_values")
         if cache is not None and is_fresh(cache, self.length):
             self.cache = cache
@@ -245,6 +267,7 @@ class Prefill:
         probe, valid = self._probe, self.valid
         view = PrefillView(layer, len(self.parts.layers), valid, self.image, hidden=hidden)
         view.memory, view.origin, view.weights = self.memory, self.origin, self.weights
+        view.host = self.known.view
         if ACTIVATIONS in needs and layer >= 0:
             view.activations = self._activations
             view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)
@@ -269,18 +292,16 @@ class Prefill:
         assert self.method.tokens is not None
         choice = self.method.tokens.choose(self._view(layer, hidden, self.token_needs))
         check_tokens(choice, self.valid, hidden, layer)
-        keep = (choice.keep & self.valid) | (self.valid & ~self.image)
-        weights = choice.weights
-        if weights is not None and not can_weigh(self.parts.config):
-            weights = None
+        if choice.weights is not None and not can_weigh(self.parts.config):
+            choice = replace(choice, weights=None)
         merged = hidden if choice.hidden is None else choice.hidden.to(hidden)
-        choice = replace(choice, keep=keep, weights=weights, hidden=None)
+        weights = self.weights if choice.weights is None else choice.weights
+        left = self._find_left(choice, weights)
+        choice = replace(choice, keep=left.keep, hidden=None)
         self.selection.stages.append(Stage(layer, self.origin, self.valid, choice))
-        order, valid = survivors(keep)
-        self.origin = self.origin.gather(1, order)
-        self.image, self.valid = self.image.gather(1, order) & valid, valid
-        weights = self.weights if weights is None else weights
-        self.weights = None if weights is None else weights.gather(1, order)
+        order, self.origin = left.order, left.origin
+        self.image, self.valid = left.image, left.valid
+        self.weights, self.log_weights = left.weights, left.log_weights
         compact(self.cache, layer + 1, order)
         self.shortened = True
         if self._waiting and layer == self.cuts[-1]:
@@ -289,23 +310,27 @@ class Prefill:
         self._gate_requested = None
         return take(merged, order)
 
+    def _find_left(self, choice: TokenChoice, weights: Tensor | None) -> Survivors:
+        """The tokens that are left; waits for the device where the choice's counts are unknown."""
+        most = None
+        if self.known.view is not None:
+            counts = choice.counts or (choice.keep & self.image).sum(1).tolist()
+            most = self.known.cut(counts)
+        return find_survivors(choice.keep, self.valid, self.image, self.origin, weights, most)
+
     def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:
         count = stored = self.valid.shape[1]
         if self.cache is not None:
             stored = self.cache.layers[index].get_mask_sizes(count)[0]
         key = (id(mask), stored)
         if key not in self._memo:
-            config = self.parts.config
+            full = self.known.is_full
+            full = bool(self.valid.all()) if full is None else full
             causal = getattr(self.parts.attentions[index], "is_causal", True)
-            origin, valid = self.origin, self.valid
-            # without a mask, attention reads the first `count` keys only
-            kv_length = count if mask is None and bool(valid.all()) else stored
-            how = (causal, config._attn_implementation, hidden.dtype)
-            short = shorten_mask(mask, origin, valid, kv_length, *how)
-            if self.weights is not None:
-                log_counts = self.weights.float().log()[:, None, None]
-                short = weigh_mask(short, log_counts, valid, stored, causal, hidden.dtype)
-            self._memo[key] = (mask, short)
+            how = causal, self.parts.config._attn_implementation, hidden.dtype
+            log_counts = self._log_counts()
+            kept = self.origin, self.valid, full, log_counts
+            self._memo[key] = mask, shorten(mask, kept, stored, how)
         return self._memo[key][1]
 
     def _rotations(self, rotations: Any) -> Any:
