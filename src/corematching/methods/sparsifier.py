@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.errors import ConfigError
 from corematching.methods.base import BaseMethod
 from corematching.policies.amounts import layers_of
@@ -20,6 +21,7 @@ from corematching.policies.core import pick_top
 from corematching.policies.known_cut import cut_known
 from corematching.policies.passes import sum_tokens
 from corematching.policies.proportional import count_alike
+from corematching.policies.ranking import rank_later
 from corematching.policies.schedules import Schedule
 from corematching.protocol import (
     ACTIVATIONS,
@@ -153,6 +155,8 @@ class NeuronRule(NeuronDropper, name="neuron-rule"):
 
         Scores, and sums over the tokens, are taken now; the ranking waits for the first token.
         """
+        if not devices.on_host(view.valid):
+            return NeuronChoice(later=rank_later(view, self.score, count, self.compensate))
         scores, tokens = self.score(view), view.valid
         total = sum_tokens(read_activations(view), tokens) if self.compensate else None
 

@@ -8,7 +8,6 @@ Shapes: B samples, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from corematching import devices
-from corematching.backends.kernels.selection import Kept, keep_highest
+from corematching.backends.kernels.selection import Kept, credit_nearest, keep_highest
 from corematching.devices import HostCopy
 from corematching.policies.broken import report_broken
 from corematching.policies.budgets import ADVICE, Budget, Count, Picture, Ratio, spread
-from corematching.policies.proportional import Listed, credit_nearest
-from corematching.policies.tokens import upload
+from corematching.policies.proportional import CHUNK, count_alike
+from corematching.policies.tokens import take_rows, upload
 from corematching.protocol import PrefillView, TokenChoice
 
 
@@ -66,18 +65,20 @@ class KnownCut:
 
     def _weigh(self, view: PrefillView) -> Tensor:
         """(B, T) float32, see `count_alike`."""
-        assert view.hidden is not None
-        own = view.weights is None
-        before = torch.ones_like(view.image, dtype=torch.float32) if own else view.weights.float()
-        gone = [n - k for n, k in zip(self.present, self.counts, strict=True)]
-        keep = self._list(view, self.found.columns, self.counts)
-        drop = self._list(view, self.found.rows, gone)
-        return credit_nearest(view.hidden, before, keep, drop, in_place=own)
-
-    def _list(self, view: PrefillView, tokens: Tensor, counts: Sequence[int]) -> Listed:
-        if min(counts) == max(counts):
-            return tokens, None
-        return tokens, upload(view, np.arange(tokens.shape[1]) < np.array(counts)[:, None])
+        hidden, found = view.hidden, self.found
+        assert hidden is not None
+        if view.weights is None:
+            after = torch.ones_like(view.image, dtype=torch.float32)
+        else:
+            after = view.weights.to(torch.float32, copy=True)
+        features = take_rows(hidden, found.listed).float()
+        targets, rows = features[:, : found.most], features[:, found.most :]
+        norms = torch.linalg.vector_norm(targets, dim=-1)
+        for first in range(0, rows.shape[1], CHUNK):
+            products = rows[:, first : first + CHUNK] @ targets.transpose(1, 2)
+            if not credit_nearest(products, norms, found, after, first):
+                return count_alike(hidden, view.image, found.kept, view.weights)
+        return after
 
 
 def cut_known(

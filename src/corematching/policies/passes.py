@@ -106,14 +106,13 @@ def mark_largest(values: Tensor, counts: Tensor | int, most: int, absolute: bool
     """
     width = values.shape[-1]
     most = min(max(most, 1), width)
-    if isinstance(counts, int):
-        shape = (*values.shape[:-1], 1)
-        counts = torch.full(shape, min(max(counts, 1), most), device=values.device)
-    else:
-        counts = counts.clamp(1, most)
+    one = isinstance(counts, int)
+    counts = min(max(counts, 1), most) if isinstance(counts, int) else counts.clamp(1, most)
     found = mark_highest(values.detach(), counts, absolute)
     if found is not None:
         return found
+    if one:
+        counts = torch.full((*values.shape[:-1], 1), counts, device=values.device)
     ranked = values.abs() if absolute else values
     largest = ranked.topk(most, dim=-1).values
     cuts = largest.gather(-1, counts.expand(*values.shape[:-1], 1) - 1)

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from corematching.policies.tokens import count_most, list_rows, take_rows
 
-Listed = tuple[Tensor, Tensor | None]
-
 CHUNK = 1024
 """Dropped tokens that are compared with the kept ones at once."""
 
@@ -37,48 +35,21 @@ def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor |
         text is the sum over all tokens before.
     """
     before = torch.ones_like(keep, dtype=torch.float32) if weights is None else weights.float()
-    return credit_nearest(features, before, _list_all(image & keep), _list_all(image & ~keep))
-
-
-def credit_nearest(
-    features: Tensor, before: Tensor, keep: Listed, drop: Listed, in_place: bool = False
-) -> Tensor:
-    """`count_alike` for listed tokens.
-
-    Parameters
-    ----------
-    features : Tensor
-        (B, T, d).
-    before : Tensor
-        (B, T) float32, what each token counts for so far.
-    keep, drop : tuple of (Tensor, Tensor or None)
-        (B, K) long each, the kept and the dropped tokens; (B, K) bool, which of these are no
-        filler, None: all.
-    in_place : bool
-        Whether ``before`` may be written on.
-
-    Returns
-    -------
-    Tensor
-        (B, T) float32.
-    """
-    (columns, kept), (rows, gone) = keep, drop
+    columns, kept = _list_all(image & keep)
+    rows, gone = _list_all(image & ~keep)
     targets = F.normalize(_take_floats(features, columns), dim=-1).transpose(1, 2)
-    given = before.gather(1, rows)
-    given = given if gone is None else given.masked_fill(~gone, 0)
-    after = before if in_place else before.clone()
+    given = before.gather(1, rows).masked_fill(~gone, 0)
+    after = before.clone()
     for start in range(0, rows.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
         # the cosines with the kept ones, times a length that changes no comparison among them
         likeness = _take_floats(features, rows[:, part]) @ targets  # (B, CHUNK, kept ones)
-        if kept is not None:
-            likeness = likeness.masked_fill(~kept[:, None], -torch.inf)
-        nearest = likeness.argmax(2)
+        nearest = likeness.masked_fill(~kept[:, None], -torch.inf).argmax(2)
         after.scatter_add_(1, columns.gather(1, nearest), given[:, part])
     return after
 
 
-def _list_all(tokens: Tensor) -> Listed:
+def _list_all(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return list_rows(tokens, count_most(tokens))
 
 

@@ -62,6 +62,7 @@ def keep_highest(
     batch, length = scores.shape
     numbers = np.array(counts, dtype=np.int64)
     spread = np.round(numbers.astype(np.float32) * np.float32(cover))
+    known = np.stack([numbers, spread.astype(np.int64), np.array(present, dtype=np.int64)])
     most = max(counts), max(p - c for c, p in zip(counts, present, strict=True))
     kept, keep = (torch.empty_like(image, memory_format=torch.contiguous_format) for _ in range(2))
     found = Kept(
@@ -69,17 +70,33 @@ def keep_highest(
         keep,
         torch.empty(batch, dtype=torch.float32, device=scores.device),
         torch.empty(batch, dtype=torch.bool, device=scores.device),
-        *(torch.empty(batch, n, dtype=torch.long, device=scores.device) for n in most),
+        torch.empty(batch, sum(most), dtype=torch.long, device=scores.device),
+        most[0],
+        devices.upload(known, scores.device),
     )
-    both = devices.upload(np.stack([numbers, spread.astype(np.int64)]), scores.device)
     masks = [as_bytes(x.contiguous()) for x in (image, valid)]
     with on_device(scores):
         _keep_highest_kernel[(batch,)](
-            scores, *masks, None if even is None else as_bytes(even.contiguous()), both,
-            as_bytes(kept), as_bytes(keep), found.cut, as_bytes(found.broken), found.columns,
-            found.rows, length, *most, SPREAD=bool(cover) and even is None, **size_row(length),
+            scores, *masks, None if even is None else as_bytes(even.contiguous()), found.numbers,
+            as_bytes(kept), as_bytes(keep), found.cut, as_bytes(found.broken), found.listed, length,
+            *most, SPREAD=bool(cover) and even is None, **size_row(length),
         )  # fmt: skip
     return found
+
+
+def credit_nearest(
+    products: Tensor, norms: Tensor, kept: Kept, given: Tensor, first: int
+) -> bool:
+    """Each dropped token's weight to the kept one most like it; one launch."""
+    batch, rows, most = products.shape
+    if not is_readable(products, torch.float32) or most > WIDEST:
+        return False
+    with on_device(products):
+        _credit_kernel[(rows, batch)](
+            products, norms, kept.numbers[0], kept.listed, given, kept.numbers[2], given.shape[1], rows, first,
+            most, kept.listed.shape[1], **size_row(most),
+        )  # fmt: skip
+    return True
 
 
 def line_up(
@@ -141,8 +158,8 @@ def _weigh_rarity_kernel(
 @triton.jit
 def _keep_highest_kernel(
     scores: tl.tensor, image: tl.tensor, valid: tl.tensor, even: tl.tensor, counts: tl.tensor,
-    kept: tl.tensor, keep: tl.tensor, lowest: tl.tensor, broken: tl.tensor, columns: tl.tensor,
-    rows: tl.tensor, length: tl.tensor, most_kept: tl.tensor, most_gone: tl.tensor,
+    kept: tl.tensor, keep: tl.tensor, lowest: tl.tensor, broken: tl.tensor, listed: tl.tensor,
+    length: tl.tensor, most_kept: tl.tensor, most_gone: tl.tensor,
     SPREAD: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """The choice among one sample's image tokens, by a radix select of the last one that stays."""
@@ -187,16 +204,44 @@ def _keep_highest_kernel(
     tl.store(keep + here, (present & (stays | ~patch)).to(tl.uint8), mask=inside)
     tl.store(lowest + sample, least)
     tl.store(broken + sample, bad.to(tl.uint8))
+    start = listed + sample * (most_kept + most_gone)
     ones = stays.to(tl.int32)
     slot = tl.cumsum(ones, axis=0) - 1
-    tl.store(columns + sample * most_kept + slot, tokens.to(tl.int64), mask=stays)
+    tl.store(start + slot, tokens.to(tl.int64), mask=stays)
     blank = (tokens >= tl.sum(ones, axis=0)) & (tokens < most_kept)
-    tl.store(columns + sample * most_kept + tokens, tl.zeros([BLOCK], tl.int64), mask=blank)
+    tl.store(start + tokens, tl.zeros([BLOCK], tl.int64), mask=blank)
     ones = gone.to(tl.int32)
-    slot = tl.cumsum(ones, axis=0) - 1
-    tl.store(rows + sample * most_gone + slot, tokens.to(tl.int64), mask=gone)
+    slot = most_kept + tl.cumsum(ones, axis=0) - 1
+    tl.store(start + slot, tokens.to(tl.int64), mask=gone)
     blank = (tokens >= tl.sum(ones, axis=0)) & (tokens < most_gone)
-    tl.store(rows + sample * most_gone + tokens, tl.zeros([BLOCK], tl.int64), mask=blank)
+    tl.store(start + most_kept + tokens, tl.zeros([BLOCK], tl.int64), mask=blank)
+
+
+@triton.jit
+def _credit_kernel(
+    products: tl.tensor, norms: tl.tensor, counts: tl.tensor, listed: tl.tensor, given: tl.tensor,
+    image: tl.tensor, length: tl.tensor, rows: tl.tensor, first: tl.tensor, most: tl.tensor,
+    stride: tl.tensor, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """One dropped token: what it counts for goes to the kept one with the highest cosine."""
+    row = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    kept = tl.load(counts + sample)
+    gone = tl.load(image + sample) - kept
+    inside = columns < kept
+    product = tl.load(
+        products + (sample * rows + row) * most + columns, mask=inside, other=-float("inf")
+    )
+    norm = tl.load(norms + sample * most + columns, mask=inside, other=1.0)
+    likeness = tl.where(inside, product / tl.maximum(norm, 1e-12), -float("inf"))
+    nearest = tl.argmax(likeness, axis=0)
+    if first + row < gone:
+        start = listed + sample * stride
+        token = tl.load(start + most + first + row)
+        target = tl.load(start + nearest)
+        weight = tl.load(given + sample * length + token)
+        tl.atomic_add(given + sample * length + target, weight)
 
 
 @triton.jit

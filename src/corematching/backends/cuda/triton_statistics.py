@@ -50,6 +50,20 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
     return out
 
 
+def sum_both(values: Tensor, tokens: Tensor, valid: Tensor, out: Tensor) -> bool:
+    """Unit squares and values in parts, each over some tokens; one launch."""
+    if not is_readable(values, *FLOATS) or values.shape[-1] > WIDEST:
+        return False
+    batch, length, width = values.shape
+    parts = out.shape[1]
+    masks = as_bytes(tokens.contiguous()), as_bytes(valid.contiguous())
+    with on_device(values):
+        _sum_both_kernel[(parts, batch)](
+            values, *masks, out, length, width, triton.cdiv(length, parts), **size_row(width)
+        )
+    return True
+
+
 def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
     """The sum of the marked entries' weights, for each token; one launch."""
     if not is_readable(marks, torch.bool):
@@ -63,17 +77,18 @@ def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
     return out
 
 
-def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | None:
+def mark_highest(values: Tensor, counts: Tensor | int, absolute: bool) -> Tensor | None:
     """Mark each token's largest entries; one launch."""
     if not is_readable(values, *FLOATS) or values.shape[-1] > WIDEST:
         return None
     batch, length, width = values.shape
     marks = torch.empty(values.shape, dtype=torch.bool, device=values.device)
-    counts = counts.expand(batch, length, 1).contiguous()
+    same = counts if isinstance(counts, int) else 0
+    listed = None if isinstance(counts, int) else counts.expand(batch, length, 1).contiguous()
     bits = 8 * values.element_size() - 1
     with on_device(values):
         _mark_highest_kernel[(batch * length,)](
-            _bits(values), counts, as_bytes(marks), width, ABSOLUTE=absolute, BITS=bits,
+            _bits(values), listed, same, as_bytes(marks), width, ABSOLUTE=absolute, BITS=bits,
             MAGNITUDE=(1 << bits) - 1, **size_row(width),
         )  # fmt: skip
     return marks
@@ -193,6 +208,37 @@ def _sum_rows_kernel(
 
 
 @triton.jit
+def _sum_both_kernel(
+    values: tl.tensor, tokens: tl.tensor, valid: tl.tensor, out: tl.tensor, length: tl.tensor,
+    width: tl.tensor, each: tl.tensor, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """One part of one sample's sums, token by token."""
+    part = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    squares = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for step in range(0, each):
+        position = part * each + step
+        there = position < length
+        row = sample * length + position
+        counts = tl.load(tokens + row, mask=there, other=0) != 0
+        exists = tl.load(valid + row, mask=there, other=0) != 0
+        read = inside & (counts | exists)
+        value = tl.load(values + row * width + columns, mask=read, other=0).to(tl.float32)
+        square = value * value
+        norm = tl.maximum(tl.sum(square, axis=0), TINY)
+        squares += tl.where(counts, square / norm, 0.0)
+        total += tl.where(exists, value, 0.0)
+    samples = tl.num_programs(1)
+    start = (part * samples + sample) * width
+    tl.store(out + start + columns, squares, mask=inside)
+    start += tl.num_programs(0).to(tl.int64) * samples * width
+    tl.store(out + start + columns, total, mask=inside)
+
+
+@triton.jit
 def _weigh_marks_kernel(
     marks: tl.tensor,
     weights: tl.tensor,
@@ -215,6 +261,7 @@ def _weigh_marks_kernel(
 def _mark_highest_kernel(
     bits: tl.tensor,
     counts: tl.tensor,
+    count: tl.tensor,
     marks: tl.tensor,
     width: tl.tensor,
     ABSOLUTE: tl.constexpr,
@@ -228,7 +275,8 @@ def _mark_highest_kernel(
     inside = columns < width
     own = tl.load(bits + row * width + columns, mask=inside, other=0).to(tl.int32)
     size = own & MAGNITUDE if ABSOLUTE else tl.maximum(own, 0)
-    count = tl.load(counts + row).to(tl.int32)
+    if counts is not None:
+        count = tl.load(counts + row).to(tl.int32)
     cut = tl.sum(tl.zeros([BLOCK], tl.int32), axis=0)
     for step in range(BITS):
         higher = cut | (1 << (BITS - 1 - step))

@@ -33,16 +33,21 @@ class Kept(NamedTuple):
     broken : Tensor
         (B,) bool, samples with an image token whose score is NaN or infinite: all scores of theirs
         count as equal.
-    columns, rows : Tensor
-        (B, C) and (B, G) long, the kept and the dropped image tokens in order; 0 behind the last.
+    listed : Tensor
+        (B, C + G) long, the kept and then the dropped image tokens in order; 0 behind the last.
+    most : int
+        C.
+    numbers : Tensor
+        (3, B) long, image tokens that stay, those of them that lie evenly, and those there were.
     """
 
     kept: Tensor
     keep: Tensor
     cut: Tensor
     broken: Tensor
-    columns: Tensor
-    rows: Tensor
+    listed: Tensor
+    most: int
+    numbers: Tensor
 
 
 class Survivors(NamedTuple):
@@ -123,6 +128,35 @@ def keep_highest(
         return None
     kept: Kept | None = module.keep_highest(scores, image, valid, counts, present, cover, even)
     return kept
+
+
+def credit_nearest(
+    products: Tensor, norms: Tensor, kept: Kept, given: Tensor, first: int
+) -> bool:
+    """Count dropped image tokens to the kept ones that they are most like.
+
+    Parameters
+    ----------
+    products : Tensor
+        (B, R, C) float32, scalar products of R dropped tokens' features with the kept ones'.
+    norms : Tensor
+        (B, C) float32, lengths of the kept ones' features.
+    kept : Kept
+        The choice.
+    given : Tensor
+        (B, T) float32, what each token counts for; changed in place.
+    first : int
+        The first of the R among the dropped tokens.
+
+    Returns
+    -------
+    bool
+        Whether a kernel could run.
+    """
+    module = _find(products)
+    if module is None:
+        return False
+    return bool(module.credit_nearest(products, norms, kept, given, first))
 
 
 def line_up(

@@ -101,4 +101,4 @@ def weigh_causal(log_counts: Tensor, dtype: torch.dtype) -> Tensor:
     shape, lowest = (batch, 1, count, -(-count // 8) * 8), torch.finfo(dtype).min
     mask = torch.full(shape, lowest, dtype=dtype, device=log_counts.device).triu_(1)
     mask = mask[..., :count]
-    return mask.add_(log_counts.to(dtype)[:, None, None])
+    return mask.add_(log_counts[:, None, None])

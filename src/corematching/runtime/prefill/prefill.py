@@ -186,6 +186,10 @@ class Prefill:
 
         probe = FFNObserver(ffn, self.parts.gates, begin)
         self._patches.add_pre_hook(ffn, probe)
+        activation = probe.activation
+        if wanted and activation is not None and not devices.on_host(self.valid):
+            if KEPT not in self.neuron_needs:  # a view that waits would keep all tokens' gates
+                self._patches.add_hook(activation, probe.see)
 
     def _gate_request(self) -> GateRequest | None:
         """A request for the gates of the text tokens, which policies read; on a CPU only."""

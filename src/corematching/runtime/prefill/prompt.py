@@ -54,12 +54,14 @@ def read_prompt(
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     x: Any = ids if ids is not None else embeds
     valid = padding_of(kwargs.get("attention_mask"), x.shape[0], length, x.device)
-    image = torch.zeros_like(valid)
+    image: Tensor | None = None
     for token in image_ids:
         if ids is not None:
-            image |= ids == token
+            found = ids == token
         else:
-            image |= (x == _placeholder(model, token)).all(dim=-1)
+            found = (x == _placeholder(model, token)).all(dim=-1)
+        image = found if image is None else image | found
+    image = torch.zeros_like(valid) if image is None else image
     if ids is None and image_ids and not image.any():
         logger.warning(
             "inputs_embeds hold no image placeholder, so no token is dropped: pass input_ids, "
