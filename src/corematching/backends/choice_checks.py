@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def check_settled(ffns: Iterable[SparseFFN]) -> None:
     ConfigError
         A policy chose no neurons.
     """
-    flags: dict[torch.device, list[tuple[Tensor, int]]] = {}
+    listed: dict[Any, list[Tensor]] = {}
     fresh = [(ffn, ffn.taken) for ffn in ffns if ffn.taken is not ffn.checked]
     for ffn, choice in fresh:
         if choice is None:
@@ -88,13 +88,17 @@ def check_settled(ffns: Iterable[SparseFFN]) -> None:
         if late:
             ffn.check_choice(choice)
         if not devices.on_host(choice.indices):
-            flag = find_disorder(choice.indices, ffn.width)
-            flags.setdefault(flag.device, []).append((flag, ffn.width))
+            key = choice.indices.device, choice.indices.shape, ffn.width
+            listed.setdefault(key, []).append(choice.indices)
+    flags: dict[torch.device, list[tuple[Tensor, int]]] = {}
+    for (device, _, width), lists in listed.items():
+        alike = {id(indices): indices for indices in lists}
+        flag = find_disorder(torch.cat(list(alike.values())), width)
+        flags.setdefault(device, []).append((flag, width))
     for found in flags.values():
-        for bad, (_, width) in zip(
-            torch.stack([flag for flag, _ in found]).tolist(), found, strict=True
-        ):
-            if bad:
+        bad = torch.stack([flag for flag, _ in found]).tolist()
+        for wrong, (_, width) in zip(bad, found, strict=True):
+            if wrong:
                 raise refuse_order(width)
     for ffn, choice in fresh:
         ffn.checked = choice

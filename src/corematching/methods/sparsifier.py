@@ -13,7 +13,8 @@ from corematching.errors import ConfigError
 from corematching.methods.base import BaseMethod
 from corematching.policies.amounts import layers_of
 from corematching.policies.base import NeuronScore, TokenScore, read_activations
-from corematching.policies.budgets import Budget, Picture
+from corematching.policies.broken import report_later
+from corematching.policies.budgets import ADVICE, Budget, Picture, find_broken
 from corematching.policies.check import check_bool, check_depth
 from corematching.policies.compensation import average_dropped
 from corematching.policies.component import REGISTRY, Component
@@ -120,7 +121,12 @@ class TokenRule(TokenDropper, name="token-rule"):
         if self.proportional:
             assert view.hidden is not None
             weights = count_alike(view.hidden, view.image, kept, view.weights)
-        return TokenChoice(keep=kept | view.text, scores=scores, cut=cut, weights=weights)
+        choice = TokenChoice(keep=kept | view.text, scores=scores, cut=cut, weights=weights)
+        if not devices.on_host(scores):
+            broken = find_broken(scores, view.image)
+            report = report_later("token scores", broken, ADVICE)
+            choice.check = lambda: report(view.image.any(1))
+        return choice
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class NeuronScore(Component, kind="neuron score"):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({ACTIVATIONS})
+    in_parts: ClassVar[bool] = False
+    """Whether a GPU's kernel writes what scores come from in parts; see `sum_parts`."""
 
     def score(self, view: PrefillView) -> Tensor:
         """Score the neurons of the view's layer.

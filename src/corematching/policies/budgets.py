@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.errors import ConfigError
 from corematching.policies.amounts import count_of, counts_of
 from corematching.policies.broken import report_broken
@@ -119,10 +120,12 @@ class Budget(Component, kind="budget"):
         ------
         ConfigError
             When every sample has an image token whose score is NaN or infinite. Where only some
-            have, a warning names them, and all scores of theirs count as equal.
+            have, a warning names them, and all scores of theirs count as equal. A GPU is not waited
+            for: there `TokenChoice.check` says so.
         """
         broken = find_broken(scores, image)
-        report_broken("token scores", broken, image.any(1), ADVICE)
+        if devices.on_host(scores):
+            report_broken("token scores", broken, image.any(1), ADVICE)
         scores = scores.float().masked_fill(broken.unsqueeze(1), 0.0)
         filled = torch.where(image, scores, -torch.inf)
         order = filled.argsort(dim=1, descending=True, stable=True)

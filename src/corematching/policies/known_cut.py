@@ -1,7 +1,7 @@
 """Cuts whose number of tokens is known before a GPU has scored any.
 
-A `Ratio` or a `Count` of image tokens that the host has counted needs no answer from the device: the
-choice is one kernel, and the prompt goes on behind it.
+A `Ratio` or a `Count` of image tokens that the host has counted needs no answer from the device:
+the choice is one kernel, and the prompt goes on behind it.
 
 Shapes: B samples, T tokens.
 """
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from corematching import devices
 from corematching.backends.kernels.selection import Kept, credit_nearest, keep_highest
-from corematching.devices import HostCopy
-from corematching.policies.broken import report_broken
+from corematching.policies.broken import report_later
 from corematching.policies.budgets import ADVICE, Budget, Count, Picture, Ratio, spread
 from corematching.policies.proportional import CHUNK, count_alike
 from corematching.policies.tokens import take_rows, upload
@@ -52,16 +51,18 @@ class KnownCut:
         weighed : bool
             Whether kept tokens count for the dropped ones most like them.
         """
-        broken = HostCopy(self.found.broken)
-
-        def check() -> None:
-            flags = torch.from_numpy(broken.read())
-            if bool(flags.any()):
-                report_broken("token scores", flags, torch.tensor(self.present) > 0, ADVICE)
-
-        weights = self._weigh(view) if weighed else None
         found = self.found
-        return TokenChoice(found.keep, scores, found.cut, None, weights, self.counts, check)
+        report = report_later("token scores", found.broken, ADVICE)
+        weights = self._weigh(view) if weighed else None
+        return TokenChoice(
+            found.keep,
+            scores,
+            found.cut,
+            None,
+            weights,
+            self.counts,
+            lambda: report(torch.tensor(self.present) > 0),
+        )
 
     def _weigh(self, view: PrefillView) -> Tensor:
         """(B, T) float32, see `count_alike`."""

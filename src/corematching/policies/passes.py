@@ -93,7 +93,8 @@ def mark_largest(values: Tensor, counts: Tensor | int, most: int, absolute: bool
     values : Tensor
         (B, T, F), in any float dtype.
     counts : Tensor or int
-        (B, T, 1) long, or one number for all tokens; less than 1 counts as 1, more than ``most`` as ``most``.
+        (B, T, 1) long, or one number for all tokens; less than 1 counts as 1, more than
+        ``most`` as ``most``.
     most : int
         A bound that is known without waiting for the device.
     absolute : bool

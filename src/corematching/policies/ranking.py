@@ -33,10 +33,13 @@ class LayerSums:
         (L, 2, C, B, F) float32, by the samples, the neurons and the device.
     used : dict
         By the same, the layers that are written.
+    works : bool
+        Whether the score sums in parts here.
     """
 
     buffers: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
     used: dict[tuple[int, int, torch.device], int] = field(default_factory=dict)
+    works: bool = True
 
     def next(self, layers: int, activations: Tensor) -> Tensor:
         """(2, C, B, F), the place of the next layer's sums."""
@@ -90,14 +93,16 @@ def rank_later(
     """
     activations, host = read_activations(view), view.host
     counts = None if host is None else np.array(host.image_counts) + np.array(host.text_counts)
-    sums = view.recall(LayerSums).next(view.num_layers, activations)
-    if score.sum_parts(view, sums):
-        item = LayerScores(sums, None, None, view.valid, counts)
+    sums = view.recall(LayerSums)
+    place = sums.next(view.num_layers, activations) if score.in_parts and sums.works else None
+    if place is not None and score.sum_parts(view, place):
+        item = LayerScores(place, None, None, view.valid, counts)
     else:
+        sums.works = False
         total = sum_tokens(activations, view.valid) if compensate else None
         item = LayerScores(None, score(view), total, view.valid, counts)
     shape = len(activations), activations.shape[-1], activations.device, item.sums is None
-    key = (score, count, compensate, *shape)
+    key = (id(score), count, compensate, *shape)
     return find_together(view, key, item, lambda items: _rank(items, score, count, compensate))
 
 

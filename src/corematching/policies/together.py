@@ -1,4 +1,4 @@
-"""Finds the choices of all layers of a prompt at once, where each launch on a device has its cost."""
+"""Finds the choices of all layers of a prompt at once, where each launch has its cost."""
 
 from __future__ import annotations
 

@@ -304,6 +304,7 @@ class Session:
         if cache is None:
             cache = getattr(output, "past_key_values", None)
         if generation is None:
+            selection.check()
             place.gather_neurons(cache)
         if cache is not None and (selection.stages or selection.neurons):
             memory = prefill.make_memory(self.log.number)

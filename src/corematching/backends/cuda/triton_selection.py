@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corematching import devices
-from corematching.backends.cuda.triton_statistics import (
+from corematching.backends.cuda.triton_rows import (
     LOWEST,
     WIDEST,
     as_bytes,
@@ -84,17 +84,15 @@ def keep_highest(
     return found
 
 
-def credit_nearest(
-    products: Tensor, norms: Tensor, kept: Kept, given: Tensor, first: int
-) -> bool:
+def credit_nearest(products: Tensor, norms: Tensor, kept: Kept, given: Tensor, first: int) -> bool:
     """Each dropped token's weight to the kept one most like it; one launch."""
     batch, rows, most = products.shape
     if not is_readable(products, torch.float32) or most > WIDEST:
         return False
     with on_device(products):
         _credit_kernel[(rows, batch)](
-            products, norms, kept.numbers[0], kept.listed, given, kept.numbers[2], given.shape[1], rows, first,
-            most, kept.listed.shape[1], **size_row(most),
+            products, norms, kept.numbers[0], kept.listed, given, kept.numbers[2], given.shape[1],
+            rows, first, most, kept.listed.shape[1], **size_row(most),
         )  # fmt: skip
     return True
 

@@ -11,25 +11,27 @@ Shapes: B samples, T tokens, F neurons.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from corematching.backends.cuda.triton_programs import INTERPRETED
+from corematching.backends.cuda.triton_rows import (
+    FLOATS,
+    LOWEST,
+    TINY,
+    WIDEST,
+    as_bits,
+    as_bytes,
+    is_reachable,
+    is_readable,
+    on_device,
+    size_row,
+)
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = {"values": 0, "sizes": 1, "unit squares": 2}
-INTEGERS = {2: torch.int16, 4: torch.int32}
 DIGITS = {2: ((0, 15),), 4: ((20, 11), (10, 10), (0, 10))}
 """By bytes of a float: the digits of its magnitude, highest first, as (shift, number of bits)."""
-WIDEST = 1 << 15
-"""The widest row that one program holds."""
-TINY = tl.constexpr(1e-24)
-LOWEST = tl.constexpr(-(1 << 31))
 
 
 def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
@@ -88,7 +90,7 @@ def mark_highest(values: Tensor, counts: Tensor | int, absolute: bool) -> Tensor
     bits = 8 * values.element_size() - 1
     with on_device(values):
         _mark_highest_kernel[(batch * length,)](
-            _bits(values), listed, same, as_bytes(marks), width, ABSOLUTE=absolute, BITS=bits,
+            as_bits(values), listed, same, as_bytes(marks), width, ABSOLUTE=absolute, BITS=bits,
             MAGNITUDE=(1 << bits) - 1, **size_row(width),
         )  # fmt: skip
     return marks
@@ -97,7 +99,7 @@ def mark_highest(values: Tensor, counts: Tensor | int, absolute: bool) -> Tensor
 def pick_highest(scores: Tensor, count: int) -> Tensor | None:
     """The indices of each row's highest scores; one launch."""
     batch, width = scores.shape
-    if scores.dtype not in FLOATS or width > WIDEST or not _reachable(scores):
+    if scores.dtype not in FLOATS or width > WIDEST or not is_reachable(scores):
         return None
     indices = torch.empty(batch, count, dtype=torch.long, device=scores.device)
     with on_device(scores):
@@ -114,7 +116,7 @@ def find_size(
     if not is_readable(values, *FLOATS):
         return None
     batch, length, width = values.shape
-    bits, tokens = _bits(values), as_bytes(tokens.contiguous())
+    bits, tokens = as_bits(values), as_bytes(tokens.contiguous())
     neurons = None if neurons is None else neurons.contiguous()
     listed = width if neurons is None else neurons.shape[1]
     known = torch.zeros(batch, dtype=torch.int32, device=values.device)
@@ -128,32 +130,6 @@ def find_size(
             )  # fmt: skip
             _narrow_kernel[(batch,)](found, known, missing, NUMBER=number, num_warps=16)
     return known.to(bits.dtype).view(values.dtype).float()
-
-
-def is_readable(values: Tensor, *dtypes: torch.dtype) -> bool:
-    return values.dtype in dtypes and values.is_contiguous() and _reachable(values)
-
-
-def _reachable(values: Tensor) -> bool:
-    return values.numel() > 0 and (values.is_cuda or INTERPRETED)
-
-
-def as_bytes(values: Tensor) -> Tensor:
-    return values.view(torch.uint8) if values.dtype == torch.bool else values
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.view(INTEGERS[values.element_size()])
-
-
-def size_row(width: int) -> dict[str, int]:
-    """Block size and warps of a program for one row."""
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": max(4, min(16, block // 1024))}
-
-
-def on_device(values: Tensor) -> Any:
-    return torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit
@@ -219,7 +195,7 @@ def _sum_both_kernel(
     inside = columns < width
     squares = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for step in range(0, each):
+    for step in range(each):
         position = part * each + step
         there = position < length
         row = sample * length + position

@@ -76,9 +76,7 @@ class Survivors(NamedTuple):
     log_weights: Tensor | None
 
 
-def weigh_rarity(
-    marks: Tensor, chosen: Tensor, image: Tensor, power: float
-) -> Tensor | None:
+def weigh_rarity(marks: Tensor, chosen: Tensor, image: Tensor, power: float) -> Tensor | None:
     """How many chosen tokens mark a neuron, times the neuron's rarity over the image tokens.
 
     Parameters
@@ -130,9 +128,7 @@ def keep_highest(
     return kept
 
 
-def credit_nearest(
-    products: Tensor, norms: Tensor, kept: Kept, given: Tensor, first: int
-) -> bool:
+def credit_nearest(products: Tensor, norms: Tensor, kept: Kept, given: Tensor, first: int) -> bool:
     """Count dropped image tokens to the kept ones that they are most like.
 
     Parameters

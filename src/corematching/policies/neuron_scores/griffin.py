@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class GriffinScore(NeuronScore, name="griffin"):
 
     GRIFFIN, arXiv:2404.01365.
     """
+
+    in_parts: ClassVar[bool] = True
 
     token_set: str = field(
         default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}

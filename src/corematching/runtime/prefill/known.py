@@ -1,7 +1,7 @@
 """What the host knows of a prompt's tokens, so that no cut waits for the device.
 
-The masks of the prompt are copied to the host while its images are encoded. After a cut whose counts
-are known, the masks follow from them wherever a sample's image tokens stand side by side.
+The masks of the prompt are copied to the host while its images are encoded. After a cut whose
+counts are known, the masks follow from them wherever a sample's image tokens stand side by side.
 Shapes: B samples, T tokens, K survivors.
 """
 

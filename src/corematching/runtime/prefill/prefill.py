@@ -40,7 +40,7 @@ from corematching.protocol import (
     TokenChoice,
 )
 from corematching.runtime.prefill.known import KnownTokens
-from corematching.runtime.prefill.left import find_survivors, shorten
+from corematching.runtime.prefill.left import ShortInputs, find_survivors
 from corematching.runtime.prefill.selection import Selection, Stage
 from corematching.runtime.prefill.tower import TowerObserver
 from corematching.runtime.prefill.view import AttentionObserver, FFNObserver
@@ -98,7 +98,7 @@ class Prefill:
         self._waiting: list[tuple[Tensor, PrefillView]] = []
         self._embeddings: Tensor | None = None
         self._probe: AttentionObserver | None = None
-        self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._short: ShortInputs | None = None
         self._patches = Patches()
 
     def install(self) -> None:
@@ -129,7 +129,7 @@ class Prefill:
         self._ffn = self._gate_requested = None
         self.parts.gates.forget()
         self._waiting.clear()
-        self._memo.clear()
+        self._short = None
 
     def make_memory(self, record: int) -> PrunedPrompt:
         """The cache's memory of this prefill; ``record`` is the number of its record."""
@@ -187,9 +187,10 @@ class Prefill:
         probe = FFNObserver(ffn, self.parts.gates, begin)
         self._patches.add_pre_hook(ffn, probe)
         activation = probe.activation
-        if wanted and activation is not None and not devices.on_host(self.valid):
-            if KEPT not in self.neuron_needs:  # a view that waits would keep all tokens' gates
-                self._patches.add_hook(activation, probe.see)
+        # a view that waits would keep all tokens' gates
+        seen = wanted and KEPT not in self.neuron_needs and not devices.on_host(self.valid)
+        if seen and activation is not None:
+            self._patches.add_hook(activation, probe.see)
 
     def _gate_request(self) -> GateRequest | None:
         """A request for the gates of the text tokens, which policies read; on a CPU only."""
@@ -211,6 +212,7 @@ class Prefill:
             self.valid, self.image = self.valid.to(hidden.device), self.image.to(hidden.device)
             self.origin = self.origin.to(hidden.device)
             self.weights = None if self.weights is None else self.weights.to(hidden.device)
+            self._short = self.log_weights = None
         if index - 1 in self.cuts:
             hidden = self._cut(index - 1, hidden)
         if self._ffn is not None:
@@ -219,10 +221,15 @@ class Prefill:
         if not self.shortened:
             return None
         kwargs = dict(kwargs, position_ids=None)
+        if self._short is None:
+            self._short = ShortInputs(
+                self.parts, self.origin, self.valid, self.known.is_full, self._log_counts()
+            )
         if "attention_mask" in kwargs:
-            kwargs["attention_mask"] = self._mask(index, kwargs["attention_mask"], hidden)
+            mask = kwargs["attention_mask"]
+            kwargs["attention_mask"] = self._short.mask(index, mask, self.cache, hidden.dtype)
         if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = self._rotations(kwargs["position_embeddings"])
+            kwargs["position_embeddings"] = self._short.rotations(kwargs["position_embeddings"])
         if args:
             return (hidden, *args[1:]), kwargs
         return args, dict(kwargs, hidden_states=hidden)
@@ -310,7 +317,7 @@ class Prefill:
         self.shortened = True
         if self._waiting and layer == self.cuts[-1]:
             self._choose_waiting()
-        self._memo.clear()
+        self._short = None
         self._gate_requested = None
         return take(merged, order)
 
@@ -321,31 +328,6 @@ class Prefill:
             counts = choice.counts or (choice.keep & self.image).sum(1).tolist()
             most = self.known.cut(counts)
         return find_survivors(choice.keep, self.valid, self.image, self.origin, weights, most)
-
-    def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:
-        count = stored = self.valid.shape[1]
-        if self.cache is not None:
-            stored = self.cache.layers[index].get_mask_sizes(count)[0]
-        key = (id(mask), stored)
-        if key not in self._memo:
-            full = self.known.is_full
-            full = bool(self.valid.all()) if full is None else full
-            causal = getattr(self.parts.attentions[index], "is_causal", True)
-            how = causal, self.parts.config._attn_implementation, hidden.dtype
-            log_counts = self._log_counts()
-            kept = self.origin, self.valid, full, log_counts
-            self._memo[key] = mask, shorten(mask, kept, stored, how)
-        return self._memo[key][1]
-
-    def _rotations(self, rotations: Any) -> Any:
-        """Gather cosines and sines, (..., B or 1, T, D) each."""
-        pair = rotations if isinstance(rotations, tuple) else (rotations,)
-        key = (id(pair[0]), -1)
-        if key not in self._memo:
-            short = tuple(take(x, self.origin, -3, -2) for x in pair)
-            self._memo[key] = (pair, short)
-        short = self._memo[key][1]
-        return short if isinstance(rotations, tuple) else short[0]
 
     def _wrap_deepstack(self) -> None:
         """Make Qwen3-VL add its visual features to the present tokens only."""

@@ -56,10 +56,9 @@ def read_prompt(
     valid = padding_of(kwargs.get("attention_mask"), x.shape[0], length, x.device)
     image: Tensor | None = None
     for token in image_ids:
-        if ids is not None:
-            found = ids == token
-        else:
-            found = (x == _placeholder(model, token)).all(dim=-1)
+        wanted = token if ids is not None else _placeholder(model, token)
+        found = x == wanted
+        found = found if ids is not None else found.all(dim=-1)
         image = found if image is None else image | found
     image = torch.zeros_like(valid) if image is None else image
     if ids is None and image_ids and not image.any():
