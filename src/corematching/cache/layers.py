@@ -173,9 +173,9 @@ def take_all(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
         if len(group[-1]) == most:
             group.append([])
         group[-1].append(index)
-    for group in (part for parts in groups.values() for part in parts):
-        gathered = take(torch.stack([tensors[i] for i in group], 1), order, 0, 3)
-        found.update(zip(group, gathered.unbind(1), strict=True))
+    for part in (part for parts in groups.values() for part in parts):
+        gathered = take(torch.stack([tensors[i] for i in part], 1), order, 0, 3)
+        found.update(zip(part, gathered.unbind(1), strict=True))
     return [found[index] for index in range(len(tensors))]
 
 

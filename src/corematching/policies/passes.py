@@ -107,12 +107,11 @@ def mark_largest(values: Tensor, counts: Tensor | int, most: int, absolute: bool
     """
     width = values.shape[-1]
     most = min(max(most, 1), width)
-    one = isinstance(counts, int)
     counts = min(max(counts, 1), most) if isinstance(counts, int) else counts.clamp(1, most)
     found = mark_highest(values.detach(), counts, absolute)
     if found is not None:
         return found
-    if one:
+    if isinstance(counts, int):
         counts = torch.full((*values.shape[:-1], 1), counts, device=values.device)
     ranked = values.abs() if absolute else values
     largest = ranked.topk(most, dim=-1).values
