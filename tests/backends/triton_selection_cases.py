@@ -23,7 +23,7 @@ def draw(*shape, seed=0):
 
 
 def masks(batch, length):
-    """Padding in front of all samples but the first, images in between, none in the last of many."""
+    """Padding in front of all samples but the first, images in between; none in a third one."""
     valid = torch.arange(length, device=DEVICE) >= 3 * torch.arange(batch, device=DEVICE)[:, None]
     image = valid & (torch.arange(length, device=DEVICE) % 7 > 1)
     image[:, -4:] = False

@@ -117,16 +117,26 @@ class TokenRule(TokenDropper, name="token-rule"):
         dropped = torch.where(view.image & ~kept, scores, -torch.inf).amax(1, keepdim=True)
         cut = torch.where(kept & (scores >= dropped), scores, torch.inf).amin(1)
         cut = torch.where(cut.isfinite(), cut, torch.nan)
-        weights: Tensor | None = None
+        choice = TokenChoice(keep=kept | view.text, scores=scores, cut=cut)
+        most: tuple[int, int] | None = None
+        if not devices.on_host(scores):
+            most = self._read_counts(view, kept, choice)
         if self.proportional:
             assert view.hidden is not None
-            weights = count_alike(view.hidden, view.image, kept, view.weights)
-        choice = TokenChoice(keep=kept | view.text, scores=scores, cut=cut, weights=weights)
-        if not devices.on_host(scores):
-            broken = find_broken(scores, view.image)
-            report = report_later("token scores", broken, ADVICE)
-            choice.check = lambda: report(view.image.any(1))
+            choice.weights = count_alike(view.hidden, view.image, kept, view.weights, most)
         return choice
+
+    def _read_counts(
+        self, view: PrefillView, kept: Tensor, choice: TokenChoice
+    ) -> tuple[int, int] | None:
+        """Wait for a GPU once: the most kept and the most dropped tokens of a sample."""
+        report = report_later("token scores", find_broken(choice.scores, view.image), ADVICE)
+        choice.check = lambda: report(view.image.any(1))
+        if view.host is None:
+            return None
+        choice.counts = tuple(kept.sum(1).tolist())
+        counts = zip(view.host.image_counts, choice.counts, strict=True)
+        return max(choice.counts), max(total - count for total, count in counts)
 
 
 @dataclass(frozen=True)
