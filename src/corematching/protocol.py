@@ -18,6 +18,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from corematching.devices import HostView
+
 T = TypeVar("T")
 
 ACTIVATIONS = "activations"
@@ -104,6 +106,8 @@ class PrefillView:
     weights : Tensor or None
         (B, T) float, the number of prompt tokens that each one represents after an earlier choice;
         None: one each.
+    host : HostView or None
+        What the host knows of the masks without reading them.
     memory : dict
         One object per type, shared by all views of one prefill; see `recall`.
     """
@@ -124,6 +128,7 @@ class PrefillView:
     vision: VisionView | None = None
     origin: Tensor | None = None
     weights: Tensor | None = None
+    host: HostView | None = None
     memory: dict[type, Any] = field(default_factory=dict)
 
     @property
@@ -170,6 +175,10 @@ class TokenChoice:
         (B, T) float, positive: the number of tokens that each kept one represents. Later layers of
         the prefill, and all layers of every later token, add its logarithm to the attention scores
         (proportional attention: Token Merging, arXiv:2210.09461, section 3). None: unchanged.
+    counts : tuple of int or None
+        Image tokens that each sample keeps, where they are known without reading ``keep``.
+    check : callable or None
+        Called once, when the first token is there, to refuse what could not be read before.
     """
 
     keep: Tensor
@@ -177,6 +186,8 @@ class TokenChoice:
     cut: Tensor
     hidden: Tensor | None = None
     weights: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+    check: Callable[[], None] | None = None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from corematching import devices
 from corematching.cache.masks import take
 from corematching.cache.pruned_cache import PrunedCache, pruned_prompt_of
 from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.errors import InputError, UnsupportedModelError
 
 DYNAMIC_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+GATHERED_BYTES = 1 << 28
+"""Keys and values that are copied to be gathered together, at most."""
 STATIC_LAYERS = (StaticLayer, StaticSlidingWindowLayer)
 
 
@@ -139,8 +143,9 @@ def compact(cache: Any, layers: int, order: Tensor) -> None:
         return
     count = order.shape[1]
     layer: Any
-    for layer in cache.layers[:layers]:
-        keys, values = take(layer.keys, order, 0, 2), take(layer.values, order, 0, 2)
+    shortened = cache.layers[:layers]
+    tensors = take_all([x for layer in shortened for x in (layer.keys, layer.values)], order)
+    for layer, keys, values in zip(shortened, tensors[::2], tensors[1::2], strict=True):
         if layer.is_compileable:
             layer.keys[:, :, :count].copy_(keys)
             layer.values[:, :, :count].copy_(values)
@@ -151,6 +156,27 @@ def compact(cache: Any, layers: int, order: Tensor) -> None:
             layer.keys, layer.values = keys, values
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = count
+
+
+def take_all(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
+    """Gather ``order`` (B, K) from tensors (B, G, T, D), for each the tokens of dimension 2.
+
+    On a GPU tensors of one shape are gathered together, with two launches instead of one for each.
+    """
+    if devices.on_host(order):
+        return [take(x, order, 0, 2) for x in tensors]
+    found: dict[int, Tensor] = {}
+    groups: dict[Any, list[list[int]]] = {}
+    for index, x in enumerate(tensors):
+        most = max(1, GATHERED_BYTES // max(x.numel() * x.element_size(), 1))
+        group = groups.setdefault((x.shape, x.dtype, x.device), [[]])
+        if len(group[-1]) == most:
+            group.append([])
+        group[-1].append(index)
+    for part in (part for parts in groups.values() for part in parts):
+        gathered = take(torch.stack([tensors[i] for i in part], 1), order, 0, 3)
+        found.update(zip(part, gathered.unbind(1), strict=True))
+    return [found[index] for index in range(len(tensors))]
 
 
 def tokens_after(cache: Any, query_length: int) -> int:

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of the prompt, K stored tokens of it, G key-value heads
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ class PrunedPrompt:
     alike : list of int
         Per row of the prefill: the first row of its run of neighbours with equal neuron choices;
         empty until it is needed.
+    full : bool or None
+        Given at the start: whether ``valid`` is True everywhere; None: it is read.
     """
 
     valid: Tensor
@@ -83,9 +85,10 @@ class PrunedPrompt:
     shown: Tensor | None = None
     sign: Tensor | None = None
     alike: list[int] = field(default_factory=list)
+    full: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
-        self.filler = not bool(self.valid.all())
+    def __post_init__(self, full: bool | None) -> None:
+        self.filler = not (bool(self.valid.all()) if full is None else full)
         self.samples = self.valid.shape[0]
         self.rows = list(range(self.samples))
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.policies.amounts import PPM, count_of, parts
 from corematching.policies.passes import count_positive, mark_largest
 
@@ -23,8 +24,7 @@ def activate_by_sign(activations: Tensor) -> Tensor:
 def activate_by_magnitude(activations: Tensor, ratio: float) -> Tensor:
     """The top ``ratio`` of the F neurons by ``|a|``, token by token."""
     count = count_of(ratio, activations.shape[-1])
-    counts = torch.full((*activations.shape[:-1], 1), count, device=activations.device)
-    return mark_largest(activations, counts, most=count, absolute=True)
+    return mark_largest(activations, count, most=count, absolute=True)
 
 
 def activate_top_positive(activations: Tensor, rho: float) -> Tensor:
@@ -64,7 +64,7 @@ def find_kth_largest(values: Tensor, k: int) -> Tensor:
     On the CPU through NumPy, whose partition is some ten times as fast as ``torch.kthvalue``.
     """
     rank = values.shape[-1] - k
-    if values.device.type != "cpu":
+    if not devices.on_host(values):
         return values.kthvalue(rank + 1, dim=-1, keepdim=True).values
     parted = np.partition(values.detach().float().numpy(), rank, axis=-1)
     return torch.from_numpy(parted[..., rank : rank + 1]).to(values.dtype)

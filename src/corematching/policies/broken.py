@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from corematching.devices import HostCopy
 from corematching.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+
+def report_later(what: str, broken: Tensor, advice: str) -> Callable[[Tensor], None]:
+    """`report_broken`, to be called with ``present`` when the device has come so far."""
+    flags = HostCopy(broken)
+
+    def report(present: Tensor) -> None:
+        found = flags.read()
+        if found.any():
+            report_broken(what, torch.from_numpy(found), present.cpu(), advice)
+
+    return report
 
 
 def report_broken(what: str, broken: Tensor, present: Tensor, advice: str) -> None:

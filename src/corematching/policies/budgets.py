@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.errors import ConfigError
-from corematching.policies.amounts import counts_of
+from corematching.policies.amounts import count_of, counts_of
 from corematching.policies.broken import report_broken
 from corematching.policies.check import (
     check_bool,
@@ -35,11 +36,14 @@ class Picture:
         (B,) long, the range of the indices.
     prompt_totals : Tensor
         (B,) long, image tokens of the prompt at the start.
+    known_totals : tuple of int or None
+        The same, where the host knows them.
     """
 
     indices: Tensor
     totals: Tensor
     prompt_totals: Tensor
+    known_totals: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,10 @@ class Budget(Component, kind="budget"):
         """
         raise NotImplementedError
 
+    def known_count(self, total: int) -> int | None:
+        """`count` for one sample of ``total`` >= 1 image tokens; None where scores decide."""
+        return None
+
     def __call__(self, scores: Tensor, image: Tensor, picture: Picture | None = None) -> Tensor:
         """Choose the image tokens to keep.
 
@@ -112,10 +120,12 @@ class Budget(Component, kind="budget"):
         ------
         ConfigError
             When every sample has an image token whose score is NaN or infinite. Where only some
-            have, a warning names them, and all scores of theirs count as equal.
+            have, a warning names them, and all scores of theirs count as equal. A GPU is not waited
+            for: there `TokenChoice.check` says so.
         """
-        broken = (~scores.isfinite() & image).any(1)
-        report_broken("token scores", broken, image.any(1), ADVICE)
+        broken = find_broken(scores, image)
+        if devices.on_host(scores):
+            report_broken("token scores", broken, image.any(1), ADVICE)
         scores = scores.float().masked_fill(broken.unsqueeze(1), 0.0)
         filled = torch.where(image, scores, -torch.inf)
         order = filled.argsort(dim=1, descending=True, stable=True)
@@ -151,6 +161,15 @@ class Budget(Component, kind="budget"):
         if self.max_tokens is not None:
             counts = counts.clamp(max=self.max_tokens)
         return counts.clamp(min=1).minimum(totals)
+
+    def bound_known(self, count: int, total: int) -> int:
+        """`bound` for one sample."""
+        if self.min_ratio is not None:
+            count = max(count, count_of(self.min_ratio, max(total, 1)))
+        count = max(count, self.min_tokens or 1)
+        if self.max_ratio is not None:
+            count = min(count, count_of(self.max_ratio, max(total, 1)))
+        return min(max(min(count, self.max_tokens or count), 1), total)
 
 
 @dataclass(frozen=True)
@@ -198,6 +217,9 @@ class Ratio(Budget, name="ratio"):
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
         return counts_of(self.keep_ratio, totals)
 
+    def known_count(self, total: int) -> int | None:
+        return count_of(self.keep_ratio, total)
+
 
 @dataclass(frozen=True)
 class Count(Budget, name="count"):
@@ -211,6 +233,14 @@ class Count(Budget, name="count"):
 
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
         return torch.full_like(totals, self.keep_tokens)
+
+    def known_count(self, total: int) -> int | None:
+        return self.keep_tokens
+
+
+def find_broken(scores: Tensor, image: Tensor) -> Tensor:
+    """(B,) bool, the samples with an image token whose score is NaN or infinite."""
+    return (~scores.isfinite() & image).any(1)
 
 
 def budget_of(keep_ratio: float | None, keep_tokens: int | None, **bounds: Any) -> Ratio | Count:

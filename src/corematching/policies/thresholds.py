@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.backends.kernels.statistics import find_size
 from corematching.policies.activated import find_kth_largest
 from corematching.policies.amounts import PPM, parts
@@ -62,7 +63,7 @@ def calibrate_threshold(
     found = find_size(values.detach(), tokens, neurons, ranks)
     if found is not None:
         return found
-    if values.device.type != "cpu":
+    if not devices.on_host(values):
         return _calibrate_at_once(values, tokens, ranks, neurons)
     thresholds = values.new_zeros(len(values), dtype=torch.float32)
     broken = torch.zeros(len(values), dtype=torch.bool)

@@ -303,6 +303,7 @@ class Session:
             return
         cache, selection = prefill.cache_of(output), prefill.selection
         if generation is None:
+            selection.check()
             installation.gather_neurons(cache)
         if cache is not None and (selection.stages or selection.neurons):
             memory = prefill.make_pruned_prompt(self.log.number)

@@ -11,7 +11,10 @@ import importlib
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from corematching import devices
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +46,42 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
     return None if module is None else module.sum_rows(values, tokens, what)
 
 
+def sum_both(values: Tensor, tokens: Tensor, valid: Tensor, out: Tensor) -> bool:
+    """Two sums over each sample's tokens in one launch, in parts that add up to them.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, T, F), in a float dtype.
+    tokens, valid : Tensor
+        (B, T) bool, the tokens whose ``unit squares`` count, and those whose ``values`` do; see
+        `sum_rows`.
+    out : Tensor
+        (2, C, B, F) float32, contiguous: the C parts of both sums are written to it.
+
+    Returns
+    -------
+    bool
+        Whether a kernel could run; False on the CPU, where `sum_rows` is as good.
+    """
+    kernel = getattr(_find(values.device.type), "sum_both", None)
+    return kernel is not None and bool(kernel(values, tokens, valid, out))
+
+
 def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
     """The weights (B, F), float32, of what each token marks, (B, T, F) bool: (B, T), or None."""
     module = _find(marks.device.type)
     return None if module is None else module.weigh_marks(marks, weights)
 
 
-def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | None:
+def mark_highest(values: Tensor, counts: Tensor | int, absolute: bool) -> Tensor | None:
     """Mark what is above 0 and not below each token's ``counts``-th largest of (B, T, F), or None.
 
-    The counts, (B, T, 1) long, lie in [1, F].
+    The counts, (B, T, 1) long or one number for all tokens, lie in [1, F].
     """
     module = _find(values.device.type)
+    if isinstance(counts, int) and devices.on_host(values):
+        counts = torch.full((*values.shape[:-1], 1), counts)
     return None if module is None else module.mark_highest(values, counts, absolute)
 
 
@@ -104,12 +131,16 @@ def find_size(
 
 
 @functools.cache
-def _find(kind: str) -> Any:
-    """The module of a kind of device, or None."""
-    if kind not in MODULES:
+def import_or_none(name: str | None) -> Any:
+    """A module of kernels by its full name, or None where it cannot be imported."""
+    if name is None:
         return None
     try:
-        return importlib.import_module(MODULES[kind])
+        return importlib.import_module(name)
     except ImportError as error:
-        log.debug("no kernels for prompts on '%s': %s", kind, error)
+        log.debug("no kernels for prompts: %s: %s", name, error)
         return None
+
+
+def _find(kind: str) -> Any:
+    return import_or_none(MODULES.get(kind))

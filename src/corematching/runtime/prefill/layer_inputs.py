@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from corematching.cache.masks import shorten_mask, take, weigh_mask
+from corematching.cache.masks import take
 from corematching.errors import ALL_TOKENS, UnsupportedModelError
 from corematching.model.layer_inputs import PER_TOKEN, list_odd_inputs
 from corematching.model.spec import ModelSpec
+from corematching.runtime.prefill.left import shorten
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,16 @@ class Present:
         (B, K) long, their columns in the whole prompt.
     valid : Tensor
         (B, K) bool, False on padding and filler.
-    weights : Tensor or None
-        (B, K) float, the prompt tokens that each counts for; None: one each.
+    full : bool or None
+        Whether ``valid`` is True everywhere; None: it is read.
+    log_counts : Tensor or None
+        (B, K) float32, the logarithms of the prompt tokens that each counts for; None: one each.
     """
 
     origin: Tensor
     valid: Tensor
-    weights: Tensor | None = None
+    full: bool | None = None
+    log_counts: Tensor | None = None
 
 
 class LayerInputs:
@@ -108,16 +112,11 @@ class LayerInputs:
             stored = cache.layers[index].get_mask_sizes(count)[0]
         key = (id(mask), stored)
         if key not in self._memo:
-            config = self.parts.config
+            full = bool(valid.all()) if present.full is None else present.full
             causal = getattr(self.parts.attentions[index], "is_causal", True)
-            # without a mask, attention reads the first `count` keys only
-            kv_length = count if mask is None and bool(valid.all()) else stored
-            how = (causal, config._attn_implementation, hidden.dtype)
-            short = shorten_mask(mask, present.origin, valid, kv_length, *how)
-            if present.weights is not None:
-                log_counts = present.weights.float().log()[:, None, None]
-                short = weigh_mask(short, log_counts, valid, stored, causal, hidden.dtype)
-            self._memo[key] = (mask, short)
+            how = causal, self.parts.config._attn_implementation, hidden.dtype
+            kept = present.origin, valid, full, present.log_counts
+            self._memo[key] = (mask, shorten(mask, kept, stored, how))
         return self._memo[key][1]
 
     def _rotations(self, rotations: Any, present: Present) -> Any:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corematching import devices
 from corematching.backends.choice_checks import check_tokens
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import compact, is_fresh, widen_sliding_layers
-from corematching.cache.masks import survivors, take
+from corematching.cache.masks import take
 from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.errors import ALL_TOKENS, UnsupportedModelError
 from corematching.model.gate_store import GateRequest, make_gate_request
@@ -39,8 +40,10 @@ from corematching.protocol import (
     Method,
     PrefillView,
 )
+from corematching.runtime.prefill.known import KnownTokens
 from corematching.runtime.prefill.layer_gaps import LayerGaps
 from corematching.runtime.prefill.layer_inputs import LayerInputs, Present
+from corematching.runtime.prefill.left import find_survivors
 from corematching.runtime.prefill.selection import Selection, Stage
 from corematching.runtime.prefill.tower import TowerObserver
 from corematching.runtime.prefill.view import AttentionObserver, FFNObserver
@@ -81,11 +84,13 @@ class Prefill:
         self.origin = torch.arange(self.length, device=valid.device).expand(batch, -1)
         self.selection = Selection()
         self.weights: Tensor | None = None
+        self.log_weights: Tensor | None = None
         self.shortened = False
         self.cache: Any = None
         depth = len(parts.layers)
         tokens = method.tokens
-        drops = tokens is not None and bool(image.any())
+        self.known = KnownTokens(valid, image)
+        drops = tokens is not None and not (devices.on_host(image) and not bool(image.any()))
         self.cuts: tuple[int, ...] = tokens.drop_after(depth) if tokens and drops else ()
         self.token_needs = tokens.needs if tokens and drops else frozenset()
         self.neuron_needs = method.neurons.needs if method.neurons else frozenset()
@@ -98,6 +103,7 @@ class Prefill:
         self._observer: AttentionObserver | None = None
         self._inputs = LayerInputs(parts, self.length)
         self._between = LayerGaps(parts, self.length)
+        self._left: Present | None = None
         self._patches = Patches()
 
     def install(self) -> None:
@@ -129,10 +135,11 @@ class Prefill:
         self.parts.gates.forget()
         self._waiting.clear()
         self._inputs.forget()
+        self._left = None
 
     def make_pruned_prompt(self, record: int) -> PrunedPrompt:
         """The prompt for the cache; ``record`` is the number of its record."""
-        weights, chosen = self.weights, self.selection
+        chosen = self.selection
         return PrunedPrompt(
             self.valid,
             self.length,
@@ -140,8 +147,9 @@ class Prefill:
             neurons=chosen.neurons,
             shortened=bool(chosen.stages),
             record=record,
-            log_counts=None if weights is None else weights.float().log(),
+            log_counts=self._log_counts(),
             origin=self.origin,
+            full=self.known.is_full,
         )
 
     def cache_of(self, output: Any) -> Any:
@@ -156,6 +164,19 @@ class Prefill:
         if self.shortened and self.cache is None and found is not None:
             raise no_cache_error(self.parts.layers[0])
         return found
+
+    def learn(self) -> None:
+        """Find out what the host can know of the prompt; a prompt without images is not cut."""
+        self.known.read()
+        view = self.known.view
+        if view is not None and not any(view.image_counts):
+            self.cuts, self.token_needs = (), frozenset()
+
+    def _log_counts(self) -> Tensor | None:
+        """(B, K) float32, the logarithms of the weights."""
+        if self.weights is None or self.log_weights is not None:
+            return self.log_weights
+        return self.weights.float().log()
 
     def _needs(self, index: int) -> frozenset[str]:
         """The parts of this layer's view that policies read, out of `NEEDS`."""
@@ -184,10 +205,15 @@ class Prefill:
 
         observer = FFNObserver(ffn, self.parts.gates, begin)
         self._patches.add_pre_hook(ffn, observer)
+        activation = observer.activation
+        # a view that waits would keep all tokens' gates
+        seen = wanted and KEPT not in self.neuron_needs and not devices.on_host(self.valid)
+        if seen and activation is not None:
+            self._patches.add_hook(activation, observer.see)
 
     def _gate_request(self) -> GateRequest | None:
         """A request for the gates of the text tokens, which policies read; on a CPU only."""
-        if self.valid.device.type != "cpu":
+        if not devices.on_host(self.valid):
             return None
         if self._gate_requested is None:
             self._gate_requested = make_gate_request(self.valid & ~self.image)
@@ -205,6 +231,8 @@ class Prefill:
             self.valid, self.image = self.valid.to(hidden.device), self.image.to(hidden.device)
             self.origin = self.origin.to(hidden.device)
             self.weights = None if self.weights is None else self.weights.to(hidden.device)
+            self._left = self.log_weights = None
+            self._inputs.forget()
         if self.shortened:
             hidden = self._between.gather(hidden, self.origin)
         if index - 1 in self.cuts:
@@ -214,14 +242,19 @@ class Prefill:
         self._activations = self._observer = self._ffn = None
         if not self.shortened:
             return None
-        present = Present(self.origin, self.valid, self.weights)
+        present = self._present()
+        assert present is not None
         return (hidden,), self._inputs.shorten(index, hidden, kwargs, present, self.cache)
 
     def _present(self) -> Present | None:
         """The tokens still present, or None before any is dropped."""
-        return Present(self.origin, self.valid, self.weights) if self.shortened else None
+        if self._left is None and self.shortened:
+            full = self.known.is_full
+            self._left = Present(self.origin, self.valid, full, self._log_counts())
+        return self._left
 
     def _begin(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        self.learn()
         if self.cuts and hidden.ndim != 3:
             raise UnsupportedModelError(
                 f"{type(layer).__name__} takes hidden states of {hidden.ndim} dimensions, whose "
@@ -269,6 +302,7 @@ class Prefill:
         observer, valid = self._observer, self.valid
         view = PrefillView(layer, len(self.parts.layers), valid, self.image, hidden=hidden)
         view.memory, view.origin, view.weights = self.memory, self.origin, self.weights
+        view.host = self.known.view
         if ACTIVATIONS in needs and layer >= 0:
             view.activations = self._activations
             view.down_proj = weight_of(self.parts.down_projs[layer])
@@ -293,22 +327,22 @@ class Prefill:
         assert self.method.tokens is not None
         choice = self.method.tokens.choose(self._view(layer, hidden, self.token_needs))
         check_tokens(choice, self.valid, hidden, layer)
-        keep = (choice.keep & self.valid) | (self.valid & ~self.image)
-        weights = choice.weights
-        if weights is not None and not can_weigh(self.parts.config):
-            weights = None
+        if choice.weights is not None and not can_weigh(self.parts.config):
+            choice = replace(choice, weights=None)
         merged = hidden if choice.hidden is None else choice.hidden.to(hidden)
-        choice = replace(choice, keep=keep, weights=weights, hidden=None)
+        weights = self.weights if choice.weights is None else choice.weights
+        most = self.known.follow(choice, self.image)
+        left = find_survivors(choice.keep, self.valid, self.image, self.origin, weights, most)
+        choice = replace(choice, keep=left.keep, hidden=None)
         self.selection.stages.append(Stage(layer, self.origin, self.valid, choice))
-        order, valid = survivors(keep)
-        self.origin = self.origin.gather(1, order)
-        self.image, self.valid = self.image.gather(1, order) & valid, valid
-        weights = self.weights if weights is None else weights
-        self.weights = None if weights is None else weights.gather(1, order)
+        order, self.origin = left.order, left.origin
+        self.image, self.valid = left.image, left.valid
+        self.weights, self.log_weights = left.weights, left.log_weights
         compact(self.cache, layer + 1, order)
         self.shortened = True
         if self._waiting and layer == self.cuts[-1]:
             self._choose_waiting()
         self._inputs.forget()
+        self._left = None
         self._gate_requested = None
         return take(merged, order)
