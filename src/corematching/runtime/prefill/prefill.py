@@ -39,7 +39,7 @@ from corematching.protocol import (
     Method,
     PrefillView,
 )
-from corematching.runtime.prefill.layer_gaps import LayerGaps
+from corematching.runtime.prefill.between_layers import BetweenLayers
 from corematching.runtime.prefill.layer_inputs import LayerInputs, Present
 from corematching.runtime.prefill.selection import Selection, Stage
 from corematching.runtime.prefill.tower import TowerObserver
@@ -97,7 +97,7 @@ class Prefill:
         self._embeddings: Tensor | None = None
         self._probe: AttentionObserver | None = None
         self._inputs = LayerInputs(parts, self.length)
-        self._between = LayerGaps(parts, self.length)
+        self._between = BetweenLayers(parts, self.length)
         self._patches = Patches()
 
     def install(self) -> None:
