@@ -13,6 +13,7 @@ TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "corematching"
 BASE = {
     "protocol",
+    "views",
     "report",
     "errors",
     "sizes",
