@@ -16,6 +16,7 @@ BASE = {
     "errors",
     "sizes",
     "devices",
+    "views",
     "directories",
     "memory_meter",
     "extras",

@@ -18,7 +18,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from corematching.devices import HostView
+from corematching.views import HostView as HostView
+from corematching.views import VisionView as VisionView
 
 T = TypeVar("T")
 
@@ -31,36 +32,6 @@ INPUTS = "inputs"
 KEPT = "kept"
 VISION = "vision"
 NEEDS = frozenset({ACTIVATIONS, ATTENTION, CONTRIBUTIONS, EMBEDDINGS, GATE, INPUTS, KEPT, VISION})
-
-
-@dataclass
-class VisionView:
-    """The attention of one layer of the vision tower, for the images of a batch.
-
-    Available only in models with one image token per patch. Images are in the prompts' order;
-    their patches, in order, are the batch's image tokens in order. N patches per image, S = N plus
-    the class tokens, D head dimension, c feature width.
-
-    Attributes
-    ----------
-    queries, keys : Tensor
-        (I, H, S, D), class tokens first.
-    scaling : float
-        The layer's attention is ``softmax(queries @ keys^T * scaling)``.
-    classes : int
-        Class tokens, 0 or 1.
-    features : Tensor
-        (I, N, c), the projector's input.
-    project : callable
-        The model's projector: (..., c) features to (..., d) input embeddings.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    scaling: float
-    classes: int
-    features: Tensor
-    project: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -178,7 +149,7 @@ class TokenChoice:
     counts : tuple of int or None
         Image tokens that each sample keeps, where they are known without reading ``keep``.
     check : callable or None
-        Called once, when the first token is there, to refuse what could not be read before.
+        Refuses what could not be read before; called once, when the first token is there.
     """
 
     keep: Tensor
