@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: Python 3.10 or newer, pip and make.
 #
 #   make demo        set up, then one picture and one question, dense beside sparse
-#   make test        set up, then the tests
+#   make test        set up, then the tests, in a process for each core (WORKERS=0: in one)
 #   make test-fast   the tests of policies, methods and structure, within a minute and a half
 #   make test-oldest the families of models with the oldest transformers that is supported
 #   make lint        set up, then ruff and mypy
@@ -15,6 +15,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST_TRANSFORMERS := 5.20.2
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-fast test-oldest lint docs docs-serve fuzz clean
@@ -24,13 +26,13 @@ demo: $(VENV)/.installed
 	$(BIN)/corematching demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/policies tests/methods tests/media tests/test_*.py
+	$(PYTEST) tests/policies tests/methods tests/media tests/test_*.py
 
 test-oldest: $(VENV)/.installed-oldest
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/runtime/test_families.py
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) tests/runtime/test_families.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.more_models import MORE_FAMILIES
 from tests.tiny_model import (
     FIRST_TEXT_ID,
     HIDDEN,
@@ -238,6 +239,9 @@ FAMILIES: dict[str, TinyModel] = {
     "gemma2_window": _text_only("Gemma2", ("eager",), sliding_window=6, query_pre_attn_scalar=16),
     "llava_mistral_window": _llava_like("MistralConfig", sliding_window=12),
     "gemma3_window": _gemma3(window=12),
+}
+FAMILIES |= {
+    name: tiny for name, tiny in MORE_FAMILIES.items() if hasattr(transformers, tiny.config)
 }
 VISION_FAMILIES = tuple(name for name, tiny in FAMILIES.items() if tiny.has_vision)
 TEXT_FAMILIES = tuple(name for name, tiny in FAMILIES.items() if not tiny.has_vision)

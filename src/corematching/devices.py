@@ -1,4 +1,4 @@
-"""What a device multiplies by itself, and what goes between it and the host."""
+"""The dtypes that a device multiplies at full speed, and what goes between it and the host."""
 
 from __future__ import annotations
 

@@ -268,6 +268,14 @@ class NeuronPolicy(ABC):
         return False
 
     @property
+    def gate_thresholds(self) -> bool:
+        """True if choices carry thresholds of the gate; default: False.
+
+        A model whose FFNs have no gate is then refused before anything runs.
+        """
+        return False
+
+    @property
     def decode_ratio(self) -> float:
         """Estimated ratio of the kept neurons' weights that a decode step reads; default: 1.
 

@@ -99,8 +99,7 @@ def choose(sets, count, width, seed=0):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("gated", "batch"), [(True, 1), (False, 3)])
 def test_activations(activation, gated, batch):
     weights = random_ffn(50, 40, gated=gated, activation=activation)
     check(random_tokens(batch, 40), weights, choose(1, 21, 50))
@@ -124,8 +123,10 @@ def test_sets_and_biases_of_a_batch(batch, sets, biases):
     check(random_tokens(batch, 24), random_ffn(40, 24), choose(sets, 11, 40), bias=bias)
 
 
-@pytest.mark.parametrize("hidden", [1, 31, 32, 33, 100])
-@pytest.mark.parametrize("count", [1, 15, 16, 17, 70])
+@pytest.mark.parametrize(
+    ("hidden", "count"),
+    [(1, 1), (1, 17), (31, 15), (31, 16), (32, 1), (32, 17), (33, 16), (33, 70), (100, 15)],
+)
 def test_sizes_that_are_no_multiple_of_a_block(hidden, count):
     weights = random_ffn(70, hidden)
     check(random_tokens(1, hidden), weights, choose(1, count, 70))

@@ -25,7 +25,7 @@ def limits_of(choice: NeuronChoice) -> tuple[Tensor | None, ...]:
 def check_neurons(choice: NeuronChoice, count: int, width: int) -> None:
     """Check a choice's neurons, means and thresholds.
 
-    Does not wait for a GPU: `check_settled` checks the values of indices there.
+    Does not wait for a GPU: `check_materialized` checks the values of indices there.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def check_neurons(choice: NeuronChoice, count: int, width: int) -> None:
         check_order(indices, width)
 
 
-def check_settled(ffns: Iterable[SparseFFN]) -> None:
+def check_materialized(ffns: Iterable[SparseFFN]) -> None:
     """Materialize the choices of FFNs and check them; waits for each device once.
 
     Raises

@@ -186,12 +186,12 @@ def tokens_after(cache: Any, query_length: int) -> int:
     """
     seen = cache.get_seq_length()
     if isinstance(seen, Tensor):
-        memory = cache.memory
-        return memory.prompt - memory.valid.shape[1] + cache.get_max_length()
+        pruned = cache.pruned_prompt
+        return pruned.prompt - pruned.valid.shape[1] + cache.get_max_length()
     return seen + query_length
 
 
-def short_mask(memory: PrunedPrompt, mask: Tensor | None, total: int) -> Tensor | None:
+def short_mask(pruned: PrunedPrompt, mask: Tensor | None, total: int) -> Tensor | None:
     """The 2D mask over the stored tokens, from one over the ``total`` tokens of the conversation.
 
     Returns None where ``mask`` is None and there is no padding.
@@ -201,18 +201,18 @@ def short_mask(memory: PrunedPrompt, mask: Tensor | None, total: int) -> Tensor 
     InputError
         The mask has another number of rows than the cache.
     """
-    rest = total - memory.prompt
-    batch = memory.valid.shape[0]
+    rest = total - pruned.prompt
+    batch = pruned.valid.shape[0]
     if mask is None:
-        if not memory.filler:
+        if not pruned.filler:
             return None
-        mask = memory.valid.new_ones(batch, total, dtype=torch.long)
+        mask = pruned.valid.new_ones(batch, total, dtype=torch.long)
     if mask.shape[0] != batch:
         raise InputError(
             f"an attention mask of {mask.shape[0]} rows does not fit a cache of {batch}: take the "
             "rows of the mask that the cache has"
         )
-    valid = memory.valid.to(mask)
+    valid = pruned.valid.to(mask)
     return valid if rest <= 0 else torch.cat([valid, mask[:, -rest:]], dim=1)
 
 
@@ -224,21 +224,21 @@ def fit_mask(kwargs: dict[str, Any], cache: Cache | None, length: int) -> dict[s
     InputError
         The mask has another number of rows than the cache, or too few columns.
     """
-    memory, mask = pruned_prompt_of(cache), kwargs.get("attention_mask")
-    if memory is None or not memory.shortened or isinstance(mask, dict):
+    pruned, mask = pruned_prompt_of(cache), kwargs.get("attention_mask")
+    if pruned is None or not pruned.shortened or isinstance(mask, dict):
         return kwargs
-    if mask is None and memory.filler:
+    if mask is None and pruned.filler:
         total = tokens_after(cache, length)
     elif mask is not None and mask.ndim == 2:
         total = mask.shape[1]
-        _refuse_short_mask(total, cache, length)
+        _check_columns(total, cache, length)
     else:
         return kwargs
-    return dict(kwargs, attention_mask=short_mask(memory, mask, total))
+    return dict(kwargs, attention_mask=short_mask(pruned, mask, total))
 
 
-def _refuse_short_mask(columns: int, cache: Any, length: int) -> None:
-    """Refuse a mask with fewer columns than a dynamic cache and the new tokens."""
+def _check_columns(columns: int, cache: Any, length: int) -> None:
+    """Check that a mask spans a dynamic cache and the new tokens."""
     seen = cache.get_seq_length()
     if isinstance(seen, int) and columns < seen + length:
         raise InputError(

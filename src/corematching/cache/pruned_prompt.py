@@ -1,4 +1,4 @@
-"""A KV cache's memory of its prompt, in step with the cache's rows and columns.
+"""The prompt behind a KV cache, in step with the cache's rows and columns.
 
 Shapes: B rows, T tokens of the prompt, K stored tokens of it, G key-value heads, D head dimension.
 """
@@ -18,7 +18,7 @@ from corematching.protocol import NeuronChoice
 
 @dataclass
 class PrunedPrompt:
-    """A cache's memory of its prefill.
+    """A cache's prompt after the prefill: the tokens left, and the choices made for it.
 
     Attributes
     ----------
@@ -108,7 +108,7 @@ class PrunedPrompt:
         return not self.shortened and not self.neurons
 
     def forget(self) -> None:
-        """Reset to a blank memory."""
+        """Forget the prompt and its choices."""
         if isinstance(self.dropped, Tensor):
             self.dropped.zero_()
         else:

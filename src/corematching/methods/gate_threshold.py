@@ -22,7 +22,7 @@ from corematching.policies.tokens import check_token_set
 from corematching.protocol import ACTIVATIONS, GATE, NeuronChoice, PrefillView
 
 MOST_KEPT = 1 << 20
-"""Numbers of a layer's gate that wait for the first token, at most: 2 MB in bf16."""
+"""Most entries of a layer's gate kept until the first token: 2 MB in bf16."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class GateThreshold(NeuronDropper, name="gate"):
     """
 
     per_token: ClassVar[bool] = True
+    gate_thresholds: ClassVar[bool] = True
 
     active_ratio: float = field(
         default=0.6,
@@ -79,12 +80,12 @@ class GateThreshold(NeuronDropper, name="gate"):
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
         """Choose ``count`` neurons of the view's layer for each sample, and their threshold.
 
-        The threshold is found when the first token is there, unless that would keep much in memory.
+        The threshold is computed at the first decoded token, unless the gate takes much memory.
 
         Raises
         ------
         ConfigError
-            When the view shows no gate.
+            The view shows no gate.
         """
         gate, present = show_gate(view, self.token_set)
         core = self._choose_core(view, count)
@@ -121,7 +122,7 @@ class GateThreshold(NeuronDropper, name="gate"):
         return find_together(view, key, (gate, present), solve)
 
     def _choose_core(self, view: PrefillView, count: int) -> NeuronChoice | None:
-        """The neurons in reach; None where that is all of the layer."""
+        """The neurons in reach; None for all of the layer."""
         if self.among is None or count == read_activations(view).shape[-1]:
             return None
         return self.among.choose(view, count)

@@ -1,4 +1,4 @@
-"""Policies put together to something that can be installed on a model."""
+"""Policies composed to an installable method."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TokenRule(TokenDropper, name="token-rule"):
         Raises
         ------
         ConfigError
-            When the model is too shallow, or nothing to score by exists before its first layer.
+            The model is too shallow, or the score reads a layer in front of layer 0.
         """
         layers = sorted({_layer_index(layer, num_layers) for layer in self.after})
         if layers[-1] > num_layers - 2:

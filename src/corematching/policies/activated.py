@@ -31,7 +31,7 @@ def activate_top_positive(activations: Tensor, rho: float) -> Tensor:
     """``C_rho(x) = {n : a_n >= Percentile(A+, rho)}``, the top fraction of the positive entries.
 
     The percentile is the linearly interpolated one: of P positive entries the first
-    ``floor((P - 1) * rho) + 1`` stand at or above it. A token without any activates nothing
+    ``floor((P - 1) * rho) + 1`` lie at or above it. A token without any activates nothing
     (CoreInfer, arXiv:2410.18311).
     """
     counts = ((count_positive(activations) - 1) * parts(rho)).div(PPM, rounding_mode="floor") + 1

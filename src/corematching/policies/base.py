@@ -34,7 +34,7 @@ class TokenScore(Component, kind="token score"):
         Returns
         -------
         Tensor
-            (B, T), any float dtype; what it holds outside the image tokens does not matter.
+            (B, T), any float dtype; values outside the image tokens are ignored.
 
         Raises
         ------
@@ -83,7 +83,7 @@ class NeuronScore(Component, kind="neuron score"):
         Returns
         -------
         Tensor
-            (B, F), any dtype; the highest are kept, of equal ones the first.
+            (B, F), any dtype; the highest are kept, the first among ties.
 
         Raises
         ------

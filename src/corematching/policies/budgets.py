@@ -26,14 +26,14 @@ ADVICE = "check the score's formula, and the model's dtype for overflow"
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """The image tokens of a prompt, of which an earlier choice left only some.
+    """The image tokens of a prompt after earlier cuts.
 
     Attributes
     ----------
     indices : Tensor
         (B, T) long, the index of each image token still present in its picture.
     totals : Tensor
-        (B,) long, image tokens that the indices count.
+        (B,) long, the range of the indices.
     prompt_totals : Tensor
         (B,) long, image tokens of the prompt at the start.
     known_totals : tuple of int or None
@@ -48,7 +48,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(Component, kind="budget"):
-    """Base class: override `count`. The highest scores are kept; of equal ones the first.
+    """Base class: override `count`. The highest scores are kept, the first among ties.
 
     A sample with image tokens keeps at least one. With ``cover``, that ratio of
     the kept tokens lies evenly over the image tokens, whatever their scores, and the highest scores
@@ -108,8 +108,8 @@ class Budget(Component, kind="budget"):
         image : Tensor
             (B, T) bool.
         picture : Picture, optional
-            The whole picture, where ``image`` has only some of its tokens: the number to keep is
-            counted by it, and ``cover`` spreads over it.
+            The whole picture, if ``image`` has only some of its tokens. It determines the number
+            to keep, and ``cover`` spreads over it.
 
         Returns
         -------
@@ -223,7 +223,7 @@ class Ratio(Budget, name="ratio"):
 
 @dataclass(frozen=True)
 class Count(Budget, name="count"):
-    """Keep the same number of image tokens in every sample, or all where there are fewer."""
+    """Keep the same number of image tokens in every sample; all if there are fewer."""
 
     keep_tokens: int = field(default=64, metadata={"help": "number of image tokens kept"})
 
@@ -244,7 +244,7 @@ def find_broken(scores: Tensor, image: Tensor) -> Tensor:
 
 
 def budget_of(keep_ratio: float | None, keep_tokens: int | None, **bounds: Any) -> Ratio | Count:
-    """`Ratio` or `Count` from a method's pair of parameters, of which one is given."""
+    """`Ratio` or `Count`, for whichever of a method's two parameters is given."""
     if keep_tokens is not None:
         return Count(keep_tokens, **bounds)
     assert keep_ratio is not None

@@ -41,7 +41,7 @@ Masks = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass
 class ListedTokens:
-    """The token sets of one prompt that were listed already.
+    """The token sets of one prompt, as far as they were listed.
 
     Attributes
     ----------
@@ -147,5 +147,5 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def check_token_set(token_set: str) -> None:
-    """Refuse a name that is no token set."""
+    """Check the name of a token set."""
     check_choice("token_set", token_set, TOKEN_SETS)

@@ -158,8 +158,8 @@ class GenerationPatches:
         if generation is not None:
             generation.check()
         if _seen(cache) or (generation is not None and generation.record is not None):
-            self.session.place.follow(cache, input_ids.shape[0])
-            self.session.place.gather_neurons(cache)
+            self.session.installation.follow(cache, input_ids.shape[0])
+            self.session.installation.gather_neurons(cache)
         if generation is not None and not self._masks_are_short:
             memory = pruned_prompt_of(cache)
             if memory is not None and memory.shortened and _seen(cache):

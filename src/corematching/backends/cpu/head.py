@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from corematching.backends.cpu.native import MAX_BATCH, linear, refuse_matrix, use_large_pages
-from corematching.model.patching import Patches, has_foreign_forward
+from corematching.model.linear import is_plain_linear
+from corematching.model.patching import Patches
 
 
 class NativeHead:
@@ -27,8 +28,7 @@ class NativeHead:
     def install(self) -> None:
         """Replace the projection's forward on its instance, where it is a plain linear layer."""
         head = self._head
-        plain = type(head) is nn.Linear and "weight" in head._parameters
-        if plain and not has_foreign_forward(head):
+        if is_plain_linear(head):
             if refuse_matrix(head.weight) is None:
                 use_large_pages([head.weight])
             self._patches.wrap(head, "forward", self._forward)

@@ -27,6 +27,7 @@ from corematching.cache.layers import store, stores_as_given
 from corematching.model.ffn import FFNParts
 from corematching.model.gate_store import GateStore
 from corematching.model.hooks import may_run_late, promise_input, run_pre_hooks
+from corematching.model.linear import is_plain_linear
 from corematching.model.snapshot import WeightSnapshot
 
 
@@ -222,7 +223,7 @@ class LlamaLayer:
         inputs = inputs_of(attention)
         linears = {attention.o_proj, *inputs, *ffn.list_linears()}
         norms = layer.input_layernorm, layer.post_attention_layernorm
-        if any(type(x) is not nn.Linear for x in linears) or not linears <= set(layer.modules()):
+        if not all(map(is_plain_linear, linears)) or not linears <= set(layer.modules()):
             return None
         first, second = (Norm(norm.weight, norm.variance_epsilon) for norm in norms)
         return Weights(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from corematching.backends.cpu.native import LayerWeights, Shape, refuse_matrix
 from corematching.model.ffn import FFNParts
+from corematching.model.layer_inputs import needs_positions
+from corematching.model.linear import is_plain_linear
 from corematching.model.patching import has_foreign_forward
 from corematching.model.spec import ModelSpec
 
@@ -68,6 +70,8 @@ def read_layout(parts: ModelSpec, ffns: list[FFNParts]) -> Layout:
     if missing:
         raise OddDecoderError(f"{type(decoder).__name__} has no {', '.join(missing)}")
     _refuse_windows(parts)
+    if any(needs_positions(attention) for attention in parts.attentions):
+        raise OddDecoderError("its attention computes with positions")
     norms = [*(n for layer in parts.layers for n in _norms(layer)), decoder.norm]
     epsilons = {_epsilon(norm) for norm in norms}
     shapes = {_attention_shape(config, attention) for attention in parts.attentions}
@@ -136,7 +140,7 @@ def _read_layer(layer: Any) -> LayerWeights:
         raise OddDecoderError(f"{type(attention).__name__} has {', '.join(sorted(names))}")
     linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]
     for linear in linears:
-        if type(linear) is not nn.Linear or "weight" not in linear._parameters:
+        if not is_plain_linear(linear):
             raise OddDecoderError(f"{type(attention).__name__} has a {type(linear).__name__}")
     q, k, v, o = (linear.weight.detach() for linear in linears)
     biases = [None if x.bias is None else x.bias.detach() for x in linears]

@@ -6,6 +6,8 @@ Shapes: B samples, T tokens, H attention heads, G key-value heads, D head dimens
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +31,12 @@ from corematching.backends.cpu.tower import TowerAttention, TowerLayer
 from corematching.errors import UnsupportedModelError
 from corematching.model.ffn import FFNParts
 from corematching.model.hooks import HookMonitor
+from corematching.model.layer_inputs import needs_positions
+from corematching.model.linear import is_plain_linear
 from corematching.model.patching import Patches, has_foreign_forward
 from corematching.model.spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 FEWEST_FLOAT_ROWS = 64
 """With fewer rows of float32, PyTorch's matrix products are faster."""
@@ -87,7 +93,7 @@ class NativePrompts:
         for module in [*layers, *tower]:
             if has_foreign_forward(module):
                 continue
-            if _is_plain_linear(module):
+            if is_plain_linear(module):
                 self._wrap(module, self._linear, module)
             elif self.unit == VECTORS and type(module) in CONVOLUTIONS:
                 self._wrap(module, _run_convolution, module)
@@ -104,10 +110,10 @@ class NativePrompts:
         for ffn in ffns:
             inner = [module for module in ffn.mlp.modules() if module not in (ffn.mlp, ffn.down)]
             self._wrap(ffn.mlp, self._ffn, ffn, HookMonitor(inner))
-        if self._attends_like_llama():
+        if _holds(self._attends_like_llama):
             for module in self.parts.attentions:
                 self._wrap(module, self._attention, module, HookMonitor(inputs_of(module)))
-            if ffns and self._layers_are_llamas(ffns[0], norms):
+            if ffns and _holds(functools.partial(self._layers_are_llamas, ffns[0], norms)):
                 for layer, ffn in zip(self.parts.layers, ffns, strict=True):
                     whole = self._join(layer, ffn)
                     self._wrap(layer, self._layer, whole, _watch_layer(layer, ffn))
@@ -238,7 +244,7 @@ class NativePrompts:
     def _project_qkv(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
         """Queries, keys and values before rotation, (B, T, H + 2G, D), or None if unsupported."""
         inputs = inputs_of(module)
-        if not is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
+        if not is_plain(x) or not all(map(is_plain_linear, inputs)):
             return None
         weights = [linear.weight for linear in inputs]
         if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
@@ -250,7 +256,7 @@ class NativePrompts:
         """`_project_qkv` for Llama's attention; None also for unsupported cosines and sines."""
         if not _are_cos_sin(cos_sin, x, module.head_dim):
             return None
-        return self._project_qkv(module, x) if type(module.o_proj) is nn.Linear else None
+        return self._project_qkv(module, x) if is_plain_linear(module.o_proj) else None
 
     def _attends_like_llama(self) -> bool:
         """Whether all attentions have one form, and it computes the same as `attend`."""
@@ -260,7 +266,9 @@ class NativePrompts:
             names = {name for name, _ in module.named_children()}
             if names != set(PROJECTIONS) or type(module) is not type(first):
                 return False
-            if getattr(module, "sliding_window", None):
+            if getattr(module, "sliding_window", None) or needs_positions(module):
+                return False
+            if not all(is_plain_linear(getattr(module, name)) for name in PROJECTIONS):
                 return False
         if not hasattr(decoder, "rotary_emb") or not hasattr(first, "head_dim"):
             return False
@@ -272,6 +280,15 @@ class NativePrompts:
             theirs = first(hidden_states=x, position_embeddings=cos_sin, attention_mask=None)[0]
             ours = self._attend.attend(first, qkv, cos_sin, None, None)[0]
             return is_close(first.o_proj(ours), theirs)
+
+
+def _holds(probe: Callable[[], bool]) -> bool:
+    """Whether a probe of the model's modules succeeds; False where they cannot be called so."""
+    try:
+        return probe()
+    except Exception:
+        log.debug("modules that cannot be probed", exc_info=True)
+        return False
 
 
 def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:
@@ -297,11 +314,6 @@ def _watch_layer(layer: Any, ffn: FFNParts) -> HookMonitor:
     called = (ffn.mlp, ffn.down)
     inner = [module for module in layer.modules() if module not in (layer, *called)]
     return HookMonitor(inner, called=called)
-
-
-def _is_plain_linear(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return type(module) is nn.Linear and weight is not None and type(weight.data) is Tensor
 
 
 def _run_convolution(module: Any, original: Any, x: Tensor) -> Tensor:

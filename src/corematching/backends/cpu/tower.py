@@ -32,6 +32,7 @@ from corematching.backends.cpu.native import (
 )
 from corematching.backends.kernels import activation_name
 from corematching.model.hooks import HookMonitor, captures_outputs, reads_shapes, show_result
+from corematching.model.linear import is_plain_linear
 from corematching.model.snapshot import WeightSnapshot
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -72,7 +73,7 @@ class TowerAttention:
         children = dict(module.named_children())
         if set(children) != set(PROJECTIONS) or not uses_sdpa(module):
             return False
-        if any(type(child) is not nn.Linear for child in children.values()):
+        if not all(map(is_plain_linear, children.values())):
             return False
         size, scale = getattr(module, "head_dim", None), getattr(module, "scale", None)
         widths = {width for child in children.values() for width in child.weight.shape}
@@ -147,7 +148,7 @@ class TowerLayer:
         if set(dict(layer.named_children())) != LAYER_PARTS:
             return False
         self._activation = _name_activation(self._function)
-        if any(type(getattr(layer.mlp, name, None)) is not nn.Linear for name in ("fc1", "fc2")):
+        if not all(is_plain_linear(getattr(layer.mlp, name, None)) for name in ("fc1", "fc2")):
             return False
         attention = set(layer.self_attn.modules()) - {layer.self_attn, layer.self_attn.out_proj}
         inner = [module for module in layer.modules() if module not in (layer, *attention)]
@@ -199,7 +200,7 @@ class TowerLayer:
         """The layer as one C call; None if its attention does not support that."""
         attention, mlp = self.layer.self_attn, self.layer.mlp
         inputs, dtype = inputs_of(attention), self._norms[0].weight.dtype
-        plain = all(type(linear) is nn.Linear and _fits(linear.weight) for linear in inputs)
+        plain = all(is_plain_linear(linear) and _fits(linear.weight) for linear in inputs)
         if not plain or any(x.weight.dtype != dtype for x in inputs) or attention.head_dim % STEP:
             return None
         linears = [*inputs, attention.out_proj, mlp.fc1, mlp.fc2]
@@ -220,7 +221,7 @@ class TowerLayer:
         first, second = (Norm(norm.weight, norm.eps, norm.bias) for norm in norms)
         self._norms = first, second
         linears = [layer.self_attn.out_proj, mlp.fc1, mlp.fc2]
-        if any(type(linear) is not nn.Linear for linear in linears):
+        if not all(map(is_plain_linear, linears)):
             return False
         weights = [linear.weight for linear in linears]
         if any(w.dtype != norm.weight.dtype for w in weights for norm in norms):

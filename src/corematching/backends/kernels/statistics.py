@@ -1,4 +1,4 @@
-"""What is chosen from a prompt, by the kernels of the device it lies on.
+"""Statistics of a prompt's activations, by kernels on their device.
 
 Each function gives None where no kernel can run: no compiler, no Triton, another device, dtype or
 layout. The caller then has PyTorch's operators do it.
@@ -86,7 +86,7 @@ def mark_highest(values: Tensor, counts: Tensor | int, absolute: bool) -> Tensor
 
 
 def pick_highest(scores: Tensor, count: int) -> Tensor | None:
-    """The places of each row's ``count`` highest scores, ascending; of equal ones the first.
+    """The indices of each row's ``count`` highest scores, ascending; the first among ties.
 
     Parameters
     ----------
@@ -123,8 +123,8 @@ def find_size(
     Returns
     -------
     Tensor or None
-        (B,) float32; 0 where the rank is. On the CPU None also for what is not finite; on a GPU NaN
-        is larger than all numbers.
+        (B,) float32; 0 for rank 0. On the CPU None also for values that are not finite; on a GPU
+        NaN is larger than all numbers.
     """
     module = _find(values.device.type)
     return None if module is None else module.find_size(values, tokens, neurons, ranks)

@@ -5,15 +5,12 @@ Shapes: B samples, T tokens before the cut, K tokens after it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from corematching import devices
 from corematching.backends.kernels.selection import Survivors, line_up
-from corematching.cache.masks import shorten_mask, survivors, take, weigh_mask
-from corematching.model.spec import ModelSpec
+from corematching.cache.masks import shorten_mask, survivors, weigh_mask
 
 
 def find_survivors(
@@ -46,58 +43,6 @@ def find_survivors(
     weights = None if weights is None else weights.gather(1, order)
     image, origin = image.gather(1, order) & present, origin.gather(1, order)
     return Survivors(keep, order, present, image, origin, weights, None)
-
-
-class ShortInputs:
-    """The masks and rotations of the layers behind a cut, made once for all of them.
-
-    Parameters
-    ----------
-    parts : ModelSpec
-        The model's parts.
-    origin, valid : Tensor
-        (B, K) long, the tokens' columns in the whole prompt; (B, K) bool, False on filler.
-    full : bool or None
-        Whether ``valid`` is True everywhere; None: it is read.
-    log_counts : Tensor or None
-        (B, K) float32, the logarithms of the tokens' weights.
-    """
-
-    def __init__(
-        self,
-        parts: ModelSpec,
-        origin: Tensor,
-        valid: Tensor,
-        full: bool | None,
-        log_counts: Tensor | None,
-    ) -> None:
-        self._parts, self._origin, self._valid = parts, origin, valid
-        self._full, self._log_counts = full, log_counts
-        self._made: dict[tuple[int, int], tuple[Any, Any]] = {}
-
-    def mask(self, index: int, mask: Tensor | None, cache: Any, dtype: torch.dtype) -> Any:
-        """A layer's attention mask, from that of the whole prompt."""
-        count = stored = self._valid.shape[1]
-        if cache is not None:
-            stored = cache.layers[index].get_mask_sizes(count)[0]
-        key = (id(mask), stored)
-        if key not in self._made:
-            if self._full is None:
-                self._full = bool(self._valid.all())
-            causal = getattr(self._parts.attentions[index], "is_causal", True)
-            how = causal, self._parts.config._attn_implementation, dtype
-            kept = self._origin, self._valid, self._full, self._log_counts
-            self._made[key] = mask, shorten(mask, kept, stored, how)
-        return self._made[key][1]
-
-    def rotations(self, rotations: Any) -> Any:
-        """Gather cosines and sines, (..., B or 1, T, D) each."""
-        pair = rotations if isinstance(rotations, tuple) else (rotations,)
-        key = (id(pair[0]), -1)
-        if key not in self._made:
-            self._made[key] = pair, tuple(take(x, self._origin, -3, -2) for x in pair)
-        short = self._made[key][1]
-        return short if isinstance(rotations, tuple) else short[0]
 
 
 def shorten(

@@ -22,8 +22,11 @@ from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import compact, is_fresh, widen_sliding_layers
 from corematching.cache.masks import take
 from corematching.cache.pruned_prompt import PrunedPrompt
+from corematching.errors import ALL_TOKENS, UnsupportedModelError
 from corematching.model.gate_store import GateRequest, make_gate_request
 from corematching.model.hooks import Reader, stay_eager
+from corematching.model.layer_inputs import find_cache, name_inputs, no_cache_error
+from corematching.model.linear import weight_of
 from corematching.model.patching import Patches
 from corematching.model.spec import ModelSpec
 from corematching.protocol import (
@@ -40,7 +43,9 @@ from corematching.protocol import (
     TokenChoice,
 )
 from corematching.runtime.prefill.known import KnownTokens
-from corematching.runtime.prefill.left import ShortInputs, find_survivors
+from corematching.runtime.prefill.layer_gaps import LayerGaps
+from corematching.runtime.prefill.layer_inputs import LayerInputs, Present
+from corematching.runtime.prefill.left import find_survivors
 from corematching.runtime.prefill.selection import Selection, Stage
 from corematching.runtime.prefill.tower import TowerObserver
 from corematching.runtime.prefill.view import AttentionObserver, FFNObserver
@@ -97,8 +102,9 @@ class Prefill:
         self._gate_requested: GateRequest | None = None
         self._waiting: list[tuple[Tensor, PrefillView]] = []
         self._embeddings: Tensor | None = None
-        self._probe: AttentionObserver | None = None
-        self._short: ShortInputs | None = None
+        self._observer: AttentionObserver | None = None
+        self._inputs = LayerInputs(parts, self.length)
+        self._between = LayerGaps(parts, self.length)
         self._patches = Patches()
 
     def install(self) -> None:
@@ -114,26 +120,26 @@ class Prefill:
                 down = self.parts.down_projs[index]
                 self._patches.add_pre_hook(down, reader)
             if {ATTENTION, CONTRIBUTIONS} & needs:
-                self._install_probe(index)
+                self._observe_attention(index)
             if {INPUTS, GATE} & needs:
-                self._install_ffn_probe(index)
-        if self.cuts and hasattr(self.parts.decoder, "_deepstack_process"):
-            self._wrap_deepstack()
+                self._observe_ffn(index)
+        if self.cuts:
+            self._between.install(self._patches, self._present)
 
     def remove(self) -> None:
         """Remove the hooks and release the tensors."""
         self._patches.undo()
-        if self._probe is not None:
-            self._probe.disarm()
-        self._probe = self._activations = self._embeddings = None
+        if self._observer is not None:
+            self._observer.disarm()
+        self._observer = self._activations = self._embeddings = None
         self._ffn = self._gate_requested = None
         self.parts.gates.forget()
         self._waiting.clear()
-        self._short = None
+        self._inputs.forget()
 
-    def make_memory(self, record: int) -> PrunedPrompt:
-        """The cache's memory of this prefill; ``record`` is the number of its record."""
-        chosen = self.selection
+    def make_pruned_prompt(self, record: int) -> PrunedPrompt:
+        """The prompt for the cache; ``record`` is the number of its record."""
+        chosen, present = self.selection, self._state()
         return PrunedPrompt(
             self.valid,
             self.length,
@@ -141,9 +147,9 @@ class Prefill:
             neurons=chosen.neurons,
             shortened=bool(chosen.stages),
             record=record,
-            log_counts=self._log_counts(),
+            log_counts=present.log_counts,
             origin=self.origin,
-            full=self.known.is_full,
+            full=present.full,
         )
 
     def learn(self) -> None:
@@ -153,11 +159,23 @@ class Prefill:
         if view is not None and not any(view.image_counts):
             self.cuts, self.token_needs = (), frozenset()
 
-    def _log_counts(self) -> Tensor | None:
-        """(B, K) float32, the logarithms of the weights."""
-        if self.weights is None or self.log_weights is not None:
-            return self.log_weights
-        return self.weights.float().log()
+    def will_cut(self) -> bool:
+        """Whether any token can be dropped; may wait for the device."""
+        self.learn()
+        return bool(self.cuts)
+
+    def cache_of(self, output: Any) -> Any:
+        """The KV cache of this prompt, from its layers or from the model's output; or None.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Tokens were dropped, but no layer showed the cache that holds them.
+        """
+        found = getattr(output, "past_key_values", None) if self.cache is None else self.cache
+        if self.shortened and self.cache is None and found is not None:
+            raise no_cache_error(self.parts.layers[0])
+        return found
 
     def _needs(self, index: int) -> frozenset[str]:
         """The parts of this layer's view that policies read, out of `NEEDS`."""
@@ -168,29 +186,29 @@ class Prefill:
             needs |= self.neuron_needs | {ACTIVATIONS}
         return needs
 
-    def _install_probe(self, index: int) -> None:
+    def _observe_attention(self, index: int) -> None:
         attention = self.parts.attentions[index]
 
         def arm(*_: Any) -> None:
-            self._probe = AttentionObserver(attention)
-            self._probe.arm()
+            self._observer = AttentionObserver(attention)
+            self._observer.arm()
 
         self._patches.add_pre_hook(attention, arm)
 
-    def _install_ffn_probe(self, index: int) -> None:
+    def _observe_ffn(self, index: int) -> None:
         ffn, wanted = self.parts.ffns[index], GATE in self._needs(index)
 
-        def begin(probe: FFNObserver) -> None:
-            self._ffn = probe
+        def begin(observer: FFNObserver) -> None:
+            self._ffn = observer
             self.parts.gates.ask(ffn, self._gate_request() if wanted else None)
 
-        probe = FFNObserver(ffn, self.parts.gates, begin)
-        self._patches.add_pre_hook(ffn, probe)
-        activation = probe.activation
+        observer = FFNObserver(ffn, self.parts.gates, begin)
+        self._patches.add_pre_hook(ffn, observer)
+        activation = observer.activation
         # a view that waits would keep all tokens' gates
         seen = wanted and KEPT not in self.neuron_needs and not devices.on_host(self.valid)
         if seen and activation is not None:
-            self._patches.add_hook(activation, probe.see)
+            self._patches.add_hook(activation, observer.see)
 
     def _gate_request(self) -> GateRequest | None:
         """A request for the gates of the text tokens, which policies read; on a CPU only."""
@@ -205,38 +223,43 @@ class Prefill:
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Drop tokens if the previous layer is a cut; shorten the layer's inputs."""
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden, kwargs = name_inputs(layer, args, kwargs)
         if index == 0:
-            self._begin(hidden, kwargs)
+            self._begin(layer, hidden, kwargs)
         if hidden.device != self.valid.device:  # a model spread over several devices
             self.valid, self.image = self.valid.to(hidden.device), self.image.to(hidden.device)
             self.origin = self.origin.to(hidden.device)
             self.weights = None if self.weights is None else self.weights.to(hidden.device)
-            self._short = self.log_weights = None
+            self.log_weights = None
+            self._inputs.forget()
+        if self.shortened:
+            hidden = self._between.gather(hidden, self.origin)
         if index - 1 in self.cuts:
             hidden = self._cut(index - 1, hidden)
         if self._ffn is not None:
             self._ffn.forget()
-        self._activations = self._probe = self._ffn = None
+        self._activations = self._observer = self._ffn = None
         if not self.shortened:
             return None
-        kwargs = dict(kwargs, position_ids=None)
-        if self._short is None:
-            self._short = ShortInputs(
-                self.parts, self.origin, self.valid, self.known.is_full, self._log_counts()
-            )
-        if "attention_mask" in kwargs:
-            mask = kwargs["attention_mask"]
-            kwargs["attention_mask"] = self._short.mask(index, mask, self.cache, hidden.dtype)
-        if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = self._short.rotations(kwargs["position_embeddings"])
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, dict(kwargs, hidden_states=hidden)
+        return (hidden,), self._inputs.shorten(index, hidden, kwargs, self._state(), self.cache)
 
-    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _state(self) -> Present:
+        """The tokens still present, all of them before any is dropped."""
+        full, logs = self.known.is_full, self.log_weights
+        return Present(self.origin, self.valid, self.weights, logs, full)
+
+    def _present(self) -> Present | None:
+        """The tokens still present, or None before any is dropped."""
+        return self._state() if self.shortened else None
+
+    def _begin(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         self.learn()
-        cache = kwargs.get("past_key_values")
+        if self.cuts and hidden.ndim != 3:
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} takes hidden states of {hidden.ndim} dimensions, whose "
+                f"tokens cannot be dropped: {ALL_TOKENS}"
+            )
+        cache = find_cache(kwargs)
         if cache is not None and is_fresh(cache, self.length):
             self.cache = cache
             if self.cuts:
@@ -275,13 +298,13 @@ class Prefill:
         self._waiting.clear()
 
     def _view(self, layer: int, hidden: Tensor | None, needs: frozenset[str]) -> PrefillView:
-        probe, valid = self._probe, self.valid
+        observer, valid = self._observer, self.valid
         view = PrefillView(layer, len(self.parts.layers), valid, self.image, hidden=hidden)
         view.memory, view.origin, view.weights = self.memory, self.origin, self.weights
         view.host = self.known.view
         if ACTIVATIONS in needs and layer >= 0:
             view.activations = self._activations
-            view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)
+            view.down_proj = weight_of(self.parts.down_projs[layer])
         if self._ffn is not None and self._activations is not None:
             view.inputs = self._ffn.inputs if INPUTS in needs else None
             view.gate = self._ffn.gate(self._activations) if GATE in needs else None
@@ -291,10 +314,10 @@ class Prefill:
             whole = not self.shortened
             shown = self._embeddings if whole else take(self._embeddings, self.origin)
             view.embeddings = shown.to(valid.device)
-        if ATTENTION in needs and probe is not None:
-            view.attention = functools.partial(probe.rows, valid=valid)
-        if CONTRIBUTIONS in needs and probe is not None:
-            view.contributions = lambda: probe.contributions(view.last, valid)
+        if ATTENTION in needs and observer is not None:
+            view.attention = functools.partial(observer.rows, valid=valid)
+        if CONTRIBUTIONS in needs and observer is not None:
+            view.contributions = lambda: observer.contributions(view.last, valid)
         return view
 
     @torch.no_grad()
@@ -317,7 +340,7 @@ class Prefill:
         self.shortened = True
         if self._waiting and layer == self.cuts[-1]:
             self._choose_waiting()
-        self._short = None
+        self._inputs.forget()
         self._gate_requested = None
         return take(merged, order)
 
@@ -328,18 +351,3 @@ class Prefill:
             counts = choice.counts or (choice.keep & self.image).sum(1).tolist()
             most = self.known.cut(counts)
         return find_survivors(choice.keep, self.valid, self.image, self.origin, weights, most)
-
-    def _wrap_deepstack(self) -> None:
-        """Make Qwen3-VL add its visual features to the present tokens only."""
-
-        def process(original: Any, hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
-            if not self.shortened:
-                return original(hidden, masks, features)
-            rows = torch.zeros(masks.shape, dtype=torch.long, device=masks.device)
-            rows[masks] = torch.arange(int(masks.sum()), device=masks.device)
-            origin = self.origin.to(masks.device)
-            present = masks.gather(1, origin) & self.valid.to(masks.device)
-            picked = rows.gather(1, origin)[present]
-            return original(hidden, present, features[picked.to(features.device)])
-
-        self._patches.wrap(self.parts.decoder, "_deepstack_process", process)

@@ -25,7 +25,7 @@ from corematching.model.attention import output_projection
 from corematching.model.ffn import find_activation
 from corematching.model.gate_store import GateStore
 
-PROBE = "corematching_probe"
+OBSERVED = "corematching_observed"
 _armed = threading.local()
 
 
@@ -61,8 +61,8 @@ class AttentionObserver:
     def arm(self, *_: Any) -> None:
         """Route the module's next attention call through `run`; a forward pre-hook."""
         self._implementation = self._config._attn_implementation_internal
-        self._config._attn_implementation_internal = PROBE
-        _armed.probe = self
+        self._config._attn_implementation_internal = OBSERVED
+        _armed.observer = self
 
     def disarm(self) -> None:
         """Restore the module's own attention function."""
@@ -247,8 +247,8 @@ class FFNObserver:
         return compute
 
 
-def _probe_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _armed.probe.run(module, *args, **kwargs)
+def _observe_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _armed.observer.run(module, *args, **kwargs)
 
 
-ALL_ATTENTION_FUNCTIONS.register(PROBE, _probe_attention)
+ALL_ATTENTION_FUNCTIONS.register(OBSERVED, _observe_attention)
