@@ -152,16 +152,12 @@ class Prefill:
             full=present.full,
         )
 
-    def learn(self) -> None:
-        """Find out what the host can know of the prompt; a prompt without images is not cut."""
+    def learn(self) -> bool:
+        """Find out what the host can know; returns whether the prompt has images to cut."""
         self.known.read()
         view = self.known.view
         if view is not None and not any(view.image_counts):
             self.cuts, self.token_needs = (), frozenset()
-
-    def will_cut(self) -> bool:
-        """Whether any token can be dropped; may wait for the device."""
-        self.learn()
         return bool(self.cuts)
 
     def cache_of(self, output: Any) -> Any:
