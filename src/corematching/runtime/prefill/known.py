@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corematching import devices
 from corematching.devices import HostCopy
-from corematching.protocol import HostView
+from corematching.protocol import HostView, TokenChoice
 
 
 class KnownTokens:
@@ -50,6 +50,15 @@ class KnownTokens:
             return None
         counts = zip(self.view.image_counts, self.view.text_counts, strict=True)
         return all(images + text == self._length for images, text in counts)
+
+    def follow(self, choice: TokenChoice, image: Tensor) -> int | None:
+        """Follow a cut, (B, T) with its image tokens; returns K, or None where nothing is known.
+
+        Waits for the device where the choice does not say how many image tokens it keeps.
+        """
+        if self.view is None:
+            return None
+        return self.cut(choice.counts or (choice.keep & image).sum(1).tolist())
 
     def cut(self, counts: Sequence[int]) -> int:
         """Follow a cut that keeps some image tokens of each sample; returns K."""

@@ -28,26 +28,16 @@ class Present:
         (B, K) long, their columns in the whole prompt.
     valid : Tensor
         (B, K) bool, False on padding and filler.
-    weights : Tensor or None
-        (B, K) float, the prompt tokens that each counts for; None: one each.
-    log_weights : Tensor or None
-        (B, K) float32, their logarithms where they are known.
     full : bool or None
-        Whether ``valid`` is True everywhere; None where the host does not know.
+        Whether ``valid`` is True everywhere; None: it is read.
+    log_counts : Tensor or None
+        (B, K) float32, the logarithms of the prompt tokens that each counts for; None: one each.
     """
 
     origin: Tensor
     valid: Tensor
-    weights: Tensor | None = None
-    log_weights: Tensor | None = None
     full: bool | None = None
-
-    @property
-    def log_counts(self) -> Tensor | None:
-        """(B, K) float32, the logarithms of the weights, or None."""
-        if self.weights is None or self.log_weights is not None:
-            return self.log_weights
-        return self.weights.float().log()
+    log_counts: Tensor | None = None
 
 
 class LayerInputs:
@@ -122,11 +112,11 @@ class LayerInputs:
             stored = cache.layers[index].get_mask_sizes(count)[0]
         key = (id(mask), stored)
         if key not in self._memo:
+            full = bool(valid.all()) if present.full is None else present.full
             causal = getattr(self.parts.attentions[index], "is_causal", True)
             how = causal, self.parts.config._attn_implementation, hidden.dtype
-            full = bool(valid.all()) if present.full is None else present.full
             kept = present.origin, valid, full, present.log_counts
-            self._memo[key] = mask, shorten(mask, kept, stored, how)
+            self._memo[key] = (mask, shorten(mask, kept, stored, how))
         return self._memo[key][1]
 
     def _rotations(self, rotations: Any, present: Present) -> Any:

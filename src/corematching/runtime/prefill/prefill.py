@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from corematching import devices
 from corematching.backends.choice_checks import check_tokens
-from corematching.backends.kernels.selection import Survivors
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import compact, is_fresh, widen_sliding_layers
 from corematching.cache.masks import take
@@ -40,7 +39,6 @@ from corematching.protocol import (
     VISION,
     Method,
     PrefillView,
-    TokenChoice,
 )
 from corematching.runtime.prefill.known import KnownTokens
 from corematching.runtime.prefill.layer_gaps import LayerGaps
@@ -105,6 +103,7 @@ class Prefill:
         self._observer: AttentionObserver | None = None
         self._inputs = LayerInputs(parts, self.length)
         self._between = LayerGaps(parts, self.length)
+        self._left: Present | None = None
         self._patches = Patches()
 
     def install(self) -> None:
@@ -136,10 +135,11 @@ class Prefill:
         self.parts.gates.forget()
         self._waiting.clear()
         self._inputs.forget()
+        self._left = None
 
     def make_pruned_prompt(self, record: int) -> PrunedPrompt:
         """The prompt for the cache; ``record`` is the number of its record."""
-        chosen, present = self.selection, self._state()
+        chosen = self.selection
         return PrunedPrompt(
             self.valid,
             self.length,
@@ -147,18 +147,10 @@ class Prefill:
             neurons=chosen.neurons,
             shortened=bool(chosen.stages),
             record=record,
-            log_counts=present.log_counts,
+            log_counts=self._log_counts(),
             origin=self.origin,
-            full=present.full,
+            full=self.known.is_full,
         )
-
-    def learn(self) -> bool:
-        """Find out what the host can know; returns whether the prompt has images to cut."""
-        self.known.read()
-        view = self.known.view
-        if view is not None and not any(view.image_counts):
-            self.cuts, self.token_needs = (), frozenset()
-        return bool(self.cuts)
 
     def cache_of(self, output: Any) -> Any:
         """The KV cache of this prompt, from its layers or from the model's output; or None.
@@ -172,6 +164,20 @@ class Prefill:
         if self.shortened and self.cache is None and found is not None:
             raise no_cache_error(self.parts.layers[0])
         return found
+
+    def learn(self) -> bool:
+        """Find out what the host can know; returns whether the prompt has images to cut."""
+        self.known.read()
+        view = self.known.view
+        if view is not None and not any(view.image_counts):
+            self.cuts, self.token_needs = (), frozenset()
+        return bool(self.cuts)
+
+    def _log_counts(self) -> Tensor | None:
+        """(B, K) float32, the logarithms of the weights."""
+        if self.weights is None or self.log_weights is not None:
+            return self.log_weights
+        return self.weights.float().log()
 
     def _needs(self, index: int) -> frozenset[str]:
         """The parts of this layer's view that policies read, out of `NEEDS`."""
@@ -226,7 +232,7 @@ class Prefill:
             self.valid, self.image = self.valid.to(hidden.device), self.image.to(hidden.device)
             self.origin = self.origin.to(hidden.device)
             self.weights = None if self.weights is None else self.weights.to(hidden.device)
-            self.log_weights = None
+            self._left = self.log_weights = None
             self._inputs.forget()
         if self.shortened:
             hidden = self._between.gather(hidden, self.origin)
@@ -237,16 +243,16 @@ class Prefill:
         self._activations = self._observer = self._ffn = None
         if not self.shortened:
             return None
-        return (hidden,), self._inputs.shorten(index, hidden, kwargs, self._state(), self.cache)
-
-    def _state(self) -> Present:
-        """The tokens still present, all of them before any is dropped."""
-        full, logs = self.known.is_full, self.log_weights
-        return Present(self.origin, self.valid, self.weights, logs, full)
+        present = self._present()
+        assert present is not None
+        return (hidden,), self._inputs.shorten(index, hidden, kwargs, present, self.cache)
 
     def _present(self) -> Present | None:
         """The tokens still present, or None before any is dropped."""
-        return self._state() if self.shortened else None
+        if self._left is None and self.shortened:
+            full = self.known.is_full
+            self._left = Present(self.origin, self.valid, full, self._log_counts())
+        return self._left
 
     def _begin(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         self.learn()
@@ -326,7 +332,8 @@ class Prefill:
             choice = replace(choice, weights=None)
         merged = hidden if choice.hidden is None else choice.hidden.to(hidden)
         weights = self.weights if choice.weights is None else choice.weights
-        left = self._find_left(choice, weights)
+        most = self.known.follow(choice, self.image)
+        left = find_survivors(choice.keep, self.valid, self.image, self.origin, weights, most)
         choice = replace(choice, keep=left.keep, hidden=None)
         self.selection.stages.append(Stage(layer, self.origin, self.valid, choice))
         order, self.origin = left.order, left.origin
@@ -337,13 +344,6 @@ class Prefill:
         if self._waiting and layer == self.cuts[-1]:
             self._choose_waiting()
         self._inputs.forget()
+        self._left = None
         self._gate_requested = None
         return take(merged, order)
-
-    def _find_left(self, choice: TokenChoice, weights: Tensor | None) -> Survivors:
-        """The tokens that are left; waits for the device where the choice's counts are unknown."""
-        most = None
-        if self.known.view is not None:
-            counts = choice.counts or (choice.keep & self.image).sum(1).tolist()
-            most = self.known.cut(counts)
-        return find_survivors(choice.keep, self.valid, self.image, self.origin, weights, most)
