@@ -73,7 +73,7 @@ PROMPTS = {
     "_weigh_marks_kernel": ({"marks": "u8", "weights": "fp32", "out": "fp32"}, {"BLOCK": 1024}, 4),
     "_mark_highest_kernel": (
         {"bits": "i16", "counts": "i64", "marks": "u8"},
-        {"ABSOLUTE": True, "BITS": 15, "MAGNITUDE": 32767, **ROW}, 16,
+        {"PPM": 0, "ABSOLUTE": True, "BITS": 15, "MAGNITUDE": 32767, **ROW}, 16,
     ),
     "_pick_highest_kernel": ({"scores": "fp32", "indices": "i64"}, ROW, 16),
     "_count_digits_kernel": (
