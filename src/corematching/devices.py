@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,24 +31,6 @@ def multiplies(device: torch.device | str, dtype: torch.dtype) -> bool:
 def product_dtype(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
     """``dtype`` where a device multiplies it, else float32."""
     return dtype if multiplies(device, dtype) else torch.float32
-
-
-@dataclass(frozen=True, eq=False)
-class HostView:
-    """What the host knows of the tokens of a `PrefillView` without waiting for the device.
-
-    Attributes
-    ----------
-    image_counts, text_counts : tuple of int
-        Image and text tokens of each sample.
-    valid, image : np.ndarray or None
-        (B, T) bool, the view's masks; None where only the counts are known.
-    """
-
-    image_counts: tuple[int, ...]
-    text_counts: tuple[int, ...]
-    valid: np.ndarray | None = None
-    image: np.ndarray | None = None
 
 
 def on_host(x: Tensor) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from corematching.views import HostView as HostView
 from corematching.views import PrefillView
 from corematching.views import VisionView as VisionView
 

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from corematching.devices import HostView
 
 T = TypeVar("T")
 
@@ -46,6 +45,24 @@ class VisionView:
     classes: int
     features: Tensor
     project: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class HostView:
+    """What the host knows of the tokens of a `PrefillView` without waiting for the device.
+
+    Attributes
+    ----------
+    image_counts, text_counts : tuple of int
+        Image and text tokens of each sample.
+    valid, image : np.ndarray or None
+        (B, T) bool, the view's masks; None where only the counts are known.
+    """
+
+    image_counts: tuple[int, ...]
+    text_counts: tuple[int, ...]
+    valid: np.ndarray | None = None
+    image: np.ndarray | None = None
 
 
 @dataclass

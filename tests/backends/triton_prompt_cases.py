@@ -7,6 +7,7 @@ from corematching.backends.cuda import triton_statistics
 from corematching.backends.cuda.triton_statistics import (
     find_size,
     mark_highest,
+    mark_top_positive,
     pick_highest,
     sum_rows,
     weigh_marks,
@@ -77,6 +78,17 @@ def test_marks(dtype, absolute, width):
     cuts = sizes.sort(dim=-1, descending=True).values.gather(-1, counts - 1)
     found = mark_highest(values, counts, absolute)
     assert torch.equal(found, (sizes >= cuts) & (sizes > 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rho", [0.2, 1.0])
+def test_marks_of_positive_entries(dtype, rho):
+    values = draw(2, 9, 64).mul(4).round().div(4).to(dtype)
+    values[0, :2] = -values[0, :2].abs()
+    found = mark_top_positive(values, round(rho * 1_000_000))
+    counts = ((values > 0).sum(-1, keepdim=True) - 1).mul(rho).floor().long() + 1
+    assert torch.equal(found, mark_highest(values, counts.clamp(min=1), False))
+    assert torch.equal(mark_highest(values, 5, True), mark_highest(values, counts * 0 + 5, True))
 
 
 @pytest.mark.parametrize("width", [1, 37, 64, 1500])

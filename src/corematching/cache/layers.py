@@ -144,7 +144,9 @@ def compact(cache: Any, layers: int, order: Tensor) -> None:
     count = order.shape[1]
     layer: Any
     shortened = cache.layers[:layers]
-    tensors = take_all([x for layer in shortened for x in (layer.keys, layer.values)], order)
+    every = [x for layer in shortened for x in (layer.keys, layer.values)]
+    static = any(layer.is_compileable for layer in shortened)  # most of it is empty
+    tensors = [take(x, order, 0, 2) for x in every] if static else take_all(every, order)
     for layer, keys, values in zip(shortened, tensors[::2], tensors[1::2], strict=True):
         if layer.is_compileable:
             layer.keys[:, :, :count].copy_(keys)

@@ -131,7 +131,8 @@ class TokenRule(TokenDropper, name="token-rule"):
     ) -> tuple[int, int] | None:
         """Wait for a GPU once: the most kept and the most dropped tokens of a sample."""
         report = report_later("token scores", find_broken(choice.scores, view.image), ADVICE)
-        choice.check = lambda: report(view.image.any(1))
+        image = view.image
+        choice.check = lambda: report(image.any(1))
         if view.host is None:
             return None
         choice.counts = tuple(kept.sum(1).tolist())

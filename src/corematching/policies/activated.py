@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from corematching import devices
+from corematching.backends.kernels.statistics import mark_top_positive
 from corematching.policies.amounts import PPM, count_of, parts
 from corematching.policies.passes import count_positive, mark_largest
 
@@ -34,6 +35,9 @@ def activate_top_positive(activations: Tensor, rho: float) -> Tensor:
     ``floor((P - 1) * rho) + 1`` lie at or above it. A token without any activates nothing
     (CoreInfer, arXiv:2410.18311).
     """
+    found = mark_top_positive(activations.detach(), parts(rho))
+    if found is not None:
+        return found
     counts = ((count_positive(activations) - 1) * parts(rho)).div(PPM, rounding_mode="floor") + 1
     most = int((activations.shape[-1] - 1) * rho) + 2
     return mark_largest(activations, counts, most, absolute=False)

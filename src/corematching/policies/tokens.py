@@ -49,10 +49,13 @@ class ListedTokens:
         By name and number of tokens present, the largest number of them in a sample.
     rows : dict
         By name, the view's masks and what `list_rows` gave for them.
+    present : dict
+        By their values, masks of filler on the device.
     """
 
     most: dict[tuple[str, int], int] = field(default_factory=dict)
     rows: dict[str, tuple[Masks, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    present: dict[tuple[bytes, torch.device], Tensor] = field(default_factory=dict)
 
 
 def select_tokens(view: PrefillView, token_set: str) -> Tensor:
@@ -103,12 +106,16 @@ def _list(view: PrefillView, token_set: str, listed: ListedTokens) -> tuple[Tens
         counts = found.sum(1, keepdims=True)
         most = int(counts.max(initial=0))
         rows = np.argsort(~found, axis=1, kind="stable")[:, :most]
-        return upload(view, rows), upload(view, np.arange(most) < counts)
+        present = np.arange(most) < counts
+        key = present.tobytes(), view.valid.device
+        if key not in listed.present:
+            listed.present[key] = upload(view, present)
+        return upload(view, rows), listed.present[key]
     tokens = select_tokens(view, token_set)
-    key = token_set, tokens.shape[1]
-    if key not in listed.most:
-        listed.most[key] = count_most(tokens)
-    return list_rows(tokens, listed.most[key])
+    name = token_set, tokens.shape[1]
+    if name not in listed.most:
+        listed.most[name] = count_most(tokens)
+    return list_rows(tokens, listed.most[name])
 
 
 def count_most(tokens: Tensor) -> int:

@@ -238,7 +238,7 @@ class Session:
         if generation is None:
             installation.vision.take()
         prefill = Prefill(self.parts, self.method, self.sparse, valid, image, installation.tower)
-        if prefill.cuts and kwargs.get("labels") is not None:
+        if kwargs.get("labels") is not None and prefill.learn():
             raise InputError(
                 "labels do not fit a prompt that gets shorter: remove the method before training "
                 "or computing a loss"

@@ -81,17 +81,28 @@ def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
 
 def mark_highest(values: Tensor, counts: Tensor | int, absolute: bool) -> Tensor | None:
     """Mark each token's largest entries; one launch."""
+    if isinstance(counts, int):
+        return _mark(values, None, counts, absolute)
+    return _mark(values, counts.expand(*values.shape[:-1], 1).contiguous(), 0, absolute)
+
+
+def mark_top_positive(values: Tensor, ppm: int) -> Tensor | None:
+    """Mark each token's largest positive entries; one launch."""
+    return _mark(values, None, 0, False, ppm)
+
+
+def _mark(
+    values: Tensor, counts: Tensor | None, count: int, absolute: bool, ppm: int = 0
+) -> Tensor | None:
     if not is_readable(values, *FLOATS) or values.shape[-1] > WIDEST:
         return None
     batch, length, width = values.shape
     marks = torch.empty(values.shape, dtype=torch.bool, device=values.device)
-    same = counts if isinstance(counts, int) else 0
-    listed = None if isinstance(counts, int) else counts.expand(batch, length, 1).contiguous()
     bits = 8 * values.element_size() - 1
     with on_device(values):
         _mark_highest_kernel[(batch * length,)](
-            as_bits(values), listed, same, as_bytes(marks), width, ABSOLUTE=absolute, BITS=bits,
-            MAGNITUDE=(1 << bits) - 1, **size_row(width),
+            as_bits(values), counts, count, as_bytes(marks), width, PPM=ppm, ABSOLUTE=absolute,
+            BITS=bits, MAGNITUDE=(1 << bits) - 1, **size_row(width),
         )  # fmt: skip
     return marks
 
@@ -240,6 +251,7 @@ def _mark_highest_kernel(
     count: tl.tensor,
     marks: tl.tensor,
     width: tl.tensor,
+    PPM: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     BITS: tl.constexpr,
     MAGNITUDE: tl.constexpr,
@@ -253,6 +265,9 @@ def _mark_highest_kernel(
     size = own & MAGNITUDE if ABSOLUTE else tl.maximum(own, 0)
     if counts is not None:
         count = tl.load(counts + row).to(tl.int32)
+    if PPM > 0:
+        positive = tl.sum((own > 0).to(tl.int64), axis=0)
+        count = ((positive - 1) * PPM // 1000000 + 1).to(tl.int32)
     cut = tl.sum(tl.zeros([BLOCK], tl.int32), axis=0)
     for step in range(BITS):
         higher = cut | (1 << (BITS - 1 - step))

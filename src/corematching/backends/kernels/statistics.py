@@ -85,6 +85,15 @@ def mark_highest(values: Tensor, counts: Tensor | int, absolute: bool) -> Tensor
     return None if module is None else module.mark_highest(values, counts, absolute)
 
 
+def mark_top_positive(values: Tensor, ppm: int) -> Tensor | None:
+    """Mark the highest of each token's positive entries, (B, T, F), or None.
+
+    Of P positive entries those not below the ``floor((P - 1) * ppm / 10**6) + 1``-th largest.
+    """
+    kernel = getattr(_find(values.device.type), "mark_top_positive", None)
+    return None if kernel is None else kernel(values, ppm)
+
+
 def pick_highest(scores: Tensor, count: int) -> Tensor | None:
     """The indices of each row's ``count`` highest scores, ascending; the first among ties.
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from corematching import devices
-from corematching.devices import HostCopy, HostView
-from corematching.protocol import TokenChoice
+from corematching.devices import HostCopy
+from corematching.protocol import HostView, TokenChoice
 
 
 class KnownTokens:

@@ -165,12 +165,13 @@ class Prefill:
             raise no_cache_error(self.parts.layers[0])
         return found
 
-    def learn(self) -> None:
-        """Find out what the host can know of the prompt; a prompt without images is not cut."""
+    def learn(self) -> bool:
+        """Find out what the host can know; returns whether the prompt has images to cut."""
         self.known.read()
         view = self.known.view
         if view is not None and not any(view.image_counts):
             self.cuts, self.token_needs = (), frozenset()
+        return bool(self.cuts)
 
     def _log_counts(self) -> Tensor | None:
         """(B, K) float32, the logarithms of the weights."""
