@@ -99,7 +99,7 @@ def has_foreign_forward(module: nn.Module) -> bool:
 
 
 def foreign_forward(module: nn.Module) -> Any:
-    """The replacement of a module's forward under our own patches; None: its class's forward."""
+    """What stands in for a module's forward under our own patches; None: its class's forward."""
     function: Any = vars(module).get("forward")
     while getattr(function, "_is_ours", False):
         function = function.__wrapped__
