@@ -1,4 +1,4 @@
-"""Llama's decoder layer for prompts, in one C call or in a few.
+"""Llama's decoder layer for prompts, in one call or in a few.
 
 Shapes: B samples, T tokens, d hidden size, F intermediate neurons, D head dimension.
 """
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from corematching.backends.cpu.attention import PromptAttention, asks_for_more, inputs_of, is_causal
 from corematching.backends.cpu.native import (
-    STEP,
-    TILES,
+    HEAD_DIM_STEP,
+    Gemm,
     Norm,
-    Products,
-    PromptLayer,
+    PrefillLayer,
     Scratch,
-    normalise,
-    refuse_product,
+    normalize,
+    why_unsupported_gemm,
 )
 from corematching.cache.layers import store, stores_as_given
 from corematching.model.ffn import FFNParts
@@ -48,8 +47,8 @@ class Weights:
         The bias of the down projection.
     norms : tuple of Norm
         The norms of attention and FFN.
-    whole : PromptLayer or None
-        The layer as one C call, where tiles support all of it.
+    whole : PrefillLayer or None
+        The layer as one call, where the kernels support all of it.
     """
 
     attention: Any
@@ -60,7 +59,7 @@ class Weights:
     ffn: dict[str, Tensor]
     down_bias: Tensor | None
     norms: tuple[Norm, Norm]
-    whole: PromptLayer | None = None
+    whole: PrefillLayer | None = None
 
 
 class LlamaLayer:
@@ -72,7 +71,7 @@ class LlamaLayer:
         A decoder layer of Llama's form.
     ffn : FFNParts
         The parts of its FFN.
-    products : Products
+    gemm : Gemm
         The matrix products.
     attention : PromptAttention
         The attention between the projections.
@@ -86,19 +85,19 @@ class LlamaLayer:
         self,
         layer: nn.Module,
         ffn: FFNParts,
-        products: Products,
+        gemm: Gemm,
         attention: PromptAttention,
         gates: GateStore,
         scratch: Scratch,
     ) -> None:
         self.layer: Any = layer
         self.ffn, self._gates, self._scratch = ffn, gates, scratch
-        self._products, self._attend = products, attention
+        self._gemm, self._attend = gemm, attention
         self._watch = WeightSnapshot()
         self._weights: Weights | None = None
 
     def run(self, x: Tensor, mask: Any, cache: Any, cos_sin: Any, **kwargs: Any) -> Tensor | None:
-        """(B, T, d) to (B, T, d), or None where the C code does not support it.
+        """(B, T, d) to (B, T, d), or None where the kernels do not support it.
 
         Parameters
         ----------
@@ -123,12 +122,12 @@ class LlamaLayer:
         """Whether attention reads this prompt's keys only, and the hooks may run late."""
         if cache is not None and not stores_as_given(cache, self.layer.self_attn.layer_idx):
             return False
-        known = PromptLayer.supports(x, mask) and not asks_for_more(kwargs)
+        known = PrefillLayer.supports(x, mask) and not asks_for_more(kwargs)
         return known and may_run_late(self.ffn.down)
 
     def _run_at_once(
         self,
-        whole: PromptLayer,
+        whole: PrefillLayer,
         x: Tensor,
         mask: Any,
         cache: Any,
@@ -137,7 +136,7 @@ class LlamaLayer:
     ) -> Tensor | None:
         ffn, attention = self.ffn, self.layer.self_attn
         x, middle = x.contiguous(), torch.empty_like(x)
-        if not promise_input(ffn.mlp, middle, functools.partial(normalise, middle, whole.ffn_norm)):
+        if not promise_input(ffn.mlp, middle, functools.partial(normalize, middle, whole.ffn_norm)):
             return None
         kept = self._gates.make_room(ffn.mlp, middle, ffn.width)
         causal = is_causal(attention, mask, kwargs)
@@ -157,23 +156,23 @@ class LlamaLayer:
         cos_sin: Any,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        attention, products = weights.attention, self._products
+        attention, gemm = weights.attention, self._gemm
         first, second = weights.norms
-        qkv = products.several(x, weights.inputs, weights.input_biases, first)
+        qkv = gemm.joint(x, weights.inputs, weights.input_biases, first)
         qkv = qkv.view(*x.shape[:-1], -1, attention.head_dim)
         mixed = self._attend.attend(attention, qkv, cos_sin, mask, cache, **kwargs)[0]
-        x = products.linear(mixed, weights.output, weights.output_bias, x)
-        make = functools.partial(normalise, x, second)
+        x = gemm.linear(mixed, weights.output, weights.output_bias, x)
+        make = functools.partial(normalize, x, second)
         if promise_input(self.ffn.mlp, x, make):
-            active = activate(products, self._gates, self.ffn, weights.ffn, x, second)
+            active = activate(gemm, self._gates, self.ffn, weights.ffn, x, second)
         else:
             normed = run_pre_hooks(self.ffn.mlp, make())
-            active = activate(products, self._gates, self.ffn, weights.ffn, normed)
+            active = activate(gemm, self._gates, self.ffn, weights.ffn, normed)
         active = run_pre_hooks(self.ffn.down, active)
-        return products.linear(active, weights.ffn["down"], weights.down_bias, x)
+        return gemm.linear(active, weights.ffn["down"], weights.down_bias, x)
 
     def _find_weights(self) -> Weights | None:
-        """The weights, read again after a change; None if the C code does not support them."""
+        """The weights, read again after a change; None if the kernels do not support them."""
         if not self._watch.unchanged():
             weights = self._list_weights()
             self._weights = weights if weights is not None and self._fit(weights) else None
@@ -182,14 +181,14 @@ class LlamaLayer:
             self._watch = WeightSnapshot([self.layer])
         return self._weights
 
-    def _prepare(self, weights: Weights) -> PromptLayer | None:
-        """The layer as one C call, or None where tiles do not support all of it."""
+    def _prepare(self, weights: Weights) -> PrefillLayer | None:
+        """The layer as one call, or None where the kernels do not support all of it."""
         attention, ffn = weights.attention, self.ffn
         names = ("q", "k", "v")
         matrices = dict(zip(names, weights.inputs, strict=True))
         query, key, size = matrices["q"], matrices["k"], attention.head_dim
         fits = weights.output.shape[1] == query.shape[0] and not query.shape[0] % key.shape[0]
-        if self._products.unit != TILES or size % STEP or not fits:
+        if size % HEAD_DIM_STEP or not fits:
             return None
         biases = {
             f"{name}_bias": bias for name, bias in zip(names, weights.input_biases, strict=True)
@@ -201,14 +200,14 @@ class LlamaLayer:
             "down_bias": weights.down_bias,
         }
         assert ffn.activation_name is not None
-        return PromptLayer(
+        return PrefillLayer(
             everything, weights.norms, size, ffn.activation_name, attention.scaling, self._scratch
         )
 
     def _fit(self, weights: Weights) -> bool:
         every = [*weights.inputs, weights.output, *weights.ffn.values()]
         matrices = [part for part in every if part.ndim == 2]
-        if any(refuse_product(part, self._products.unit) is not None for part in matrices):
+        if any(why_unsupported_gemm(part) is not None for part in matrices):
             return False
         norms = [norm.weight for norm in weights.norms]
         if len({part.dtype for part in (*matrices, *norms)}) > 1:
@@ -238,14 +237,14 @@ class LlamaLayer:
 
 
 def activate(
-    products: Products,
+    gemm: Gemm,
     gates: GateStore,
     ffn: FFNParts,
     weights: dict[str, Tensor],
     x: Tensor,
     norm: Norm | None = None,
 ) -> Tensor:
-    """The activations (B, T, F) of a gated FFN on x (B, T, d), normalised first with a norm.
+    """The activations (B, T, F) of a gated FFN on x (B, T, d), normalized first with a norm.
 
     ``weights`` are those of `FFNParts.dense`.
     """
@@ -253,4 +252,4 @@ def activate(
     assert ffn.activation_name is not None
     kept = gates.make_room(ffn.mlp, x, ffn.width)
     gate, up = weights["gate"], weights["up"]
-    return products.gated(x, gate, up, *biases, ffn.activation_name, kept, norm)
+    return gemm.gated(x, gate, up, *biases, ffn.activation_name, kept, norm)

@@ -1,4 +1,4 @@
-"""Vision tower layers of CLIP and SigLIP, in one C call or in a few, on tile units.
+"""Vision tower layers of CLIP and SigLIP, in one call or in a few.
 
 Shapes: B images, T patches, d hidden size, H attention heads, D head dimension.
 """
@@ -20,15 +20,14 @@ from corematching.backends.cpu.attention import (
     is_close,
     uses_sdpa,
 )
-from corematching.backends.cpu.inputs import is_prompt
+from corematching.backends.cpu.inputs import is_prompt, make_probe
 from corematching.backends.cpu.native import (
-    STEP,
-    TILES,
+    HEAD_DIM_STEP,
+    Gemm,
     Norm,
-    Products,
-    PromptLayer,
+    PrefillLayer,
     Scratch,
-    refuse_product,
+    why_unsupported_gemm,
 )
 from corematching.backends.kernels import activation_name
 from corematching.model.hooks import HookMonitor, captures_outputs, reads_shapes, show_result
@@ -49,7 +48,7 @@ class TowerAttention:
     module : nn.Module
         A candidate for such an attention; see `is_known`.
     project : callable
-        ``project(module, x, norm)`` gives queries, keys and values of x, (B, T, 3H, D), normalised
+        ``project(module, x, norm)`` gives queries, keys and values of x, (B, T, 3H, D), normalized
         first with a norm; None if unsupported.
     attention : PromptAttention
         The attention between the projections.
@@ -81,8 +80,7 @@ class TowerAttention:
         if not isinstance(scale, float) or scale <= 0 or module.q_proj.weight.device.type != "cpu":
             return False
         with torch.inference_mode(False), torch.no_grad():
-            width, dtype = module.q_proj.in_features, module.q_proj.weight.dtype
-            x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
+            x = make_probe(5, module.q_proj.in_features, module.q_proj.weight.dtype)
             ours = self._see(x, None)
             return ours is not None and is_close(ours, module(x, attention_mask=None)[0])
 
@@ -124,18 +122,18 @@ class TowerLayer:
         A candidate for such a layer; see `is_known`.
     attention : TowerAttention
         Its attention, which `is_known`.
-    products : Products
-        The matrix products, on tiles.
+    gemm : Gemm
+        The matrix products.
     scratch : Scratch
         Working memory, shared by all layers.
     """
 
     def __init__(
-        self, layer: nn.Module, attention: TowerAttention, products: Products, scratch: Scratch
+        self, layer: nn.Module, attention: TowerAttention, gemm: Gemm, scratch: Scratch
     ) -> None:
         self.layer: Any = layer
-        self._attention, self._products, self._scratch = attention, products, scratch
-        self._whole: PromptLayer | None = None
+        self._attention, self._gemm, self._scratch = attention, gemm, scratch
+        self._whole: PrefillLayer | None = None
         self._function = getattr(getattr(layer, "mlp", None), "activation_fn", None)
         self._activation = ""
         self._watch, self._plain, self._norms = WeightSnapshot(), False, (NO_NORM, NO_NORM)
@@ -153,8 +151,7 @@ class TowerLayer:
         inner = [module for module in layer.modules() if module not in (layer, *attention)]
         self._hooks = HookMonitor(inner, ignored=[reads_shapes, captures_outputs])
         with torch.inference_mode(False), torch.no_grad():
-            width, dtype = layer.mlp.fc1.in_features, layer.mlp.fc1.weight.dtype
-            x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
+            x = make_probe(5, layer.mlp.fc1.in_features, layer.mlp.fc1.weight.dtype)
             ours = self._run(x, None) if self._activation else None
             return ours is not None and is_close(ours, layer(x, None))
 
@@ -182,8 +179,8 @@ class TowerLayer:
         active = self._multiply(layer.mlp.fc1, x, activation=self._activation, norm=second)
         return self._multiply(layer.mlp.fc2, active, x)
 
-    def _run_at_once(self, whole: PromptLayer, x: Tensor, mask: Any) -> Tensor:
-        """Run the layer in one C call; its hooks read only shapes."""
+    def _run_at_once(self, whole: PrefillLayer, x: Tensor, mask: Any) -> Tensor:
+        """Run the layer in one call; its hooks read only shapes."""
         attention, mlp = self.layer.self_attn, self.layer.mlp
         done = whole.run(x.contiguous(), None, mask, is_causal(attention, mask, {}))
         assert done.qkv is not None
@@ -195,24 +192,28 @@ class TowerLayer:
         show_result(mlp.fc2, done.active, done.out)
         return done.out
 
-    def _prepare(self) -> PromptLayer | None:
-        """The layer as one C call; None if its attention does not support that."""
+    def _prepare(self) -> PrefillLayer | None:
+        """The layer as one call; None if its attention does not support that."""
         attention, mlp = self.layer.self_attn, self.layer.mlp
         inputs, dtype = inputs_of(attention), self._norms[0].weight.dtype
         plain = all(type(linear) is nn.Linear and _fits(linear.weight) for linear in inputs)
-        if not plain or any(x.weight.dtype != dtype for x in inputs) or attention.head_dim % STEP:
+        if (
+            not plain
+            or any(x.weight.dtype != dtype for x in inputs)
+            or attention.head_dim % HEAD_DIM_STEP
+        ):
             return None
         linears = [*inputs, attention.out_proj, mlp.fc1, mlp.fc2]
         weights: dict[str, Any] = {}
         for name, linear in zip(("q", "k", "v", "o", "up", "down"), linears, strict=True):
             weights |= {name: linear.weight, f"{name}_bias": linear.bias}
-        return PromptLayer(
+        return PrefillLayer(
             weights, self._norms, attention.head_dim, self._activation, attention.scale,
             self._scratch,
         )  # fmt: skip
 
     def _read_layer(self) -> bool:
-        """Read the norms, and return whether the C code supports all parts."""
+        """Read the norms, and return whether the kernels support all parts."""
         layer, mlp = self.layer, self.layer.mlp
         norms = [layer.layer_norm1, layer.layer_norm2]
         if mlp.activation_fn is not self._function or not all(map(_is_plain_norm, norms)):
@@ -230,13 +231,13 @@ class TowerLayer:
     def _multiply(
         self, linear: Any, x: Tensor, residual: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        out = self._products.linear(x, linear.weight, linear.bias, residual, **kwargs)
+        out = self._gemm.linear(x, linear.weight, linear.bias, residual, **kwargs)
         show_result(linear, x, out)
         return out
 
 
 def _fits(weight: Tensor) -> bool:
-    return weight.is_contiguous() and refuse_product(weight, TILES) is None
+    return weight.is_contiguous() and why_unsupported_gemm(weight) is None
 
 
 def _is_plain_norm(norm: Any) -> bool:
@@ -246,7 +247,7 @@ def _is_plain_norm(norm: Any) -> bool:
 
 
 def _name_activation(function: Any) -> str:
-    """The name of an activation function that the C code supports; "" for any other."""
+    """The name of an activation function that the kernels support; "" for any other."""
     if type(function) is QuickGELUActivation:
         return "quick_gelu"
     return activation_name(function) or ""

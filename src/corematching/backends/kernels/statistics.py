@@ -1,6 +1,6 @@
 """What is chosen from a prompt, by the kernels of the device it lies on.
 
-Each function gives None where no kernel can run: no compiler, no Triton, another device, dtype or
+Each function gives None where no kernel can run: no extension, no Triton, another device, dtype or
 layout. The caller then has PyTorch's operators do it.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 MODULES = {
-    "cpu": "corematching.backends.cpu.native.prompt",
+    "cpu": "corematching.backends.cpu.native.selection",
     "cuda": "corematching.backends.cuda.triton_statistics",
 }
 

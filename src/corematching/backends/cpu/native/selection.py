@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corematching.backends.cpu.native.build import find_library
-from corematching.backends.cpu.native.kernel import DTYPES, address
+from corematching.backends.cpu.native.library import (
+    DTYPE_CODES,
+    DTYPES,
+    address,
+    compiled,
+    find_kernels,
+)
 from corematching.backends.kernels.check import check_tensor, describe
 from corematching.errors import InvalidTensorError
 
-SUMS = {"values": 0, "sizes": 1, "unit squares": 2}
-SUMMED = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}
+SUM_CODES = {"values": 0, "sizes": 1, "unit squares": 2}
 
 
 def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
@@ -32,41 +36,43 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
     Returns
     -------
     Tensor or None
-        (B, F) float32, the same for any number of threads; None where the C code cannot run: no
-        compiler, another device or dtype, values that are not contiguous.
+        (B, F) float32, the same for any number of threads; None where no kernel can run: no
+        extension, another device or dtype, values that are not contiguous.
 
     Raises
     ------
     InvalidTensorError
         The tokens are no (B, T) bool.
     """
-    library = _library_for(values, *SUMMED)
-    if library is None:
+    kernels = _kernels_for(values, *DTYPE_CODES)
+    if kernels is None:
         return None
     batch, length, width = _sizes_of(values)
     tokens = tokens.contiguous()
     check_tensor("the tokens", tokens, (batch, length), torch.bool)
-    if what not in SUMS:
-        raise InvalidTensorError(f"no sum of {what!r}: choose {', '.join(SUMS)}")
+    if what not in SUM_CODES:
+        raise InvalidTensorError(f"no sum of {what!r}: choose {', '.join(SUM_CODES)}")
     factors = torch.empty(batch, length, dtype=torch.float32, device=values.device)
     total = torch.empty(batch, width, dtype=torch.float32, device=values.device)
-    library.cm_sum_rows(
-        *(address(values), address(tokens), SUMS[what], address(factors), address(total)),
-        *(batch, length, width, torch.get_num_threads(), SUMMED[values.dtype]),
-    )
+    call = compiled.SumTokens().set(
+        values=values.data_ptr(), tokens=tokens.data_ptr(), factors=factors.data_ptr(),
+        out=total.data_ptr(), batch=batch, length=length, width=width,
+        threads=torch.get_num_threads(), what=SUM_CODES[what], dtype=DTYPE_CODES[values.dtype],
+    )  # fmt: skip
+    kernels.sum_tokens(call)
     return total
 
 
 def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
     """The weights (B, F), float32, of what each token marks, (B, T, F) bool: (B, T), or None."""
-    library = _library_for(marks, torch.bool)
-    if library is None:
+    kernels = _kernels_for(marks, torch.bool)
+    if kernels is None:
         return None
     batch, length, width = _sizes_of(marks)
     weights = weights.float().contiguous()
     check_tensor("the weights", weights, (batch, width), torch.float32)
     total = torch.empty(batch, length, dtype=torch.float32)
-    library.cm_weigh_marks(
+    kernels.weigh_marks(
         *(marks.data_ptr(), weights.data_ptr(), total.data_ptr()),
         *(batch, length, width, torch.get_num_threads()),
     )
@@ -78,8 +84,8 @@ def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | Non
 
     The counts, (B, T, 1) long, lie in [1, F].
     """
-    library = _library_for(values, *DTYPES)
-    if library is None:
+    kernels = _kernels_for(values, *DTYPES)
+    if kernels is None:
         return None
     batch, length, width = _sizes_of(values)
     try:
@@ -91,18 +97,18 @@ def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | Non
     check_tensor("the counts", counts, (batch, length, 1), torch.long)
     _check_range("counts", counts, 1, width)
     marks = torch.empty(batch, length, width, dtype=torch.bool)
-    library.cm_mark_largest(
+    kernels.mark_largest(
         *(values.data_ptr(), counts.data_ptr(), marks.data_ptr(), batch * length, width),
-        *(absolute, torch.get_num_threads(), values.dtype == torch.bfloat16),
+        *(absolute, torch.get_num_threads(), DTYPE_CODES[values.dtype]),
     )
     return marks
 
 
-def _library_for(values: Tensor, *dtypes: torch.dtype) -> Any:
+def _kernels_for(values: Tensor, *dtypes: torch.dtype) -> Any:
     """The compiled kernels, if they can read these values."""
     if values.device.type != "cpu" or values.dtype not in dtypes or not values.is_contiguous():
         return None
-    return find_library() if values.numel() else None
+    return find_kernels() if values.numel() else None
 
 
 def pick_highest(scores: Tensor, count: int) -> Tensor | None:
@@ -118,13 +124,13 @@ def pick_highest(scores: Tensor, count: int) -> Tensor | None:
     Returns
     -------
     Tensor or None
-        (B, count) long; None where the C code cannot run: no compiler, another device or dtype, a
+        (B, count) long; None where no kernel can run: no extension, another device or dtype, a
         score that is NaN.
     """
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         return None
-    library = find_library()
-    if library is None:
+    kernels = find_kernels()
+    if kernels is None:
         return None
     scores = scores.contiguous()
     if scores.ndim != 2 or not 0 <= count <= scores.shape[1]:
@@ -136,7 +142,7 @@ def pick_highest(scores: Tensor, count: int) -> Tensor | None:
     width = scores.shape[1]
     for row in range(scores.shape[0]):
         start, out = scores.data_ptr() + 4 * row * width, places.data_ptr() + 8 * row * count
-        if not library.cm_pick_top(start, width, count, out):
+        if not kernels.top_k(start, width, count, out):
             return None
     return places
 
@@ -146,11 +152,11 @@ def find_size(
 ) -> Tensor | None:
     """The ``ranks``-th smallest magnitude of each sample, (B,) float32; 0 where the rank is.
 
-    None where the C code cannot run: no compiler, another device or dtype, values that are not
+    None where no kernel can run: no extension, another device or dtype, values that are not
     contiguous, or one that counts is not finite.
     """
-    library = _library_for(values, *DTYPES)
-    if library is None:
+    kernels = _kernels_for(values, *DTYPES)
+    if kernels is None:
         return None
     batch, length, width = _sizes_of(values)
     tokens, ranks = tokens.contiguous(), ranks.contiguous()
@@ -163,10 +169,10 @@ def find_size(
         _check_range("neurons", neurons, 0, width - 1)
     _check_range("ranks", ranks, 0, tokens.sum(1) * each)
     found = torch.empty(batch, dtype=torch.float32)
-    fine = library.cm_find_size(
+    fine = kernels.kth_size(
         *(address(x) for x in (values, tokens, neurons, ranks, found)),
         *(batch, length, width, 0 if neurons is None else neurons.shape[1]),
-        values.dtype == torch.bfloat16,
+        DTYPE_CODES[values.dtype],
     )
     return found if fine else None
 

@@ -1,30 +1,28 @@
-"""A layer of Llama's form, or of CLIP's tower, for a whole prompt, in one call, on matrix tiles."""
+"""A layer of Llama's form, or of CLIP's tower, for a whole prompt, in one call."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from corematching.backends.cpu.native.attention import describe_mask, refuse_keys
-from corematching.backends.cpu.native.build import find_library
-from corematching.backends.cpu.native.kernel import address
-from corematching.backends.cpu.native.products import (
-    STEP,
-    TILES,
-    Scratch,
-    check_kept,
-    refuse_product,
+from corematching.backends.cpu.native.attention import (
+    HEAD_DIM_STEP,
+    describe_mask,
+    why_unsupported_mask,
 )
-from corematching.backends.cpu.native.rows import Norm, check_angles, check_norm
-from corematching.backends.cpu.native.structs import (
-    ACTIVATION_NUMBERS,
-    PromptLayerStruct,
-    PromptStruct,
+from corematching.backends.cpu.native.gemm import check_kept, why_unsupported_gemm
+from corematching.backends.cpu.native.library import (
+    ACTIVATION_CODES,
+    DTYPE_CODES,
+    address,
+    compiled,
+    find_kernels,
 )
+from corematching.backends.cpu.native.rows import Norm, check_norm, check_rope
+from corematching.backends.cpu.native.scratch import Scratch
 from corematching.backends.kernels.check import check_optional, check_tensor
 from corematching.errors import InvalidTensorError
 
@@ -54,25 +52,25 @@ class Computed(NamedTuple):
     out: Tensor
 
 
-class PromptLayer:
+class PrefillLayer:
     """What does not change from prompt to prompt, prepared once.
 
     Parameters
     ----------
     weights : mapping
         ``q``, ``k``, ``v``, ``o``, ``up``, ``down`` and, of a gated FFN, ``gate``, each (outputs,
-        inputs), bfloat16, taken by tiles (`refuse_product`), contiguous; ``down`` may be stored by
-        input. Biases, (outputs,), under ``<name>_bias``, may be None or missing.
+        inputs), of one dtype, float32 or bfloat16, contiguous; ``down`` may be stored by input.
+        Biases, (outputs,), under ``<name>_bias``, may be None or missing.
     norms : tuple of Norm
         In front of the attention and of the FFN.
-    size : int
-        D, numbers of a head, a multiple of 32.
+    head_dim : int
+        D, numbers of a head, a multiple of 8.
     activation : str
         Of the gate, or of ``up`` without one.
     scaling : float
         Of the attention's scores.
     scratch : Scratch
-        PrunedPrompt to work in.
+        Memory to work in.
 
     Attributes
     ----------
@@ -82,42 +80,42 @@ class PromptLayer:
     Raises
     ------
     InvalidTensorError
-        The weights do not make a layer that tiles can compute.
+        The weights do not make a layer that the kernels can compute.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor | None],
         norms: tuple[Norm, Norm],
-        size: int,
+        head_dim: int,
         activation: str,
         scaling: float,
         scratch: Scratch,
     ) -> None:
-        _check_layer(weights, norms, size, activation)
+        _check_layer(weights, norms, head_dim, activation)
         self._kept, self._scratch = (dict(weights), norms), scratch
         first, second = norms
         q, k, up, down = (weights[name] for name in ("q", "k", "up", "down"))
         assert q is not None and k is not None and up is not None and down is not None
-        self.ffn_norm = second
-        self._groups, self._size, self._width = k.shape[0] // size, size, up.shape[0]
+        self.ffn_norm, self._dtype = second, q.dtype
+        self._kv_heads, self._head_dim = k.shape[0] // head_dim, head_dim
+        self._hidden, self._width = q.shape[1], up.shape[0]
         self._joint = q.shape[0] + 2 * k.shape[0]
-        self._struct = PromptLayerStruct(
+        self._struct = compiled.PrefillLayer().set(
             **{name: address(weight) for name, weight in weights.items()},
-            attention_norm=address(first.weight), ffn_norm=address(second.weight),
-            attention_shift=address(first.shift), ffn_shift=address(second.shift),
-            hidden=q.shape[1], heads=q.shape[0] // size, groups=self._groups, size=size,
-            width=self._width, activation=ACTIVATION_NUMBERS[activation],
-            down_by_input=not down.is_contiguous(), attention_epsilon=first.epsilon,
-            ffn_epsilon=second.epsilon, scaling=scaling,
+            attention_norm=address(first.weight), attention_norm_bias=address(first.bias),
+            ffn_norm=address(second.weight), ffn_norm_bias=address(second.bias),
+            hidden=self._hidden, heads=q.shape[0] // head_dim, kv_heads=self._kv_heads,
+            head_dim=head_dim, width=self._width, attention_epsilon=first.epsilon,
+            ffn_epsilon=second.epsilon, scaling=scaling, down_by_input=not down.is_contiguous(),
+            activation=ACTIVATION_CODES[activation], dtype=DTYPE_CODES[q.dtype],
         )  # fmt: skip
-        self._place = ctypes.addressof(self._struct)
 
     @staticmethod
     def supports(x: Tensor, mask: Tensor | None) -> bool:
-        """Whether tiles can attend to as many keys as x, (B, T, d), has tokens, under this mask."""
+        """Whether the tokens of x, (B, T, d), can attend to each other under this mask."""
         batch, length, _ = x.shape
-        return refuse_keys(mask, batch, length, length) is None
+        return length > 0 and why_unsupported_mask(mask, x.dtype, batch, length, length) is None
 
     def run(
         self,
@@ -133,51 +131,53 @@ class PromptLayer:
         Parameters
         ----------
         x : Tensor
-            (B, T, d) bfloat16, contiguous.
+            (B, T, d), of the weights' dtype, contiguous.
         cos_sin : tuple of Tensor or None
             Cosines and sines, (B or 1, T, D) each; None: nothing is rotated.
         mask, causal
-            As `TiledAttention.attend` takes them.
+            As `PrefillAttention.attend` takes them.
         middle : Tensor, optional
             Like x; memory for `Computed.middle`.
         kept : tuple of Tensor or None
-            As `Products.gated` takes it.
+            As `Gemm.gated` takes it.
 
         Raises
         ------
         InvalidTensorError
             Something is of another shape, dtype or layout.
         """
-        library = find_library()
-        assert library is not None
         self._check_call(x, mask, middle, kept)
         batch, length, _ = x.shape
         middle = torch.empty_like(x) if middle is None else middle
         active, out = x.new_empty(batch, length, self._width), torch.empty_like(x)
-        prompt = PromptStruct(
+        call = compiled.Prefill().set(
             x=x.data_ptr(), middle=middle.data_ptr(), out=out.data_ptr(),
-            active=active.data_ptr(), batch=batch, length=length, causal=causal,
+            active=active.data_ptr(), batch=batch, length=length, causal=bool(causal),
             threads=torch.get_num_threads(),
         )  # fmt: skip
         qkv = key = value = None
         if cos_sin is None:
             qkv = x.new_empty(batch, length, self._joint)
-            prompt.qkv = qkv.data_ptr()
+            call.qkv = qkv.data_ptr()
         else:
             cos, sin = (part.contiguous() for part in cos_sin)
-            check_angles(x, cos, sin, self._size)
-            key, value = x.new_empty(2, batch, self._groups, length, self._size).unbind()
-            prompt.cosine, prompt.sine = cos.data_ptr(), sin.data_ptr()
-            prompt.keys, prompt.values = key.data_ptr(), value.data_ptr()
-            prompt.cos_sin = cos.shape[0] * length
+            check_rope(x, cos, sin, self._head_dim)
+            key, value = x.new_empty(2, batch, self._kv_heads, length, self._head_dim).unbind()
+            call.set(
+                cos=cos.data_ptr(), sin=sin.data_ptr(), keys=key.data_ptr(),
+                values=value.data_ptr(), rope_rows=cos.shape[0] * length,
+            )  # fmt: skip
         if kept is not None:
-            prompt.places, prompt.gates = map(address, kept)
+            call.gate_slots, call.kept_gates = map(address, kept)
         if mask is not None:
-            prompt.mask, prompt.mask_kind, prompt.step_mask = describe_mask(mask)
-        place = ctypes.byref(prompt)
-        prompt.scratch = self._scratch.reserve(library.cm_prompt_layer_scratch(self._place, place))
-        library.cm_prompt_layer(self._place, place)
+            call.set(**describe_mask(mask))
+        self._compute(call)
         return Computed(qkv, key, value, middle, active, out)
+
+    def _compute(self, call: Any) -> None:
+        kernels = find_kernels()
+        call.scratch = self._scratch.reserve(kernels.prefill_layer_scratch(self._struct, call))
+        kernels.prefill_layer(self._struct, call)
 
     def _check_call(
         self,
@@ -188,35 +188,37 @@ class PromptLayer:
     ) -> None:
         if x.ndim != 3 or not self.supports(x, mask):
             raise InvalidTensorError(
-                "tiles cannot attend to so many tokens, or under this mask: call `supports` first"
+                "these tokens cannot attend to each other under this mask: call `supports` first"
             )
-        check_tensor("x", x, (*x.shape[:2], self._struct.hidden), torch.bfloat16)
-        check_optional("the room for the middle", middle, tuple(x.shape), torch.bfloat16)
-        check_kept(kept, x.shape[0] * x.shape[1], self._width, torch.bfloat16)
+        check_tensor("x", x, (*x.shape[:2], self._hidden), self._dtype)
+        check_optional("the room for the middle", middle, tuple(x.shape), self._dtype)
+        check_kept(kept, x.shape[0] * x.shape[1], self._width, self._dtype)
 
 
 def _check_layer(
-    weights: Mapping[str, Tensor | None], norms: tuple[Norm, Norm], size: int, activation: str
+    weights: Mapping[str, Tensor | None], norms: tuple[Norm, Norm], head_dim: int, activation: str
 ) -> None:
-    """Refuse weights of which the C code would read something else."""
-    dtype, down = torch.bfloat16, weights.get("down")
+    """Refuse weights of which the kernels would read something else."""
     for name in ("q", "k", "v", "o", "up", "down"):
         weight = weights.get(name)
-        reason = "it is missing" if weight is None else refuse_product(weight, TILES)
+        reason = "it is missing" if weight is None else why_unsupported_gemm(weight)
         if reason is not None:
-            raise InvalidTensorError(f"tiles cannot compute a layer with this '{name}': {reason}")
-    q, k, up = (weights[name] for name in ("q", "k", "up"))
+            raise InvalidTensorError(f"a layer with this '{name}' cannot be computed: {reason}")
+    q, k, up, down = (weights[name] for name in ("q", "k", "up", "down"))
     assert q is not None and k is not None and up is not None and down is not None
-    (inner, hidden), groups, width = q.shape, k.shape[0], up.shape[0]
-    if size < 1 or size % STEP or groups % size or inner % groups:
+    (inner, hidden), keys, width, dtype = q.shape, k.shape[0], up.shape[0], q.dtype
+    fits = head_dim > 0 and not head_dim % HEAD_DIM_STEP
+    if not fits or keys % head_dim or inner % keys:
         raise InvalidTensorError(
-            f"{inner} queries and {groups} keys are not heads of {size} that share keys evenly: "
-            f"a head's size must be a multiple of {STEP}"
+            f"{inner} queries and {keys} keys are not heads of {head_dim} that share keys evenly: "
+            f"a head's size must be a multiple of {HEAD_DIM_STEP}"
         )
-    if activation not in ACTIVATION_NUMBERS:
-        raise InvalidTensorError(f"the C code does not know the activation '{activation}'")
+    if activation not in ACTIVATION_CODES:
+        raise InvalidTensorError(
+            f"unknown activation '{activation}': known: {', '.join(ACTIVATION_CODES)}"
+        )
     shapes = {
-        "q": (inner, hidden), "k": (groups, hidden), "v": (groups, hidden), "o": (hidden, inner),
+        "q": (inner, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, inner),
         "gate": (width, hidden), "up": (width, hidden), "down": (hidden, width),
     }  # fmt: skip
     for name, shape in shapes.items():
