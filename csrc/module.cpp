@@ -287,6 +287,7 @@ void bind_kernels(nb::module_& m) {
 
 NB_MODULE(_kernels, m) {
   using namespace corematching;
+  nanobind::set_leak_warnings(false);  // the kernels in use stay until the interpreter has ended
   bind_decode(m);
   bind_decode_step(m);
   bind_gemm(m);

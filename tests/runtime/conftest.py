@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from corematching.runtime import attach, detach
+from tests.isas import isa, native_prompts  # noqa: F401
 from tests.models import build
 
 

@@ -1,4 +1,4 @@
-"""Prompts on tiles or vectors give what the model's own forward gives, and leave nothing behind."""
+"""Prompts in the kernels give what the model's own forward gives, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -18,38 +18,26 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corematching import CoreMatching, Sparsifier
-from corematching.backends.cpu.native import (
-    TILES,
-    VECTORS,
-    Products,
-    find_library,
-    find_unit,
-    has_tiles,
-    list_dtypes,
-)
+from corematching.backends.cpu.native import Gemm, PrefillLayer, prefers_native
 from corematching.backends.cpu.prefill import NativePrompts
 from corematching.model.ffn import FFNParts
 from corematching.model.spec import ModelSpec
 from tests import models
 from tests.chosen import neurons_of
 
-by_default = pytest.mark.skipif(find_unit() is None, reason="prompts stay PyTorch's here")
-on_units = pytest.mark.parametrize(
-    "unit",
-    [
-        pytest.param(VECTORS, marks=pytest.mark.skipif(find_library() is None, reason="no cc")),
-        pytest.param(TILES, marks=pytest.mark.skipif(not has_tiles(), reason="no AMX")),
-    ],
+by_default = pytest.mark.skipif(
+    not prefers_native(torch.bfloat16), reason="prompts stay PyTorch's here"
 )
 
 SIZES = {
     "vocab_size": 97,
-    "hidden_size": 64,
+    "hidden_size": 48,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+"""Heads of 12 numbers: layers run in parts."""
 NEURONS = {"token_score": None, "dense_first": 0, "dense_last": 0}
 
 
@@ -66,16 +54,16 @@ def build(kind="llama", dtype=torch.bfloat16):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts what runs in C."""
+    """Counts the products that run in the kernels, and whole layers."""
     counted = []
-    for name in ("linear", "gated", "several"):
-        own = getattr(Products, name)
+    for kind, name in ((Gemm, "linear"), (Gemm, "gated"), (Gemm, "joint"), (PrefillLayer, "run")):
+        own = getattr(kind, name)
 
-        def count(self, *args, own=own, name=name):
+        def count(self, *args, own=own, name=name, **kwargs):
             counted.append(name)
-            return own(self, *args)
+            return own(self, *args, **kwargs)
 
-        monkeypatch.setattr(Products, name, count)
+        monkeypatch.setattr(kind, name, count)
     return counted
 
 
@@ -88,39 +76,38 @@ def logits(model, **inputs):
     return model(**inputs).logits.float()
 
 
-@on_units
+@pytest.mark.usefixtures("native_prompts")
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("length", [2, 11])
-def test_same_logits(unit, kind, length, calls):
+def test_same_logits(kind, length, calls):
     model, ids = build(kind), prompt(2, length)
     dense = logits(model, input_ids=ids)
-    prompts = NativePrompts(find_parts(model), unit)
+    prompts = NativePrompts(find_parts(model))
     prompts.install([FFNParts(layer.mlp) for layer in model.model.layers])
     calls.clear()
     ours = logits(model, input_ids=ids)
     prompts.remove()
-    assert calls.count("gated") == calls.count("several") == 4
+    assert calls.count("gated") == calls.count("joint") == 4
     assert calls.count("linear") == 8
     assert (ours - dense).norm() < 2e-2 * dense.norm()
 
 
-@by_default
+@pytest.mark.usefixtures("native_prompts")
 def test_float32_has_the_same_logits(calls):
     model, ids = build(dtype=torch.float32), prompt(2, 40)
     dense = logits(model, input_ids=ids)
     with Sparsifier()(model):
         calls.clear()
         ours = logits(model, input_ids=ids)
-        takes_floats = torch.float32 in list_dtypes(find_unit())
-        assert calls.count("several") == calls.count("gated") == 4 * takes_floats
+        assert calls.count("joint") == calls.count("gated") == 4
         calls.clear()
         logits(model, input_ids=prompt())
         assert not calls  # too few rows
     torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-5)
 
 
-@by_default
-def test_towers_and_projectors_run_in_c_too(calls):
+@pytest.mark.usefixtures("native_prompts")
+def test_towers_and_projectors_too(calls):
     model = models.build("llava").to(torch.bfloat16)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     pixels = models.make_inputs("llava", model)["pixel_values"].to(torch.bfloat16)
@@ -133,8 +120,9 @@ def test_towers_and_projectors_run_in_c_too(calls):
     with Sparsifier()(model):
         calls.clear()
         ours = see()
-    every = [*tower.modules(), *projector.modules()]
-    assert find_unit() == TILES or len(calls) == sum(type(m) is torch.nn.Linear for m in every)
+    projections = sum(type(m) is torch.nn.Linear for m in projector.modules())
+    assert calls.count("run") == len(tower.encoder.layers)
+    assert calls.count("linear") == projections and len(calls) == calls.count("run") + projections
     assert (ours - dense).float().norm() < 2e-2 * dense.float().norm()
 
 
@@ -167,18 +155,18 @@ def test_layers_that_look_like_llamas_are_tried_first():
     assert (ours - dense).norm() < 2e-2 * dense.norm()
 
 
-@on_units
-def test_unknown_ffns_keep_their_forward(unit, calls):
+@pytest.mark.usefixtures("native_prompts")
+def test_unknown_ffns_keep_their_forward(calls):
     model, ids = build(), prompt()
     dense = logits(model, input_ids=ids)
     for layer in model.model.layers:
         layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj)
-    prompts = NativePrompts(find_parts(model), unit)
+    prompts = NativePrompts(find_parts(model))
     prompts.install([])
     calls.clear()
     ours = logits(model, input_ids=ids)
     prompts.remove()
-    assert "several" in calls
+    assert "joint" in calls
     assert "gated" not in calls
     assert (ours - dense).norm() < 2e-2 * dense.norm()
 
@@ -203,7 +191,7 @@ def test_ffns_that_compute_more_keep_their_forward(calls):
     with Sparsifier()(model):
         calls.clear()
         ours = logits(model, input_ids=ids)
-    assert "several" in calls
+    assert "joint" in calls
     assert "gated" not in calls
     assert (ours - dense).norm() < 2e-2 * dense.norm()
 
@@ -285,12 +273,12 @@ def test_hooks_in_front_of_an_ffn_change_what_it_gets(calls, with_kwargs):
     with Sparsifier()(model):
         calls.clear()
         got = logits(model, input_ids=ids)
-    assert calls.count("gated") == len(model.model.layers)  # all layers ran in C
+    assert calls.count("gated") == len(model.model.layers)
     assert (got - expected).norm() < 2e-2 * expected.norm()
 
 
 @by_default
-def test_a_gate_is_seen_without_leaving_c(calls):
+def test_a_gate_is_seen_without_another_forward(calls):
     model, ids = build(), prompt()
     method = CoreMatching(beta=0.5, firing=0.5, **NEURONS)
     found = []
@@ -306,7 +294,7 @@ def test_a_gate_is_seen_without_leaving_c(calls):
 
 
 @by_default
-def test_neurons_are_chosen_from_activations_in_c(calls):
+def test_neurons_are_chosen_from_the_kernels_activations(calls):
     model, ids = build(), prompt()
     method = CoreMatching(beta=0.5, **NEURONS)
     chosen = []
@@ -357,7 +345,7 @@ def test_eager_attention_stays_eager(calls):
         calls.clear()
         maps = model(input_ids=ids, output_attentions=True).attentions
     assert maps[0].shape == (1, 4, 11, 11)
-    assert "several" not in calls
+    assert "joint" not in calls
 
 
 @by_default

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from corematching.backends.cpu.attention import PromptAttention, inputs_of, is_close, uses_sdpa
 from corematching.backends.cpu.inputs import (
     FEWEST_FLOAT_ROWS,
+    SMALL,
     is_plain,
     is_prompt,
     make_probe,
@@ -141,18 +142,19 @@ class NativePrompts:
                 return False
             if layer.input_layernorm not in norms or layer.post_attention_layernorm not in norms:
                 return False
-        x, cos_sin = self._make_probe(first.self_attn)
+        x, cos_sin = self._make_probe(first.self_attn, SMALL)
         with torch.inference_mode(False), torch.no_grad():
             theirs = first(x, position_embeddings=cos_sin, attention_mask=None)
             ours = self._join(first, ffn).run(x, None, None, cos_sin)
         theirs = theirs[0] if isinstance(theirs, tuple) else theirs
         return ours is not None and is_close(ours, theirs)
 
-    def _make_probe(self, attention: Any) -> tuple[Tensor, Any]:
+    def _make_probe(self, attention: Any, size: float = 1.0) -> tuple[Tensor, Any]:
         """A minimal prompt with a gap in its positions, and their cosines and sines."""
         decoder: Any = self.parts.decoder
         with torch.inference_mode(False), torch.no_grad():
-            x = make_probe(3, attention.q_proj.in_features, attention.q_proj.weight.dtype)
+            weight = attention.q_proj.weight
+            x = make_probe(3, weight.shape[1], weight.dtype, size)
             positions = torch.arange(1, x.shape[1] + 1)[None]
             positions[:, 2:] += 6
             return x, decoder.rotary_emb(x, positions)

@@ -20,7 +20,7 @@ from corematching.backends.cpu.attention import (
     is_close,
     uses_sdpa,
 )
-from corematching.backends.cpu.inputs import is_prompt, make_probe
+from corematching.backends.cpu.inputs import SMALL, is_prompt, make_probe
 from corematching.backends.cpu.native import (
     HEAD_DIM_STEP,
     Gemm,
@@ -151,7 +151,8 @@ class TowerLayer:
         inner = [module for module in layer.modules() if module not in (layer, *attention)]
         self._hooks = HookMonitor(inner, ignored=[reads_shapes, captures_outputs])
         with torch.inference_mode(False), torch.no_grad():
-            x = make_probe(5, layer.mlp.fc1.in_features, layer.mlp.fc1.weight.dtype)
+            weight = layer.mlp.fc1.weight
+            x = make_probe(5, weight.shape[1], weight.dtype, SMALL)
             ours = self._run(x, None) if self._activation else None
             return ours is not None and is_close(ours, layer(x, None))
 
