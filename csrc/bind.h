@@ -111,7 +111,8 @@ class Struct {
 
 // A function of the table as a method; other Python threads run meanwhile.
 template <typename Result, typename... Arguments>
-void method(nb::class_<Kernels>& type, const char* name, Result (*Kernels::*function)(Arguments...)) {
+void method(nb::class_<Kernels>& type, const char* name,
+            Result (*Kernels::*function)(Arguments...)) {
   auto call = [function](const Kernels& self, typename Convert<Arguments>::Python... arguments) {
     return (self.*function)(Convert<Arguments>::to_cpp(arguments)...);
   };

@@ -20,13 +20,16 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 // Bits of CPUID and of XCR0, as in Intel's Software Developer's Manual.
-constexpr unsigned kFma = 1u << 12, kOsxsave = 1u << 27, kF16c = 1u << 29;      // leaf 1, ecx
-constexpr unsigned kLzcnt = 1u << 5;                                            // 0x80000001, ecx
-constexpr unsigned kAvx2 = 1u << 3 | 1u << 5 | 1u << 8;                         // 7, ebx: BMI1, BMI2
-constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;  // F DQ CD BW VL
-constexpr unsigned kAmx = 1u << 22 | 1u << 24;                                  // 7, edx: BF16, TILE
-constexpr unsigned kAvx512Bf16 = 1u << 5;                                       // 7.1, eax
-constexpr unsigned kYmmState = 0x6, kZmmState = 0xe6, kTileState = 0x60000;     // XCR0
+constexpr unsigned bit(int n) { return 1u << n; }
+
+constexpr unsigned kFma = bit(12), kOsxsave = bit(27), kF16c = bit(29);  // leaf 1, ecx
+constexpr unsigned kLzcnt = bit(5);                                      // leaf 0x80000001, ecx
+constexpr unsigned kBmi1 = bit(3), kAvx2 = bit(5), kBmi2 = bit(8);       // leaf 7, ebx
+constexpr unsigned kAvx512F = bit(16), kAvx512Dq = bit(17), kAvx512Cd = bit(28);
+constexpr unsigned kAvx512Bw = bit(30), kAvx512Vl = bit(31);
+constexpr unsigned kAmxBf16 = bit(22), kAmxTile = bit(24);  // leaf 7, edx
+constexpr unsigned kAvx512Bf16 = bit(5);                    // leaf 7.1, eax
+constexpr unsigned kYmmState = 0x6, kZmmState = 0xe6, kTileState = 0x60000;
 
 struct Leaf {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -50,11 +53,12 @@ bool saves(unsigned state) {
 
 bool has_avx2() {
   return saves(kYmmState) && has_all(read_leaf(1).ecx, kFma | kF16c) &&
-         has_all(read_leaf(0x80000001).ecx, kLzcnt) && has_all(read_leaf(7).ebx, kAvx2);
+         has_all(read_leaf(0x80000001).ecx, kLzcnt) && has_all(read_leaf(7).ebx, kAvx2 | kBmi1 | kBmi2);
 }
 
 bool has_avx512() {
-  return has_avx2() && saves(kZmmState) && has_all(read_leaf(7).ebx, kAvx512);
+  constexpr unsigned kAll = kAvx512F | kAvx512Dq | kAvx512Cd | kAvx512Bw | kAvx512Vl;
+  return has_avx2() && saves(kZmmState) && has_all(read_leaf(7).ebx, kAll);
 }
 
 bool has_avx512bf16() { return has_avx512() && has_all(read_leaf(7, 1).eax, kAvx512Bf16); }
@@ -64,7 +68,7 @@ bool has_amx() { return has_avx512bf16(); }
 #elif defined(__linux__)
 bool has_amx() {
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return has_avx512bf16() && saves(kTileState) && has_all(read_leaf(7).edx, kAmx) &&
+  return has_avx512bf16() && saves(kTileState) && has_all(read_leaf(7).edx, kAmxBf16 | kAmxTile) &&
          syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 #else
