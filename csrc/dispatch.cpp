@@ -53,7 +53,8 @@ bool saves(unsigned state) {
 
 bool has_avx2() {
   return saves(kYmmState) && has_all(read_leaf(1).ecx, kFma | kF16c) &&
-         has_all(read_leaf(0x80000001).ecx, kLzcnt) && has_all(read_leaf(7).ebx, kAvx2 | kBmi1 | kBmi2);
+         has_all(read_leaf(0x80000001).ecx, kLzcnt) &&
+         has_all(read_leaf(7).ebx, kAvx2 | kBmi1 | kBmi2);
 }
 
 bool has_avx512() {
