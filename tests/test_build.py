@@ -52,3 +52,14 @@ def test_no_compiler(project, script):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "corematching/py.typed" in names and not [x for x in names if "_kernels" in x]
+
+
+def test_no_code_is_shared_between_instruction_sets():
+    """The linker keeps one copy of a weak function, maybe one that this processor does not run."""
+    objects = sorted((ROOT / "csrc" / "inplace").glob("**/kernels_*.dir/csrc/kernels.cpp.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("no object files of an editable install")
+    for path in objects:
+        listed = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True)
+        kinds = [line.split(maxsplit=2)[-2:] for line in listed.stdout.splitlines()]
+        assert not [name for kind, *name in kinds if kind in ("W", "u")], path
