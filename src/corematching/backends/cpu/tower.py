@@ -21,23 +21,15 @@ from corematching.backends.cpu.attention import (
     uses_sdpa,
 )
 from corematching.backends.cpu.inputs import SMALL, is_prompt, make_probe
-from corematching.backends.cpu.native import (
-    HEAD_DIM_STEP,
-    Gemm,
-    Norm,
-    PrefillLayer,
-    Scratch,
-    why_unsupported_gemm,
-)
+from corematching.backends.cpu.layer_weights import PrefillWeights, WeightReader, list_tensors
+from corematching.backends.cpu.native import Gemm, Norm, PrefillLayer, Scratch
 from corematching.backends.kernels import activation_name
 from corematching.model.hooks import HookMonitor, captures_outputs, reads_shapes, show_result
-from corematching.model.snapshot import WeightSnapshot
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 LAYER_PARTS = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
 NOT_HERE = (*ONLY_SDPA, "is_causal", "output_attentions")
 """Options of an attention call that only the module's own forward supports."""
-NO_NORM = Norm(torch.empty(0), 0.0)
 
 
 class TowerAttention:
@@ -132,11 +124,10 @@ class TowerLayer:
         self, layer: nn.Module, attention: TowerAttention, gemm: Gemm, scratch: Scratch
     ) -> None:
         self.layer: Any = layer
-        self._attention, self._gemm, self._scratch = attention, gemm, scratch
-        self._whole: PrefillLayer | None = None
+        self._attention, self._gemm = attention, gemm
+        self._weights = WeightReader(layer, self._read, scratch)
         self._function = getattr(getattr(layer, "mlp", None), "activation_fn", None)
         self._activation = ""
-        self._watch, self._plain, self._norms = WeightSnapshot(), False, (NO_NORM, NO_NORM)
         self._hooks = HookMonitor(())
 
     def is_known(self) -> bool:
@@ -165,14 +156,12 @@ class TowerLayer:
         return original(hidden_states, attention_mask, **kwargs) if out is None else out
 
     def _run(self, x: Tensor, mask: Any) -> Tensor | None:
-        if not self._watch.unchanged():
-            self._plain, self._watch = self._read_layer(), WeightSnapshot([self.layer])
-            self._whole = self._prepare() if self._plain else None
-        layer, (first, second) = self.layer, self._norms
-        if not self._plain or first.weight.dtype != x.dtype:
+        weights, layer = self._weights.find(), self.layer
+        if weights is None or weights.matrix("o").dtype != x.dtype:
             return None
-        if self._whole is not None and is_prompt(x) and self._whole.supports(x, mask):
-            return self._run_at_once(self._whole, x, mask)
+        whole, (first, second) = self._weights.whole, weights.norms
+        if whole is not None and is_prompt(x) and whole.supports(x, mask):
+            return self._run_at_once(whole, x, mask)
         mixed = self._attention.mix(x, mask, first)
         if mixed is None:
             return None
@@ -193,41 +182,21 @@ class TowerLayer:
         show_result(mlp.fc2, done.active, done.out)
         return done.out
 
-    def _prepare(self) -> PrefillLayer | None:
-        """The layer as one call; None if its attention does not support that."""
-        attention, mlp = self.layer.self_attn, self.layer.mlp
-        inputs, dtype = inputs_of(attention), self._norms[0].weight.dtype
-        plain = all(type(linear) is nn.Linear and _fits(linear.weight) for linear in inputs)
-        if (
-            not plain
-            or any(x.weight.dtype != dtype for x in inputs)
-            or attention.head_dim % HEAD_DIM_STEP
-        ):
-            return None
-        linears = [*inputs, attention.out_proj, mlp.fc1, mlp.fc2]
-        weights: dict[str, Any] = {}
-        for name, linear in zip(("q", "k", "v", "o", "up", "down"), linears, strict=True):
-            weights |= {name: linear.weight, f"{name}_bias": linear.bias}
-        return PrefillLayer(
-            weights, self._norms, attention.head_dim, self._activation, attention.scale,
-            self._scratch,
-        )  # fmt: skip
-
-    def _read_layer(self) -> bool:
-        """Read the norms, and return whether the kernels support all parts."""
-        layer, mlp = self.layer, self.layer.mlp
+    def _read(self) -> PrefillWeights | None:
+        """The layer's present weights; None if its modules are no longer plain."""
+        layer, attention, mlp = self.layer, self.layer.self_attn, self.layer.mlp
         norms = [layer.layer_norm1, layer.layer_norm2]
         if mlp.activation_fn is not self._function or not all(map(_is_plain_norm, norms)):
-            return False
-        first, second = (Norm(norm.weight, norm.eps, norm.bias) for norm in norms)
-        self._norms = first, second
-        linears = [layer.self_attn.out_proj, mlp.fc1, mlp.fc2]
+            return None
+        linears = [*inputs_of(attention), attention.out_proj, mlp.fc1, mlp.fc2]
         if any(type(linear) is not nn.Linear for linear in linears):
-            return False
-        weights = [linear.weight for linear in linears]
-        if any(w.dtype != norm.weight.dtype for w in weights for norm in norms):
-            return False
-        return all(map(_fits, weights))
+            return None
+        first, second = (Norm(norm.weight, norm.eps, norm.bias) for norm in norms)
+        named = dict(zip(("q", "k", "v", "o", "up", "down"), linears, strict=True))
+        return PrefillWeights(
+            list_tensors(named), (first, second), attention.head_dim, self._activation,
+            attention.scale,
+        )  # fmt: skip
 
     def _multiply(
         self, linear: Any, x: Tensor, residual: Tensor | None = None, **kwargs: Any
@@ -235,10 +204,6 @@ class TowerLayer:
         out = self._gemm.linear(x, linear.weight, linear.bias, residual, **kwargs)
         show_result(linear, x, out)
         return out
-
-
-def _fits(weight: Tensor) -> bool:
-    return weight.is_contiguous() and why_unsupported_gemm(weight) is None
 
 
 def _is_plain_norm(norm: Any) -> bool:
