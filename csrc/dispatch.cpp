@@ -22,7 +22,8 @@ bool always() { return true; }
 // Bits of CPUID and of XCR0, as in Intel's Software Developer's Manual.
 constexpr unsigned bit(int n) { return 1u << n; }
 
-constexpr unsigned kFma = bit(12), kOsxsave = bit(27), kF16c = bit(29);  // leaf 1, ecx
+constexpr unsigned kFma = bit(12), kMovbe = bit(22), kPopcnt = bit(23);  // leaf 1, ecx
+constexpr unsigned kOsxsave = bit(27), kF16c = bit(29);
 constexpr unsigned kLzcnt = bit(5);                                      // leaf 0x80000001, ecx
 constexpr unsigned kBmi1 = bit(3), kAvx2 = bit(5), kBmi2 = bit(8);       // leaf 7, ebx
 constexpr unsigned kAvx512F = bit(16), kAvx512Dq = bit(17), kAvx512Cd = bit(28);
@@ -52,7 +53,7 @@ bool saves(unsigned state) {
 }
 
 bool has_avx2() {
-  return saves(kYmmState) && has_all(read_leaf(1).ecx, kFma | kF16c) &&
+  return saves(kYmmState) && has_all(read_leaf(1).ecx, kFma | kF16c | kMovbe | kPopcnt) &&
          has_all(read_leaf(0x80000001).ecx, kLzcnt) &&
          has_all(read_leaf(7).ebx, kAvx2 | kBmi1 | kBmi2);
 }
