@@ -24,8 +24,8 @@ constexpr unsigned bit(int n) { return 1u << n; }
 
 constexpr unsigned kFma = bit(12), kMovbe = bit(22), kPopcnt = bit(23);  // leaf 1, ecx
 constexpr unsigned kOsxsave = bit(27), kF16c = bit(29);
-constexpr unsigned kLzcnt = bit(5);                                      // leaf 0x80000001, ecx
-constexpr unsigned kBmi1 = bit(3), kAvx2 = bit(5), kBmi2 = bit(8);       // leaf 7, ebx
+constexpr unsigned kLzcnt = bit(5);                                 // leaf 0x80000001, ecx
+constexpr unsigned kBmi1 = bit(3), kAvx2 = bit(5), kBmi2 = bit(8);  // leaf 7, ebx
 constexpr unsigned kAvx512F = bit(16), kAvx512Dq = bit(17), kAvx512Cd = bit(28);
 constexpr unsigned kAvx512Bw = bit(30), kAvx512Vl = bit(31);
 constexpr unsigned kAmxBf16 = bit(22), kAmxTile = bit(24);  // leaf 7, edx
