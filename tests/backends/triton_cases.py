@@ -82,7 +82,7 @@ def prepare(weights, indices, bias=None, previous=None, **thresholds):
 
 def check(x, weights, indices, bias=None, **thresholds):
     """The kernel's output, after a comparison with `slow_ffn`."""
-    assert KERNEL.refuse(weights) is None
+    assert KERNEL.why_unsupported(weights) is None
     ours = KERNEL.run(x, weights, prepare(weights, indices, bias, **thresholds))
     theirs = slow_ffn(x, weights, indices, bias, Thresholds(**thresholds))
     assert ours.dtype == x.dtype
@@ -204,11 +204,11 @@ def test_strided_weights():
 def test_refuses_columns():
     own = random_ffn(30, 24)
     weights = FFNWeights(up=own.up, gate=own.gate, down_t=own.down_t.t().contiguous().t())
-    assert KERNEL.refuse(weights) == "neurons that are no contiguous rows"
+    assert KERNEL.why_unsupported(weights) == "neurons that are no contiguous rows"
 
 
 def test_refuses_other_dtypes():
-    assert KERNEL.refuse(random_ffn(4, 4, torch.float64)) == "weights in torch.float64"
+    assert KERNEL.why_unsupported(random_ffn(4, 4, torch.float64)) == "weights in torch.float64"
 
 
 def test_the_union_lists_each_neuron_once():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from corematching.backends.cpu.native import find_library
+from corematching.backends.cpu.native import find_kernels
 from corematching.protocol import NeuronChoice
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
@@ -17,7 +17,7 @@ from tests.runtime.families import STEPS, RandomNeurons, TestMethod, assert_same
 
 WHOLE = ["llama", "qwen2", "qwen3", "mistral", "llava", "llava_onevision", "qwen2_vl", "qwen3_vl"]
 OTHER = ["gemma2", "gemma3", "paligemma", "mistral_window", "llava_mistral_window"]
-pytestmark = pytest.mark.skipif(find_library() is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(find_kernels() is None, reason="no compiled kernels")
 
 
 @pytest.mark.parametrize("neurons", [False, True])

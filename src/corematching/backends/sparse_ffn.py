@@ -326,7 +326,7 @@ class SparseFFN:
         self.plan, previous = None, self.plan
         if self._kernel is not None:
             self._rows = self.parts.by_neuron()
-            if self._kernel.refuse(self._rows) is None:
+            if self._kernel.why_unsupported(self._rows) is None:
                 self.plan = self._kernel.prepare(self._rows, self._sets, previous)
 
     def _copy_neurons(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corematching.backends.cpu.native import LayerWeights, Shape, refuse_matrix
+from corematching.backends.cpu.native import LayerWeights, Shape, why_unsupported_matrix
 from corematching.model.ffn import FFNParts
 from corematching.model.layer_inputs import needs_positions
 from corematching.model.linear import is_plain_linear
@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor that C code reads by its address."""
+        """Every tensor that the kernels read by its address."""
         own = [t for layer in self.layers for t in vars(layer).values() if t is not None]
         return [*own, self.final_norm, *(t for ffn in self.ffns for t in ffn.dense().values())]
 
@@ -155,11 +155,11 @@ def _read_layer(layer: Any) -> LayerWeights:
 
 
 def _check_tensors(layout: Layout) -> None:
-    """Refuse tensors that C code cannot read by their address."""
+    """Refuse tensors that the kernels cannot read by their address."""
     dtype, shape = layout.final_norm.dtype, layout.shape
     hidden = layout.final_norm.shape[0]
     for tensor in layout.tensors:
-        reason = refuse_matrix(tensor if tensor.is_contiguous() else tensor.t())
+        reason = why_unsupported_matrix(tensor if tensor.is_contiguous() else tensor.t())
         if reason is not None or tensor.dtype != dtype or type(tensor.data) is not Tensor:
             raise OddDecoderError(reason or "its weights are of several kinds")
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

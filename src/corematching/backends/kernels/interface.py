@@ -61,7 +61,7 @@ class IndexedKernel(Protocol):
     max_batch: int | None
     """The most rows that `run` takes; None: any number."""
 
-    def refuse(self, weights: FFNWeights) -> str | None:
+    def why_unsupported(self, weights: FFNWeights) -> str | None:
         """Why this kernel cannot run on these weights, in a few words; None if it can."""
         ...
 

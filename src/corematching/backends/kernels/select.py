@@ -33,7 +33,7 @@ def find_kernel(weights: FFNWeights) -> IndexedKernel | None:
     except (ImportError, AttributeError) as error:
         log.debug("no kernel from %s: %s", module, error)
         return None
-    reason = kernel.refuse(weights)
+    reason = kernel.why_unsupported(weights)
     if reason is not None:
         log.debug("%s kernel: %s", kernel.name, reason)
         return None

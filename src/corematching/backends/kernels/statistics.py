@@ -1,6 +1,6 @@
 """Statistics of a prompt's activations, by kernels on their device.
 
-Each function gives None where no kernel can run: no compiler, no Triton, another device, dtype or
+Each function gives None where no kernel can run: no extension, no Triton, another device, dtype or
 layout. The caller then has PyTorch's operators do it.
 """
 
@@ -19,7 +19,7 @@ from corematching import devices
 log = logging.getLogger(__name__)
 
 MODULES = {
-    "cpu": "corematching.backends.cpu.native.prompt",
+    "cpu": "corematching.backends.cpu.native.selection",
     "cuda": "corematching.backends.cuda.triton_statistics",
 }
 
