@@ -72,6 +72,7 @@ def test_an_instruction_set_that_the_processor_lacks(monkeypatch):
     class Extension:
         compiled_isas = staticmethod(lambda: ["amx", "avx2", "portable"])
         supported_isas = staticmethod(lambda: ["avx2", "portable"])
+        best_isa = staticmethod(lambda: "avx2")
         find = staticmethod(lambda isa: None if isa == "amx" else portable)
 
     portable = library.compiled.find("portable")
