@@ -13,11 +13,11 @@ TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "corematching"
 BASE = {
     "protocol",
+    "views",
     "report",
     "errors",
     "sizes",
     "devices",
-    "views",
     "directories",
     "memory_meter",
     "extras",

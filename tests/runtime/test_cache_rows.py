@@ -55,7 +55,7 @@ def run_a_move(kind, move, engine):
         turns.check_each(1, 1, 3, 1)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "native"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("move", MOVES)
 def test_steps_follow_the_rows(move, engine):
     run_a_move("means", move, engine)

@@ -25,6 +25,7 @@ from tests.runtime.families import (
 
 EVERY = [(name, attention) for name in FAMILIES for attention in FAMILIES[name].attention]
 VISION = [pair for pair in EVERY if pair[0] in VISION_FAMILIES]
+TEXT = [pair for pair in EVERY if pair not in VISION]
 
 
 @contextmanager
@@ -105,8 +106,10 @@ def test_a_batch_of_unequal_samples_equals_the_singles(name, attention):
         assert torch.equal(batch.tokens[sample], expected.tokens[0])
 
 
-@pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize(("name", "attention"), EVERY)
+@pytest.mark.parametrize(
+    ("name", "attention", "compensated"),
+    [*((*pair, False) for pair in EVERY), *((*pair, True) for pair in TEXT)],
+)
 def test_compact_neurons_equal_masked_neurons(name, attention, compensated):
     model = build(name, attention)
     inputs = make_inputs(name, model, batch=2)

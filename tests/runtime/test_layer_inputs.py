@@ -48,7 +48,7 @@ def with_tables(base):
 def test_a_cache_under_an_unknown_name_is_refused_at_install():
     model = build("llava")
     replace_layers(model, renamed)
-    with pytest.raises(UnsupportedModelError, match=r"no KV cache named .* score=None"):
+    with pytest.raises(UnsupportedModelError, match=r"no KV cache named.*score=None"):
         attach(model, TOKENS)
 
 
@@ -78,7 +78,7 @@ def test_an_unknown_input_with_an_entry_per_token_is_refused():
         layer.register_forward_pre_hook(add_table, with_kwargs=True)
     run = attach(model, TOKENS)
     try:
-        with pytest.raises(UnsupportedModelError, match=r"takes 'table' .* score=None"):
+        with pytest.raises(UnsupportedModelError, match=r"takes 'table'.*score=None"):
             generate(model, inputs)
     finally:
         run.remove()

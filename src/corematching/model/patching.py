@@ -102,7 +102,7 @@ def has_foreign_forward(module: nn.Module) -> bool:
 
 
 def foreign_forward(module: nn.Module) -> Any:
-    """The replacement of a module's forward under our own patches; None: its class's forward."""
+    """What stands in for a module's forward under our own patches; None: its class's forward."""
     function = _unwrap(vars(module).get("forward"))
     return None if _is_own(function, module) else function
 

@@ -40,8 +40,8 @@ from corematching.protocol import (
     Method,
     PrefillView,
 )
+from corematching.runtime.prefill.between_layers import BetweenLayers
 from corematching.runtime.prefill.known import KnownTokens
-from corematching.runtime.prefill.layer_gaps import LayerGaps
 from corematching.runtime.prefill.layer_inputs import LayerInputs, Present
 from corematching.runtime.prefill.left import find_survivors
 from corematching.runtime.prefill.selection import Selection, Stage
@@ -102,7 +102,7 @@ class Prefill:
         self._embeddings: Tensor | None = None
         self._observer: AttentionObserver | None = None
         self._inputs = LayerInputs(parts, self.length)
-        self._between = LayerGaps(parts, self.length)
+        self._between = BetweenLayers(parts, self.length)
         self._left: Present | None = None
         self._patches = Patches()
 

@@ -21,7 +21,7 @@ from corematching.model.spec import ModelSpec
 from corematching.runtime.prefill.layer_inputs import Present
 
 
-class LayerGaps:
+class BetweenLayers:
     """Spreads and gathers hidden states between the layers, where the decoder may add to them.
 
     Parameters
