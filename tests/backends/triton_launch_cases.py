@@ -5,6 +5,7 @@ models are as deep as SceneVLM, since each layer has its launches.
 """
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ TEXT, IMAGE = 20, 64
 IMAGE_ID = 100
 
 
-@pytest.fixture(scope="module")
-def scene():
+@functools.cache
+def build_scene():
     """A model of SceneVLM's depth, and a question about a picture."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
@@ -46,39 +47,32 @@ def scene():
     return model, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
-@contextlib.contextmanager
-def on_gpu():
-    with contextlib.nullcontext() if torch.cuda.is_available() else gpu_stand_in():
-        yield
-
-
-def count(scene, method=None, tokens=1):
-    """The counter of one prompt, warm, and of the tokens behind the first one."""
-    model, inputs = scene
+@functools.cache
+def count(method=None, tokens=1):
+    """The counter of a prompt and of ``tokens`` new tokens."""
+    model, inputs = build_scene()
     counter = LaunchCounter()
-    with on_gpu(), contextlib.nullcontext() if method is None else method(model, engine="torch"):
-        for block in (contextlib.nullcontext(), counter.counting()):
-            with block:
-                model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    with contextlib.ExitStack() as stack:
+        if not torch.cuda.is_available():
+            stack.enter_context(gpu_stand_in())
+        if method is not None:
+            stack.enter_context(method(model, engine="torch"))
+        stack.enter_context(counter.counting())
+        model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     return counter
 
 
-@pytest.fixture(scope="module")
-def dense(scene):
-    return count(scene)
-
-
 @pytest.mark.parametrize("method", [DEFAULT, BY_HAND], ids=["default", "20 %, 40 %"])
-def test_a_prompt_launches_little_more_than_dense_and_waits_no_more(scene, dense, method):
-    found = count(scene, method)
+def test_a_prompt_launches_little_more_than_dense_and_waits_no_more(method):
+    dense, found = count(), count(method)
     assert found.launches.total() <= MOST * dense.launches.total(), found.launches.most_common()
     assert found.waits.total() <= dense.waits.total(), found.waits
 
 
-def test_one_launch_per_layer_chooses_neurons(scene, dense):
-    tokens = count(scene, CoreMatching(neurons=None))
+def test_one_launch_per_layer_chooses_neurons():
+    tokens = count(CoreMatching(neurons=None))
     for method, per_layer in ((DEFAULT, "index_select"), (BY_HAND, "_sum_both_kernel")):
-        found = count(scene, method)
+        found = count(method)
         more = found.launches - tokens.launches
         sparse = len(method.neurons.counts(30, 64)) if method is DEFAULT else 23
         assert more[per_layer] == sparse
@@ -86,16 +80,16 @@ def test_one_launch_per_layer_chooses_neurons(scene, dense):
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_knee_waits_once_per_cut(scene, dense, stages):
+def test_a_knee_waits_once_per_cut(stages):
     layers = (0.2, 0.5)[:stages]
     method = CoreMatching(budget=Knee(), layer=layers, neurons=None)
-    assert count(scene, method).waits.total() <= dense.waits.total() + stages
+    assert count(method).waits.total() <= count().waits.total() + stages
 
 
-def test_what_decoding_needs_is_found_for_all_layers_at_once(scene):
+def test_what_decoding_needs_is_found_for_all_layers_at_once():
     """The ranking, the means and the thresholds of 23 or 30 layers."""
     for method, name in ((DEFAULT, "_narrow_kernel"), (BY_HAND, "_pick_highest_kernel")):
-        found = count(scene, method, tokens=2)
+        found = count(method, tokens=2)
         assert found.launches[name] == 1
 
 
