@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from corematching.backends.cpu.native import (
-    Products,
-    TiledAttention,
-    find_unit,
-    refuse_attention,
-    refuse_product,
+    Gemm,
+    PrefillAttention,
+    find_kernels,
+    why_unsupported_attention,
+    why_unsupported_gemm,
 )
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -31,13 +31,12 @@ def time_once(work: Callable[[], object]) -> float:
 
 def compare(rows: int, outputs: int, inputs: int, dtype: torch.dtype, rounds: int) -> list[str]:
     """GFLOP/s of PyTorch and of our product, the best of so many in turn; "-" where it has none."""
-    unit = find_unit()
     x = torch.randn(rows, inputs).to(dtype)
     weight = torch.randn(outputs, inputs).to(dtype)
     ways: list[Callable[[], object]] = [lambda: F.linear(x, weight)]
-    if unit is not None and refuse_product(weight, unit) is None:
-        products = Products(unit)
-        ways.append(lambda: products.linear(x, weight, None))
+    if why_unsupported_gemm(weight) is None:
+        gemm = Gemm()
+        ways.append(lambda: gemm.linear(x, weight, None))
     return find_rates(ways, 2.0 * rows * outputs * inputs, rounds)
 
 
@@ -58,9 +57,9 @@ def compare_attention(
         return mixed.transpose(1, 2).contiguous()
 
     ways: list[Callable[[], object]] = [attend]
-    if refuse_attention(query, key, value, None) is None:
-        tiled = TiledAttention()
-        ways.append(lambda: tiled.attend(query, key, value, None, size**-0.5, True))
+    if why_unsupported_attention(query, key, value, None) is None:
+        attention = PrefillAttention()
+        ways.append(lambda: attention.attend(query, key, value, None, size**-0.5, True))
     return find_rates(ways, 2.0 * rows * (rows + 1) * heads * size, rounds)
 
 
@@ -76,9 +75,10 @@ def find_rates(ways: list[Callable[[], object]], flops: float, rounds: int) -> l
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    unit = find_unit() or "none"
+    kernels = find_kernels()
+    isa = "none" if kernels is None else kernels.isa
     print(
-        f"| rows | outputs x inputs | bf16, PyTorch | bf16, {unit} | fp32, PyTorch | fp32, {unit} |"
+        f"| rows | outputs x inputs | bf16, PyTorch | bf16, {isa} | fp32, PyTorch | fp32, {isa} |"
     )
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     hidden, width = args.hidden, args.width

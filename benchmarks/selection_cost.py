@@ -3,19 +3,26 @@
     python benchmarks/selection_cost.py layer               # the shape of LLaVA-1.5-7B's layers
     python benchmarks/selection_cost.py prefill             # SceneVLM, its example picture
     python benchmarks/selection_cost.py prefill --method paper --dtype float32
+    python benchmarks/selection_cost.py launches            # SceneVLM's prompt on a GPU, counted
 
 ``layer`` times every rule on random activations against one decoder layer's matrix products, the
 gate computed anew (prompts on tiles keep it). ``prefill`` sums the seconds spent in a method's
 rules and divides by the report's prefill seconds; ``later`` is what waits for the first token, and
 is done in front of the first decode step. Medians; run it on a machine that does nothing else.
+
+``launches`` counts the kernels that a GPU is given up to the first token, and how often it is
+waited for. Without a GPU Triton's interpreter and a stand-in count the same code, in some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,10 +34,18 @@ from torch.nn import functional as F
 from corematching import CoreMatching, load_demo
 from corematching.cache.masks import take
 from corematching.demo.example import read_example
-from corematching.methods import Sparsifier
+from corematching.lab.bench.launches import LaunchCounter, gpu_stand_in
+from corematching.methods import Sparsifier, TopNeurons
 from corematching.protocol import NeuronChoice, NeuronPolicy, PrefillView, TokenChoice, TokenPolicy
 
 METHODS = {"default": CoreMatching, "paper": CoreMatching.paper}
+COUNTED = {
+    "dense": None,
+    "default": CoreMatching(),
+    "tokens alone": CoreMatching(neurons=None),
+    "20 % of tokens, 40 % of neurons": CoreMatching(keep_ratio=0.2, neurons=TopNeurons(0.4)),
+    "the paper's rule": CoreMatching.paper(),
+}
 SYSTEM_TOKENS = 35
 
 
@@ -128,8 +143,8 @@ def measure_layer(args: argparse.Namespace) -> None:
             print(f"{name:8} {part:8} {seconds * 1e3:8.1f} ms  {seconds / layer:6.1%} of the layer")
 
 
-def measure_prefill(args: argparse.Namespace) -> None:
-    """A method's rules inside SceneVLM's prefill."""
+def load_example(args: argparse.Namespace, device: str) -> tuple[Any, Any]:
+    """SceneVLM and the inputs of its example."""
     model, processor = load_demo(dtype=getattr(torch, args.dtype))
     example = read_example()
     content = [
@@ -142,7 +157,37 @@ def measure_prefill(args: argparse.Namespace) -> None:
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-    ).to(dtype=model.dtype)
+    ).to(device, dtype=model.dtype)
+    return model.to(device), inputs
+
+
+def measure_launches(args: argparse.Namespace) -> None:
+    """Launches and waits of SceneVLM's prompt, up to the first token, as a table."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it at its first import, which is behind
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    model, inputs = load_example(args, device)
+    print("| method | launches | more than dense | waits |\n|---|---:|---:|---:|")
+    dense = 0
+    for name, method in COUNTED.items():
+        counter = LaunchCounter()
+        with contextlib.ExitStack() as stack:
+            if device == "cpu":
+                stack.enter_context(gpu_stand_in())
+            if method is not None:
+                stack.enter_context(method(model, engine="torch" if device == "cpu" else "auto"))
+            stack.enter_context(counter.counting())
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        total = counter.launches.total()
+        dense = dense or total
+        print(f"| {name} | {total} | {total / dense - 1:.1%} | {counter.waits.total()} |")
+
+
+def measure_prefill(args: argparse.Namespace) -> None:
+    """A method's rules inside SceneVLM's prefill."""
+    model, inputs = load_example(args, "cpu")
     method = METHODS[args.method]()
     rows = []
     for _ in range(args.repeats + 1):
@@ -162,7 +207,7 @@ def measure_prefill(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("layer", "prefill"))
+    parser.add_argument("what", choices=("layer", "prefill", "launches"))
     parser.add_argument("--method", choices=METHODS, default="default", help="for prefill")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
@@ -172,4 +217,5 @@ if __name__ == "__main__":
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--width", type=int, default=11008)
     arguments = parser.parse_args()
-    {"layer": measure_layer, "prefill": measure_prefill}[arguments.what](arguments)
+    measures = {"layer": measure_layer, "prefill": measure_prefill, "launches": measure_launches}
+    measures[arguments.what](arguments)

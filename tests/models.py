@@ -6,7 +6,6 @@ the logits visibly. `build` gives the same weights for the same name each time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.more_models import MORE_FAMILIES
 from tests.tiny_model import (
     FIRST_TEXT_ID,
     HIDDEN,
@@ -28,6 +28,7 @@ from tests.tiny_model import (
     VOCAB,
     WIDTH,
     TinyModel,
+    enlarge_weights,
     flat_pixels,
     padded_pixels,
     patch_rows,
@@ -239,6 +240,9 @@ FAMILIES: dict[str, TinyModel] = {
     "llava_mistral_window": _llava_like("MistralConfig", sliding_window=12),
     "gemma3_window": _gemma3(window=12),
 }
+FAMILIES |= {
+    name: tiny for name, tiny in MORE_FAMILIES.items() if hasattr(transformers, tiny.config)
+}
 VISION_FAMILIES = tuple(name for name, tiny in FAMILIES.items() if tiny.has_vision)
 TEXT_FAMILIES = tuple(name for name, tiny in FAMILIES.items() if not tiny.has_vision)
 WINDOW_FAMILIES = tuple(name for name in FAMILIES if name.endswith("_window"))
@@ -268,7 +272,7 @@ def build(
         attn_implementation=attn_implementation or tiny.attention[0],
         dtype=torch.float32,
     )
-    _enlarge_weights(model)
+    enlarge_weights(model)
     torch.set_rng_state(rng)
     model.generation_config.pad_token_id = PAD_ID
     model.generation_config.eos_token_id = None
@@ -333,15 +337,3 @@ def _sample_ids(tiny: TinyModel, length: int, images: int, rng: torch.Generator)
     image = torch.full((tiny.image_tokens,), tiny.image_id)
     parts = [part for i in range(images) for part in (text[i : i + 1], image)]
     return torch.cat([*parts, text[images:]])
-
-
-@torch.no_grad()
-def _enlarge_weights(model: torch.nn.Module) -> None:
-    """Redraw the weights: matrices keep the scale of their input, vectors are jittered."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            fan_in = math.prod(parameter.shape[1:])
-            parameter.normal_(0.0, 1.0 / math.sqrt(fan_in))
-        else:
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.get_input_embeddings().weight.normal_(0.0, 1.0)

@@ -75,7 +75,7 @@ def test_missing_weights_end_the_command(broken, picture, capsys):  # noqa: F811
 def test_the_command_shows_weights_that_are_too_many(broken, picture):  # noqa: F811
     change_weights(broken, lambda t: t.update({"model.head.weight": torch.zeros(2)}))
     asked = ["-i", str(picture), "-q", "What?", "--max-new-tokens", "2"]
-    line = [sys.executable, "-m", "corematching.cli", "run", "-m", str(broken), *asked]
+    line = [sys.executable, "-m", "corematching", "run", "-m", str(broken), *asked]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("model.head.weight") == 1
@@ -161,7 +161,7 @@ def test_code_of_a_checkpoint_is_never_run(tiny_lm, tmp_path, known):  # noqa: F
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     config["model_type"] = "llama" if known else "own"
     (folder / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "corematching.cli", "run", "-m", str(folder), "-q", "What?"]
+    command = [sys.executable, "-m", "corematching", "run", "-m", str(folder), "-q", "What?"]
     done = subprocess.run(
         [*command, "--max-new-tokens", "2"],
         input="y\n" * 9,

@@ -57,7 +57,7 @@ class PlainNeurons:
 def test_defaults():
     neurons, tokens = First(), Every()
     assert neurons.needs == tokens.needs == {ACTIVATIONS}
-    assert not neurons.per_token and neurons.decode_ratio == 1.0
+    assert not neurons.per_token and not neurons.gate_thresholds and neurons.decode_ratio == 1.0
     assert not tokens.proportional and tokens.vision_layer == -1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,3 +155,15 @@ def padded_pixels(images: Sequence[int], rng: torch.Generator) -> dict[str, Tens
     for sample, count in enumerate(images):
         pixels[sample, :count] = torch.randn(count, 3, 32, 32, generator=rng)
     return {"pixel_values": pixels}
+
+
+@torch.no_grad()
+def enlarge_weights(model: torch.nn.Module) -> None:
+    """Redraw the weights: matrices keep the scale of their input, vectors are jittered."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            fan_in = math.prod(parameter.shape[1:])
+            parameter.normal_(0.0, 1.0 / math.sqrt(fan_in))
+        else:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.get_input_embeddings().weight.normal_(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""The directory for what is made once and kept."""
+"""The cache directory."""
 
 from __future__ import annotations
 

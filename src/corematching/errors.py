@@ -7,6 +7,10 @@ import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+ALL_TOKENS = "keep all tokens, as with CoreMatching(score=None)"
+ALL_NEURONS = "compute all neurons, as with CoreMatching(neurons=None)"
+"""What works where tokens, or neurons, cannot be dropped."""
+
 
 class CoreMatchingError(Exception):
     """Base class; the command turns it into one line and exit code 2."""
@@ -17,11 +21,11 @@ class ConfigError(CoreMatchingError, ValueError):
 
 
 class InvalidTensorError(ConfigError):
-    """A tensor has another shape, dtype or layout, or other values, than what reads it takes."""
+    """A tensor has an unsupported shape, dtype, layout or value."""
 
 
 class UnsupportedModelError(CoreMatchingError):
-    """The model has a part that this library cannot shorten or thin out."""
+    """The model has a part that this library cannot prune."""
 
 
 class AlreadyInstalledError(CoreMatchingError):
@@ -33,7 +37,7 @@ class InputError(CoreMatchingError):
 
 
 class MemoryCapError(CoreMatchingError):
-    """A model does not fit under the cap on memory that it was given."""
+    """A model does not fit under its cap on memory."""
 
 
 class MissingPackageError(CoreMatchingError, ImportError):
@@ -49,11 +53,11 @@ class EngineClosedError(CoreMatchingError):
 
 
 class BusyMachineError(CoreMatchingError):
-    """Other programs run, so that times would mean nothing."""
+    """Other programs are running, so times cannot be compared."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a name that is not registered, with the nearest one that is."""
+    """The error for an unknown name, with the nearest known one."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean '{near[0]}'? " if near else ""
@@ -62,10 +66,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
 
 @contextmanager
 def translating(what: str, fix: str) -> Iterator[None]:
-    """Turn whatever a block raises into an `InputError` ``what (reason): fix``.
+    """Turn every exception of a block into an `InputError` ``what (reason): fix``.
 
-    For code that reads foreign files, such as tokenizers and templates, and raises anything at all
-    where they are damaged. Our own errors and those of the machine (no memory, no room on disk)
+    For readers of foreign files, such as tokenizers and templates, which raise any exception for
+    damaged ones. Our own errors and those of the machine (no memory, no room on disk)
     pass.
     """
     try:
@@ -79,7 +83,7 @@ def translating(what: str, fix: str) -> Iterator[None]:
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Whether an error says that memory or room on disk has run out."""
+    """Whether memory or room on disk has run out."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -1,4 +1,4 @@
-"""What a user asks, made fit for a model: text stays text, and a prompt is not too long."""
+"""Checks of a user's input: text without control tokens, prompts within the model's length."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from corematching.errors import InputError
 SCALED = ("linear", "dynamic", "yarn")
 """Rotary embeddings that reach further than the config's positions, by a factor."""
 UNLIMITED = 10**9
-"""A tokenizer that knows no limit names a number above this one."""
+"""A tokenizer without a limit names a number above this one."""
 _MARKS = re.compile(r"_(token|tag)$")
 
 
 @dataclass(frozen=True)
 class Controls:
-    """The texts that a tokenizer or a processor takes for something else than text.
+    """The texts that a tokenizer or a processor reads as control tokens.
 
     Attributes
     ----------
     exact : Pattern or None
         Finds them; None where there are none.
     alike : Pattern or None
-        Finds them in text that is folded, whatever a tokenizer's normalisation would make of it.
+        Finds them in folded text, for any normalisation of the tokenizer.
     ids : frozenset of int
     """
 
@@ -48,7 +48,7 @@ def plain_text(processor: Any, text: str) -> str:
     """A user's text with nothing in it that acts as a control token.
 
     A special token that is typed out, such as ``<image>`` or ``<|im_end|>``, gets a space behind
-    its first character and is read as the words that it is made of. Other text stays as it is.
+    its first character and is read as plain words. Other text stays unchanged.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def plain_text(processor: Any, text: str) -> str:
     Raises
     ------
     InputError
-        The tokenizer reads a special token out of the text even so.
+        The tokenizer still reads a special token in the text.
     """
     controls = _controls_of(processor)
     if controls.exact is None or controls.alike is None or not controls.alike.search(_fold(text)):
@@ -111,19 +111,19 @@ def _fold(text: str) -> str:
 
 
 def max_positions(config: Any, tokenizer: Any = None) -> int | None:
-    """How many tokens a model can tell the places of, prompt and answer together.
+    """The most positions of a model, prompt and answer together.
 
     Parameters
     ----------
     config : PreTrainedConfig
         Of the whole model.
     tokenizer : PreTrainedTokenizer, optional
-        Asked where the config says nothing.
+        Consulted where the config has no limit.
 
     Returns
     -------
     int or None
-        None where neither says.
+        None where neither has one.
     """
     text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
@@ -134,7 +134,7 @@ def max_positions(config: Any, tokenizer: Any = None) -> int | None:
 
 
 def _reaches(text: Any, limit: int) -> Iterator[float]:
-    """How far rotary embeddings reach that are scaled, for each kind of layer."""
+    """The reach of scaled rotary embeddings, for each kind of layer."""
     ropes = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     nested = [rope for rope in ropes.values() if isinstance(rope, Mapping)]
     for rope in nested or [ropes]:
@@ -144,7 +144,7 @@ def _reaches(text: Any, limit: int) -> Iterator[float]:
 
 
 def check_length(model: Any, tokens: int, new_tokens: int = 1, tokenizer: Any = None) -> None:
-    """Refuse a prompt that is too long, before anything runs.
+    """Check the length of a prompt before anything runs.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ def check_length(model: Any, tokens: int, new_tokens: int = 1, tokenizer: Any = 
     Raises
     ------
     InputError
-        Prompt and answer together exceed what the model has positions for.
+        Prompt and answer together exceed the model's positions.
     """
     limit = max_positions(model.config, tokenizer)
     check_room(limit, tokens, new_tokens)
@@ -169,7 +169,7 @@ SHORTER = "ask something shorter, or show fewer or smaller pictures"
 
 
 def check_room(limit: int | None, tokens: int, new_tokens: int = 1, fix: str = SHORTER) -> None:
-    """As `check_length`, for a known limit, where None is none; ``fix`` says what to do."""
+    """As `check_length`, for a known limit, or None; ``fix`` is the advice."""
     if limit is None or tokens + new_tokens <= limit:
         return
     if tokens >= limit:

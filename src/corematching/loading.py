@@ -1,7 +1,7 @@
 """Models and their processors from a directory or the Hugging Face Hub, whole or not at all.
 
-A checkpoint is data: Python code that comes with one is never run, and weights that are missing or
-of another shape are an error, as transformers would draw them at random.
+A checkpoint is data: its Python code is never run. Missing weights and weights of another shape
+are errors; transformers would draw them at random.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 3
 RECOMPUTED = ("position_ids", "inv_freq")
-"""Ends of the names of buffers that old checkpoints hold and new models compute."""
+"""Suffixes of buffers in old checkpoints that new models compute."""
 COMPLETE = "check that the model is complete, or delete it from the cache and download it again"
 OWN_CODE = (
     "'{name}' comes with Python code of its own, which is not run: choose a model whose "
@@ -29,7 +29,7 @@ OWN_CODE = (
 def load_pretrained(
     name: str | Path, dtype: Any = "auto", device: Any = None
 ) -> tuple[Any, Any, bool]:
-    """Load a model that generates text, and what prepares its input.
+    """Load a model that generates text, and its processor or tokenizer.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def choose_loader(name: str | Path, config: Any) -> tuple[Any, bool]:
 
 
 def load_weights(loader: Any, name: str | Path, fix: str = COMPLETE, **options: Any) -> Any:
-    """Load a model, in eval mode, and check that its files held all of it.
+    """Load a model, in eval mode, and check that no weight is missing.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def load_weights(loader: Any, name: str | Path, fix: str = COMPLETE, **options: 
         With ``from_pretrained``.
     name : str or Path
     fix : str
-        What to do where a file cannot be read.
+        The advice for a file that cannot be read.
     **options
         For ``from_pretrained``.
 
@@ -155,18 +155,18 @@ def load_weights(loader: Any, name: str | Path, fix: str = COMPLETE, **options: 
 
 
 def check_weights(name: str | Path, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights; log what it has too many.
+    """Check a checkpoint's weights; log superfluous ones.
 
     Parameters
     ----------
     name : str or Path
     info : mapping
-        What ``from_pretrained`` gives with ``output_loading_info=True``.
+        The loading info of ``from_pretrained(..., output_loading_info=True)``.
 
     Raises
     ------
     InputError
-        Naming the weights.
+        Weights are missing or do not fit; the message names them.
     """
     fix = "download or save the whole model again"
     missing = info["missing_keys"]
@@ -195,7 +195,7 @@ def load_processor(name: str | Path, takes_images: bool = True, **options: Any) 
     InputError
         There is none, it is damaged, or it needs a package that is not installed.
     UnsupportedModelError
-        It is Python code of the model's own.
+        It needs the checkpoint's own Python code.
     """
     from transformers import AutoProcessor, AutoTokenizer
 

@@ -15,7 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what prepares its input.
+    """A model with its processor or tokenizer.
 
     Attributes
     ----------
@@ -90,12 +90,12 @@ def load_named(
 
 
 def is_scenevlm(name: str) -> bool:
-    """Whether a name is that of the model that the package ships."""
+    """Whether a name means SceneVLM."""
     return name.lower() == SCENEVLM.lower()
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that is not one of `DTYPES`."""
+    """Check for a dtype of `DTYPES`."""
     if dtype not in DTYPES:
         raise unknown_name("dtype", str(dtype), DTYPES)
 

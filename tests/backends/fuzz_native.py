@@ -1,58 +1,69 @@
-"""Runs the C kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with random shapes.
+"""Runs the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with random shapes.
 
-``python -m tests.backends.fuzz_native`` compiles the C sources three times, for this processor with
-the tile instructions emulated in C (emulated_tiles.h), for AVX2 and for no vectors at all, and runs
-random cases (native_cases.py) against float64 until the time is up. A fault ends it with the
-sanitizer's report and the seed that brings it back (``--seed``).
+``python -m tests.backends.fuzz_native`` builds the extension module with sanitizers and with matrix
+tiles emulated (amx_emulation.h), and runs random cases (native_cases) on every instruction set of
+this processor against float64 until the time is up. A fault ends it with the sanitizer's report and
+the seed that brings it back (``--seed``, with the instruction set as ``--isa``).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[2] / "src/corematching/backends/cpu/native/corematching.c"
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-BUILDS = {
-    "this processor, emulated tiles": ("-march=native", "-DCM_EMULATE_TILES"),
-    "AVX2": ("-march=x86-64-v3",),
-    "no vectors": ("-march=x86-64",),
-}
-COMPILE_SECONDS = 300
-LIBRARY = "CM_FUZZ_LIBRARY"
+ROOT = Path(__file__).parents[2]
+FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+BUILD_SECONDS = 1200
+EXTENSION = "CORE_MATCHING_FUZZED_EXTENSION"
+MODULE = "corematching.backends.cpu._kernels"
 
 
 def main() -> int:
-    """Compile and run every build; 0 where no fault was found."""
+    """Build and run every instruction set; 0 where no fault was found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=45, help="of cases, per build")
+    parser.add_argument("--seconds", type=float, default=45, help="of cases, per instruction set")
     parser.add_argument("--seed", type=int, help="run the case of this seed alone")
+    parser.add_argument("--isa", help="run on this instruction set alone")
     options = parser.parse_args()
-    if LIBRARY in os.environ:
-        return run_cases(options.seconds, options.seed)
-    compiler = os.environ.get("CC", "gcc").split() or ["gcc"]
+    if EXTENSION in os.environ:
+        return run_cases(options.seconds, options.seed, options.isa)
     with tempfile.TemporaryDirectory() as place:
-        for name, flags in BUILDS.items():
-            print(f"{name}: compiling", flush=True)
-            library = Path(place) / "kernels.so"
-            command = [*compiler, *FLAGS, *SANITIZERS, *flags, "-o", str(library), str(SOURCE)]
-            subprocess.run([*command, "-lm"], check=True, timeout=COMPILE_SECONDS)
-            code = run_under(compiler, library, options)
-            if code:
-                seed = library.with_suffix(".seed")
-                print(f"{name}: failed at seed {seed.read_text() if seed.exists() else '?'}")
-                return code
-    return 0
+        print("compiling", flush=True)
+        return run_under(build(Path(place)), options)
 
 
-def run_under(compiler: list[str], library: Path, options: argparse.Namespace) -> int:
+def build(place: Path) -> Path:
+    """The extension module with sanitizers, in a folder."""
+    bin_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cmake = shutil.which("cmake", path=bin_path)
+    if cmake is None:
+        raise SystemExit("there is no cmake: pip install cmake")
+    nanobind = [sys.executable, "-m", "nanobind", "--cmake_dir"]
+    found = subprocess.run(nanobind, capture_output=True, text=True, check=True).stdout.strip()
+    settings = {
+        "CMAKE_BUILD_TYPE": "Debug",
+        "CMAKE_CXX_FLAGS_DEBUG": FLAGS,
+        "COREMATCHING_EMULATE_TILES": "ON",
+        "Python_EXECUTABLE": sys.executable,
+        "nanobind_DIR": found,
+    }
+    defined = [f"-D{name}={value}" for name, value in settings.items()]
+    quiet = {"check": True, "timeout": BUILD_SECONDS, "stdout": subprocess.DEVNULL}
+    subprocess.run([cmake, "-S", str(ROOT), "-B", str(place), *defined], **quiet)
+    subprocess.run([cmake, "--build", str(place), "--parallel", "2"], **quiet)
+    return next(place.glob("_kernels*.so"))
+
+
+def run_under(extension: Path, options: argparse.Namespace) -> int:
     """Run this file again with the sanitizers' runtime loaded before everything else."""
+    compiler = os.environ.get("CXX", "g++").split() or ["g++"]
     runtimes = [
         subprocess.run(
             [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -61,52 +72,66 @@ def run_under(compiler: list[str], library: Path, options: argparse.Namespace) -
     ]
     environment = {
         **os.environ,
-        LIBRARY: str(library),
+        EXTENSION: str(extension),
         "LD_PRELOAD": ":".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "OMP_NUM_THREADS": "3",
     }
     own = [sys.executable, "-m", "tests.backends.fuzz_native", "--seconds", str(options.seconds)]
-    if options.seed is not None:
-        own += ["--seed", str(options.seed)]
-    limit = options.seconds + COMPILE_SECONDS
-    return subprocess.run(own, env=environment, timeout=limit, check=False).returncode
+    for name in ("seed", "isa"):
+        value = getattr(options, name)
+        own += [] if value is None else [f"--{name}", str(value)]
+    code = subprocess.run(own, env=environment, check=False).returncode
+    noted = extension.with_suffix(".seed")
+    if code:
+        print(f"failed at {noted.read_text() if noted.exists() else '?'}")
+    return code
 
 
-def run_cases(seconds: float, seed: int | None) -> int:
+def run_cases(seconds: float, seed: int | None, isa: str | None) -> int:
     """Cases of one seed after the other; 1 at the first that differs from float64."""
-    import ctypes
+    import torch  # noqa: F401  (before the extension, which shares its OpenMP runtime)
 
-    import torch
+    spec = importlib.util.spec_from_file_location(MODULE, os.environ[EXTENSION])
+    assert spec is not None and spec.loader is not None
+    sys.modules[MODULE] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
     from corematching.backends.cpu import native
-    from corematching.backends.cpu.native import build
-    from corematching.backends.cpu.native.structs import declare
 
-    library = declare(ctypes.CDLL(os.environ[LIBRARY]))
-    build._find_once = lambda: library  # type: ignore[assignment]
     native.Scratch.reserve = _reserve_exactly  # type: ignore[method-assign]
-    from .native_cases import Draw, is_close, list_makers
+    for name in native.supported_isas():
+        if isa in (None, name):
+            with native.use_isa(name):
+                if not _pass(name, seconds, seed):
+                    return 1
+    return 0
 
-    makers, end = list_makers(), time.monotonic() + seconds
-    print(f"  {library.cm_target().decode()}, {len(makers)} kernels", flush=True)
-    noted = Path(os.environ[LIBRARY]).with_suffix(".seed")
+
+def _pass(isa: str, seconds: float, seed: int | None) -> bool:
+    """Whether the cases within so many seconds, or the one of a seed, agree with float64."""
+    import torch
+
+    from .native_cases import MAKERS, Draw, is_close
+
+    noted = Path(os.environ[EXTENSION]).with_suffix(".seed")
     current, last = (0, 10**9) if seed is None else (seed, seed + 1)
+    end = time.monotonic() + seconds
     while current < last and (seed is not None or time.monotonic() < end):
         draw = Draw(current)
         torch.set_num_threads(draw.random.randint(1, 3))
-        case = makers[current % len(makers)](draw)
-        noted.write_text(str(current))
+        case = MAKERS[current % len(MAKERS)](draw)
+        noted.write_text(f"--seed {current} --isa {isa}")
         ours = case.call(**case.tensors)
         if ours is None or not is_close(case, ours, case.reference(**case.tensors)):
-            print(f"  seed {current}: {case.name} differs from float64", flush=True)
-            return 1
+            print(f"  {isa}, seed {current}: {case.name} differs from float64", flush=True)
+            return False
         _poison(case)
         case.call(**case.tensors)
         current += 1
-    print(f"  {current - (seed or 0)} cases, no fault", flush=True)
-    return 0
+    print(f"  {isa}: {current - (seed or 0)} cases, no fault", flush=True)
+    return True
 
 
 def _poison(case) -> None:  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""What the C kernels are handed is checked: a wrong tensor is refused, or what comes out is right.
+"""What the kernels are handed is checked: a wrong tensor is refused, or what comes out is right.
 
 Every case (native_cases.py) gets one of its tensors changed in dtype, shape, layout or values. The
 kernel must raise InvalidTensorError, say that it cannot run (None), or agree with float64.
@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from corematching.backends.cpu import native as n
 from corematching.backends.kernels import FFNWeights, NeuronSets, Thresholds
 from corematching.errors import InvalidTensorError
-from tests.backends.native_cases import Draw, is_close, list_makers
+from tests.backends.native_cases import MAKERS, Draw, is_close
 
-pytestmark = pytest.mark.skipif(n.find_library() is None, reason="no C compiler")
-MAKERS = list_makers()
+pytestmark = pytest.mark.skipif(n.find_kernels() is None, reason="no compiled kernels")
 DTYPES = [torch.float64, torch.float16, torch.float32, torch.bfloat16, torch.int32, torch.long]
 
 
@@ -54,7 +53,7 @@ def _change(x, how, where):
 CHANGES = [*"dtype bool strided flat empty shorter longer transposed".split(), "more dimensions"]
 
 
-@pytest.mark.parametrize("maker", MAKERS, ids=lambda m: str(getattr(m, "func", m).__name__))
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda m: m.__name__)
 @settings(max_examples=40, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 10_000),
@@ -76,7 +75,7 @@ def test_a_changed_tensor_is_refused_or_right(maker, seed, name, how, where):
         assert is_close(case, ours, case.reference(**tensors)), (case.name, key, how)
 
 
-@pytest.mark.parametrize("maker", MAKERS, ids=lambda m: str(getattr(m, "func", m).__name__))
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda m: m.__name__)
 @settings(max_examples=10, derandomize=True, database=None)
 @given(seed=st.integers(0, 10_000), value=st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38]))
 def test_what_is_no_number_harms_nothing(maker, seed, value):
@@ -94,7 +93,7 @@ def test_what_is_no_number_harms_nothing(maker, seed, value):
 def test_nan_stays_nan_when_it_is_rounded(dtype):
     x, weight = torch.randn(2, 40).to(dtype), torch.randn(9, 40).to(dtype)
     x[1, 3] = torch.nan
-    for out in (n.linear(x, weight, None), n.Products(n.VECTORS).linear(x, weight, None)):
+    for out in (n.linear(x, weight, None), n.Gemm().linear(x, weight, None)):
         assert out[1].isnan().all() and not out[0].isnan().any()
     for name in ("silu", "gelu", "gelu_tanh", "relu"):
         weights = FFNWeights(weight, weight.clone(), activation=name)
@@ -140,23 +139,20 @@ def test_a_linear_layer_for_too_many_rows(rows):
 
 
 def test_more_matrices_than_are_multiplied_at_once():
-    products, x = n.Products(n.VECTORS), torch.randn(5, 8)
+    gemm, x = n.Gemm(), torch.randn(5, 8)
     with pytest.raises(InvalidTensorError, match="1 to 4"):
-        products.several(x, [torch.randn(3, 8)] * 5, [None] * 5)
+        gemm.joint(x, [torch.randn(3, 8)] * 5, [None] * 5)
     with pytest.raises(InvalidTensorError, match="1 to 4"):
-        products.several(x, [torch.randn(3, 8)] * 2, [None])
+        gemm.joint(x, [torch.randn(3, 8)] * 2, [None])
 
 
-@pytest.mark.parametrize("unit", [n.VECTORS, n.TILES])
-def test_no_rows_give_no_rows(unit):
-    if unit == n.TILES and not n.has_tiles():
-        pytest.skip("this processor has no matrix tiles (AMX)")
-    products, weight = n.Products(unit), torch.randn(64, 32).bfloat16()
+def test_no_rows_give_no_rows(isa):
+    gemm, weight = n.Gemm(), torch.randn(64, 32).bfloat16()
     x = torch.randn(0, 32).bfloat16()
-    assert products.linear(x, weight, None).shape == (0, 64)
-    assert products.gated(x, weight, weight, None, None, "silu").shape == (0, 64)
-    assert products.several(x, [weight, weight], [None, None]).shape == (0, 128)
-    assert n.normalise(x, n.Norm(torch.ones(32).bfloat16(), 1e-5)).shape == (0, 32)
+    assert gemm.linear(x, weight, None).shape == (0, 64)
+    assert gemm.gated(x, weight, weight, None, None, "silu").shape == (0, 64)
+    assert gemm.joint(x, [weight, weight], [None, None]).shape == (0, 128)
+    assert n.normalize(x, n.Norm(torch.ones(32).bfloat16(), 1e-5)).shape == (0, 32)
 
 
 def make_step(capacity=5, batch=2):
@@ -177,6 +173,21 @@ def test_a_length_beyond_the_buffer(length):
         step.run(*inputs, None, length)
 
 
+@pytest.mark.parametrize("lengths", [[0, 5], [5, 6], [5], [[5, 5]], [1.0, 2.0]])
+def test_lengths_of_rows_that_do_not_fit(lengths):
+    step, inputs = make_step()
+    with pytest.raises(InvalidTensorError):
+        step.run(*inputs, None, torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("columns", [3, 0])
+def test_fewer_valid_columns_than_the_longest_row_has(columns):
+    step, inputs = make_step()
+    valid = torch.ones(2, columns, dtype=torch.uint8)
+    with pytest.raises(InvalidTensorError, match="valid columns"):
+        step.run(*inputs, valid, torch.tensor([2, 4]))
+
+
 def test_steps_of_other_rows_than_the_buffer_has():
     step, inputs = make_step()
     up = torch.randn(6, 8)
@@ -187,12 +198,12 @@ def test_steps_of_other_rows_than_the_buffer_has():
         step.set_plans([n.KERNEL.prepare_dense(FFNWeights(up, up), up.t().contiguous(), None)], 17)
 
 
-@pytest.mark.parametrize("place", [2, 10**6])
-def test_a_gate_kept_beyond_its_room(place):
+@pytest.mark.parametrize("slot", [2, 10**6])
+def test_a_gate_kept_beyond_its_room(slot):
     x, weight = torch.randn(3, 8), torch.randn(6, 8)
-    kept = torch.tensor([0, -1, place], dtype=torch.int32), torch.zeros(2, 6)
-    with pytest.raises(InvalidTensorError, match="row"):
-        n.Products(n.VECTORS).gated(x, weight, weight, None, None, "silu", kept)
+    kept = torch.tensor([0, -1, slot], dtype=torch.int32), torch.zeros(2, 6)
+    with pytest.raises(InvalidTensorError, match="slot"):
+        n.Gemm().gated(x, weight, weight, None, None, "silu", kept)
 
 
 @pytest.mark.parametrize(

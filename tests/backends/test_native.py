@@ -1,24 +1,20 @@
-"""The C kernels compute what PyTorch's operators do, and read no more than they must."""
+"""The compiled kernels compute what PyTorch's operators do, and read no more than they must."""
 
 from __future__ import annotations
 
-import ctypes
 from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from corematching.backends.cpu.native import KERNEL, build, find_library, linear
-from corematching.backends.cpu.native import kernel as kernel_module
-from corematching.backends.cpu.native.structs import declare
+from corematching.backends.cpu.native import KERNEL, linear
 from corematching.backends.kernels import (
     CompactWeights,
     FFNWeights,
     NeuronSets,
     Thresholds,
     activation_name,
-    find_kernel,
     sparse_ffn,
 )
 
@@ -30,7 +26,7 @@ FUNCTIONS = {
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
-pytestmark = pytest.mark.skipif(find_library() is None, reason="no C compiler")
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.fixture(autouse=True)
@@ -179,28 +175,6 @@ def test_linear_layers(batch, bias, dtype):
     torch.testing.assert_close(ours.float(), theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("flags", [("-fopenmp",), ()])
-def test_portable_builds_compute_the_same(flags, tmp_path, monkeypatch):
-    """Without this machine's vector instructions, and without OpenMP."""
-    monkeypatch.setattr(build, "VARIANTS", (flags,))
-    path = tmp_path / "portable.so"
-    build._compile(build._compiler(), path)
-    library = declare(ctypes.CDLL(str(path)))
-    monkeypatch.setattr(kernel_module, "find_library", lambda: library)
-    for dtype in TOLERANCE:
-        weights = make_weights(dtype=dtype)
-        assert_same(torch.randn(4, 37).to(dtype), weights, NeuronSets(choose(2)))
-
-
-def test_the_switch_turns_kernels_off(monkeypatch):
-    weights = make_weights()
-    assert find_kernel(weights) is KERNEL
-    monkeypatch.setenv("CORE_MATCHING_NATIVE", "0")
-    assert find_library() is None and find_kernel(weights) is None
-    monkeypatch.delenv("CORE_MATCHING_NATIVE")
-    assert find_kernel(weights) is KERNEL
-
-
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -212,7 +186,7 @@ def test_the_switch_turns_kernels_off(monkeypatch):
     ],
 )
 def test_refuses_what_it_cannot_read(change, reason):
-    assert reason in KERNEL.refuse(change(make_weights()))
+    assert reason in KERNEL.why_unsupported(change(make_weights()))
 
 
 def test_finds_activation_functions_by_trying():

@@ -1,6 +1,6 @@
 """Threads that share what multiplies, attends and steps get what each would get alone.
 
-ctypes lets other threads run while C computes, so nothing that a call writes may be shared.
+Other Python threads run while a kernel computes, so nothing that a call writes may be shared.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from corematching.backends.cpu import native as n
 from corematching.backends.kernels import FFNWeights, NeuronSets
 
 THREADS, ROUNDS = 4, 40
-UNITS = [n.VECTORS, *([n.TILES] if n.has_tiles() else [])]
 
-pytestmark = pytest.mark.skipif(n.find_library() is None, reason="no C compiler")
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def run_together(calls):
@@ -46,28 +45,25 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_products(unit):
-    products, weight = n.Products(unit), draw(192, 320)
+def test_products():
+    gemm, weight = n.Gemm(), draw(192, 320)
     inputs = [draw(rows, 320) for rows in (200, 33, 97, 260)]
-    run_together([lambda x=x: products.linear(x, weight, None) for x in inputs])
+    run_together([lambda x=x: gemm.linear(x, weight, None) for x in inputs])
     gate = draw(192, 320)
-    run_together([lambda x=x: products.gated(x, gate, weight, None, None, "silu") for x in inputs])
+    run_together([lambda x=x: gemm.gated(x, gate, weight, None, None, "silu") for x in inputs])
 
 
-@pytest.mark.skipif(not n.has_tiles(), reason="this processor has no matrix tiles (AMX)")
 def test_attention():
-    attention = n.TiledAttention()
+    attention = n.PrefillAttention()
     inputs = [draw(1, 2, length, 64) for length in (200, 33, 97, 260)]
     run_together([lambda x=x: attention.attend(x, x, x, None, 0.5, True) for x in inputs])
 
 
-@pytest.mark.skipif(not n.has_tiles(), reason="this processor has no matrix tiles (AMX)")
 def test_layers():
     names = ("q", "k", "v", "o", "gate", "up", "down")
     weights = {name: draw(64, 64) for name in names}
     norms = (n.Norm(1 + draw(64), 1e-5), n.Norm(1 + draw(64), 1e-5))
-    layer = n.PromptLayer(weights, norms, 32, "silu", 0.3, n.Scratch())
+    layer = n.PrefillLayer(weights, norms, 32, "silu", 0.3, n.Scratch())
     inputs = [draw(1, length, 64) for length in (200, 33, 97, 260)]
     run_together([lambda x=x: layer.run(x, None, None, True).out for x in inputs])
 

@@ -1,4 +1,4 @@
-"""Runs `triton_cases.py`, `triton_prompt_cases.py` and `triton_builds.py`, each in its own process.
+"""Runs the `triton_*.py` files beside it, each in a process of its own.
 
 Triton decides at its first import whether kernels are interpreted. The cases run on the CUDA device
 where there is one, else under the interpreter; the builds never are interpreted.
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+CASES = [*sorted(path.name for path in HERE.glob("triton_*_cases.py")), "triton_cases.py"]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -36,7 +37,7 @@ def run_pytest(file, **environment):
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("file", ["triton_cases.py", "triton_prompt_cases.py"])
+@pytest.mark.parametrize("file", CASES)
 def test_the_kernels_agree_with_pytorch(file):
     run_pytest(file, TRITON_INTERPRET="0" if torch.cuda.is_available() else "1")
 

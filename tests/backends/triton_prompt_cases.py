@@ -7,6 +7,7 @@ from corematching.backends.cuda import triton_statistics
 from corematching.backends.cuda.triton_statistics import (
     find_size,
     mark_highest,
+    mark_top_positive,
     pick_highest,
     sum_rows,
     weigh_marks,
@@ -14,6 +15,7 @@ from corematching.backends.cuda.triton_statistics import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WHATS = ("values", "sizes", "unit squares")
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -25,10 +27,19 @@ def some_tokens(batch, length):
     return (torch.arange(batch * length, device=DEVICE).view(batch, length) % 4) != 1
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])
-@pytest.mark.parametrize("what", ["values", "sizes", "unit squares"])
-@pytest.mark.parametrize(("batch", "length", "width"), [(1, 5, 37), (3, 70, 100)])
-def test_sums(dtype, what, batch, length, width):
+SMALL, LARGE = (1, 5, 37), (2, 66, 70)  # the large ones have more than one block
+SUMS = [
+    *((dtype, what, SMALL) for dtype in (*DTYPES, torch.bool) for what in WHATS),
+    (torch.float32, "values", LARGE),
+    (torch.float16, "sizes", LARGE),
+    (torch.bfloat16, "unit squares", LARGE),
+    (torch.bool, "values", LARGE),
+]
+
+
+@pytest.mark.parametrize(("dtype", "what", "shape"), SUMS)
+def test_sums(dtype, what, shape):
+    batch, length, width = shape
     values = draw(batch, length, width)
     values = values > 0.3 if dtype == torch.bool else values.to(dtype)
     values[:, 2] = 0
@@ -39,10 +50,11 @@ def test_sums(dtype, what, batch, length, width):
     found = sum_rows(values, tokens, what)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found, sum_rows(values, tokens, what))
+    if shape == SMALL:
+        assert torch.equal(found, sum_rows(values, tokens, what))
 
 
-@pytest.mark.parametrize("what", ["values", "sizes", "unit squares"])
+@pytest.mark.parametrize("what", WHATS)
 def test_values_that_do_not_count_are_not_read(what):
     values = draw(2, 6, 40)
     tokens = some_tokens(2, 6)
@@ -57,15 +69,26 @@ def test_weights_of_marks():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("absolute", [True, False])
-@pytest.mark.parametrize("width", [1, 37, 64])
+@pytest.mark.parametrize(("width", "absolute"), [(1, True), (37, True), (37, False), (64, False)])
 def test_marks(dtype, absolute, width):
-    values = draw(2, 9, width).mul(4).round().div(4).to(dtype)  # with ties and zeros
-    counts = torch.arange(18, device=DEVICE).view(2, 9, 1).clamp(1, width)
+    values = draw(2, 4, width).mul(4).round().div(4).to(dtype)  # with ties and zeros
+    counts = torch.tensor([0, 1, 2, 5, 17, 36, 50, 64], device=DEVICE)
+    counts = counts.view(2, 4, 1).clamp(1, width)
     sizes = values.abs() if absolute else values
     cuts = sizes.sort(dim=-1, descending=True).values.gather(-1, counts - 1)
     found = mark_highest(values, counts, absolute)
     assert torch.equal(found, (sizes >= cuts) & (sizes > 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rho", [0.2, 1.0])
+def test_marks_of_positive_entries(dtype, rho):
+    values = draw(2, 9, 64).mul(4).round().div(4).to(dtype)
+    values[0, :2] = -values[0, :2].abs()
+    found = mark_top_positive(values, round(rho * 1_000_000))
+    counts = ((values > 0).sum(-1, keepdim=True) - 1).mul(rho).floor().long() + 1
+    assert torch.equal(found, mark_highest(values, counts.clamp(min=1), False))
+    assert torch.equal(mark_highest(values, 5, True), mark_highest(values, counts * 0 + 5, True))
 
 
 @pytest.mark.parametrize("width", [1, 37, 64, 1500])
@@ -93,7 +116,7 @@ def test_sizes_at_a_rank(dtype, chosen):
     values[0, 0, :30] = values[0, 0, 30]
     values[~tokens] = torch.nan
     neurons = torch.stack([torch.randperm(50)[:20].sort().values for _ in range(2)]).to(DEVICE)
-    for share in (0.01, 0.5, 1.0):
+    for share in (0.01, 0.6):
         found = torch.tensor([0, 0])
         expected = []
         for sample in range(2):

@@ -86,6 +86,16 @@ def test_table_on_stdout(measure):
     assert "corematching bench --shape=tiny --batch=2 --new-tokens=3 --prompt-tokens=8" in out
 
 
+def test_several_batch_sizes(measure, tmp_path):
+    code, out, err = measure(*TINY, "--prompt-tokens", "8", "--batch", "1,2", "--json")
+    assert code == 0, err
+    boards = json.loads(out)
+    assert [board["batch"] for board in boards] == [1, 2]
+    for size, board in enumerate(boards, start=1):
+        assert f"--batch={size} " in board["command"] or size == 1
+        assert json.loads((tmp_path / "out" / f"batch-{size}" / "bench.json").read_text()) == board
+
+
 def test_a_model_through_its_own_processor(measure, tiny_vlm, tmp_path):
     arguments = ("--rounds", "1", "--new-tokens", "3", "--prompt-tokens", "60", "--force")
     code, out, err = measure(
@@ -134,6 +144,9 @@ def test_busy_machine_is_refused(measure, monkeypatch):
         (("--shape", "tiny", "--peers", "vllm", "--peers-dir", "/no"), "benchmarks/peers"),
         (("--shape", "tiny", "--new-tokens", "1"), "new-tokens"),
         (("--shape", "tiny", "--device", "gpu9"), "--device cpu"),
+        (("--shape", "tiny", "--batch", "1,two"), "--batch 1,two: give whole numbers from 1"),
+        (("--shape", "tiny", "--batch", "0"), "give whole numbers from 1 to 1024"),
+        (("--shape", "tiny", "--batch", "99999999"), "give whole numbers from 1 to 1024"),
         (
             ("--shape", "tiny", "--prompt-tokens", "99999999"),
             "the prompt has 100,000,015 tokens, the model takes 4,096 at most",

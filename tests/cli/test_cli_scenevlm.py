@@ -1,4 +1,7 @@
-"""SceneVLM as a user gets it: assembled from the shipped files and the wheel, in real processes."""
+"""SceneVLM as a user gets it: assembled from the shipped files and the wheel where it is not yet.
+
+It lies in the user's own cache, as for the pages of the documentation: one assembly for all tests.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import pytest
 from PIL import Image
 
+from corematching.cli.entry import run_command
 from corematching.demo.example import read_example
 from corematching.demo.language import PACKAGE
 from tests.cli.test_cli_process import run
@@ -17,16 +21,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-def test_run_answers_from_core_tokens(cache, tmp_path):
+def test_run_answers_from_core_tokens(tmp_path):
     example = read_example()
     overlay = tmp_path / "kept.png"
     arguments = ("--image", example.image, "--question", example.question, "--overlay", overlay)
-    done = run("run", *arguments, "--json", "--compare", CORE_MATCHING_CACHE=cache)
+    done = run("run", *arguments, "--json", "--compare")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["model"] == "SceneVLM"
@@ -41,11 +40,12 @@ def test_run_answers_from_core_tokens(cache, tmp_path):
         assert drawn.format == "PNG"
 
 
-def test_demo_shows_dense_beside_sparse(cache):
-    done = run("demo", CORE_MATCHING_CACHE=cache)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_demo_shows_dense_beside_sparse(capsys):
+    code = run_command(["demo"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    lines = said.out.splitlines()
     assert any(line.startswith("dense:") for line in lines)
     assert any(line.startswith("sparse:") for line in lines)
     assert any(line.startswith("image tokens") for line in lines)
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said.err

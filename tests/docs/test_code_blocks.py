@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -22,13 +23,15 @@ import pytest
 import typer
 import uvicorn
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from corematching.cli.app import app
 from corematching.cli.entry import run_command
 from corematching.demo import cache
 from corematching.demo.example import read_example
 from corematching.demo.language import PACKAGE
+from corematching.lab.bench import runner
+from corematching.lab.bench.machine import Ceilings
 from corematching.policies.component import REGISTRY
 from tests.docs.blocks import DOCS, ROOT, Block, read_blocks, written_pages
 
@@ -42,8 +45,8 @@ SESSIONS = {
     )
 }
 CHEAP = {
-    "run": {"--max-new-tokens": "8"},
-    "eval": {"--limit": "2", "--batch": "2", "--max-new-tokens": "4"},
+    "run": {"--max-new-tokens": "4"},
+    "eval": {"--limit": "1", "--batch": "2", "--max-new-tokens": "2"},
     "bench": {"--rounds": "1", "--new-tokens": "2", "--force": None},
     "analyze": {"--layers": "5,11"},
     "analyze-task": {"--limit": "1", "--layers": "5"},
@@ -73,8 +76,16 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded():
-    """Models that pages have loaded, by what was asked for."""
+    """Models and processors that pages have loaded, by what was asked for."""
     return {}
+
+
+def load_once(loaded, load, cls, name, *args, **kwargs):
+    """``cls.from_pretrained(name, ...)``, out of ``loaded`` where it was asked for before."""
+    key = (cls, str(name), repr(sorted((k, str(v)) for k, v in kwargs.items())))
+    if key not in loaded:
+        loaded[key] = load(cls, name, *args, **kwargs)
+    return loaded[key]
 
 
 @pytest.fixture
@@ -99,20 +110,16 @@ def served(monkeypatch):
 
 @pytest.fixture
 def session(checkpoint, loaded, monkeypatch, tmp_path):
-    """An empty folder with a picture, a hub without a network, and models that are loaded once."""
+    """An empty folder with a picture, a hub without a network, models that are loaded once."""
     monkeypatch.chdir(tmp_path)
     Image.open(read_example().image).convert("RGB").save("photo.png")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(checkpoint))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    once = PreTrainedModel.from_pretrained.__func__
-
-    def load(cls, name, *args, **kwargs):
-        key = (cls, str(name), repr(sorted((k, str(v)) for k, v in kwargs.items())))
-        if key not in loaded:
-            loaded[key] = once(cls, name, *args, **kwargs)
-        return loaded[key]
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load))
+    monkeypatch.setattr(cache, "is_intact", lambda folder: True)  # `checkpoint` has looked
+    for kind in (PreTrainedModel, ProcessorMixin):
+        load = functools.partial(load_once, loaded, kind.from_pretrained.__func__)
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(load))
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *_: Ceilings(1e9, 1e12, "float32"))
     module = types.ModuleType("page_of_the_documentation")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     yield module
@@ -172,7 +179,7 @@ def test_cheap_forms_keep_the_rest():
     words = "eval -M corematching --limit 200 --out board".split()
     cheap = make_cheap(words)
     assert cheap[:5] == ["eval", "-M", "corematching", "--out", "board"]
-    assert cheap[cheap.index("--limit") + 1] == "2" and cheap.count("--limit") == 1
+    assert cheap[cheap.index("--limit") + 1] == "1" and cheap.count("--limit") == 1
     bench = make_cheap("bench --peers all --dtype bfloat16 --force".split())
     assert bench[:3] == ["bench", "--dtype", "bfloat16"] and "all" not in bench
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 
 from corematching.runtime import attach, detach
+from tests.isas import isa, native_prompts  # noqa: F401
 from tests.models import build
+from tests.runtime.native_prompts import native_calls  # noqa: F401
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from corematching.protocol import (
     TokenPolicy,
 )
 from tests.models import FAMILIES, FIRST_TEXT_ID, LAST_TEXT_ID, VOCAB, build, image_mask
-from tests.runtime.reference import Reference, continue_greedily
+from tests.runtime.reference import Reference, continue_greedily, find_down
 
 BANNED = [i for i in range(VOCAB) if not FIRST_TEXT_ID <= i < LAST_TEXT_ID]
 STEPS = 4
@@ -127,7 +127,7 @@ class RandomNeurons(NeuronPolicy):
     def masks(self, model: Any) -> list[tuple[Tensor, Tensor | None]]:
         """Per layer: (B, F) kept neurons and what stands for the others."""
         layers = model.get_decoder().layers
-        width = layers[0].mlp.down_proj.in_features
+        width = find_down(layers[0]).in_features
         masks = []
         for layer, count in enumerate(self.counts(len(layers), width)):
             choice = self.pick(layer, width, count)

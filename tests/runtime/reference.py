@@ -81,7 +81,7 @@ def continue_greedily(
             valid, choices = inputs["attention_mask"], (kept_after or {}, weights_after)
             stack.enter_context(hidden_tokens(model, valid, *choices))
             stack.enter_context(overwritten_neurons(model, prompt, neurons))
-            logits.append(model(**sequence, use_cache=False).logits[:, -1])
+            logits.append(model(**_place(model, sequence), use_cache=False).logits[:, -1])
         allowed = logits[-1].clone()
         allowed[:, banned or []] = -torch.inf
         tokens.append(allowed.argmax(-1, keepdim=True))
@@ -125,7 +125,7 @@ def overwritten_neurons(
     """Overwrite what new tokens' dropped neurons give to the down projection."""
     with ExitStack() as stack:
         for layer, choice in zip(model.get_decoder().layers, neurons or [], strict=False):
-            handle = _down(layer).register_forward_pre_hook(_overwriting_hook(prompt, *choice))
+            handle = find_down(layer).register_forward_pre_hook(_overwriting_hook(prompt, *choice))
             stack.callback(handle.remove)
         yield
 
@@ -170,7 +170,9 @@ def _masking_hook(
 
 def _window(layer: Any) -> int | None:
     """The layer's sliding window; Mistral's attention has it in its configuration only."""
-    attention = layer.self_attn
+    attention = getattr(layer, "self_attn", None)
+    if attention is None:
+        return None
     holder = attention if hasattr(attention, "sliding_window") else attention.config
     return getattr(holder, "sliding_window", None)
 
@@ -186,8 +188,16 @@ def _overwriting_hook(prompt: int, keep: Tensor, mean: Tensor | None) -> Callabl
     return hook
 
 
-def _down(layer: nn.Module) -> nn.Module:
-    return layer.mlp.down_proj
+def find_down(layer: nn.Module) -> nn.Module:
+    return layer.mlp.down_proj if hasattr(layer.mlp, "down_proj") else layer.mlp.dense_4h_to_h
+
+
+def _place(model: Any, sequence: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with position ids that count no padding, where attention depends on them."""
+    if getattr(model.config.get_text_config(), "model_type", "") != "ministral3":
+        return sequence
+    places = (sequence["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return {**sequence, "position_ids": places}
 
 
 def _append(sequence: dict[str, Tensor], token: Tensor, token_type: int) -> dict[str, Tensor]:

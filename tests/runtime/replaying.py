@@ -15,13 +15,13 @@ from corematching.model.patching import Patches
 @contextmanager
 def replaying(run: Any, make_recorder: Callable[[], Any]) -> Iterator[GraphSteps]:
     """Give a run the backend of a GPU, whose steps ``make_recorder`` captures."""
-    place, patches = run._session.place, Patches()
-    own = place.backend, place.traffic
-    backend = CudaBackend(run.model, place.parts, place.sparse, make_recorder)
-    place.backend, place.traffic = backend, WeightTraffic(backend)
+    installation, patches = run._session.installation, Patches()
+    own = installation.backend, installation.traffic
+    backend = CudaBackend(run.model, installation.parts, installation.sparse, make_recorder)
+    installation.backend, installation.traffic = backend, WeightTraffic(backend)
     try:
         backend.install(patches)
         yield backend.graph
     finally:
         patches.undo()
-        place.backend, place.traffic = own
+        installation.backend, installation.traffic = own

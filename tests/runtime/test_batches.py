@@ -89,6 +89,17 @@ def test_a_batch_is_its_singles(name, engine, batch):
             assert torch.equal(ours.indices[sample], choice.materialize().indices[0])
             if choice.mean is not None:
                 close(ours.mean[sample], choice.mean[0], 1e-5)
+            if choice.gate_threshold is not None:
+                close(ours.gate_threshold[sample], choice.gate_threshold[0], 1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_engines_agree(name, batch):
+    model, inputs = batch
+    ours, logits, _, masks = run(model, inputs, METHODS[name], "auto")
+    theirs, others, _, found = run(model, inputs, METHODS[name], "torch")
+    assert masks == found and torch.equal(ours.sequences, theirs.sequences)
+    close(logits, others)
 
 
 @pytest.mark.parametrize("name", ["default", "staged", "staged and compensating"])

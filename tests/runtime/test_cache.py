@@ -121,7 +121,7 @@ def test_a_copy_counts_on_its_own():
     other = copy.deepcopy(cache)
     filled(cache, length=1)
     assert (cache.get_seq_length(), other.get_seq_length()) == (7, 6)
-    assert other.memory.valid is not cache.memory.valid
+    assert other.pruned_prompt.valid is not cache.pruned_prompt.valid
 
 
 def test_the_memory_follows_the_samples():
@@ -130,12 +130,12 @@ def test_the_memory_follows_the_samples():
     choice = NeuronChoice(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1.0], [2.0]]))
     remember(cache, PrunedPrompt(valid, 6, 0, {1: choice}))
     cache.reorder_cache(torch.tensor([1, 1]))
-    assert cache.memory.valid[:, 0].tolist() == [False, False]
-    assert cache.memory.choice(1).indices.tolist() == [[2, 3], [2, 3]]
+    assert cache.pruned_prompt.valid[:, 0].tolist() == [False, False]
+    assert cache.pruned_prompt.choice(1).indices.tolist() == [[2, 3], [2, 3]]
     cache.batch_repeat_interleave(2)
-    assert cache.memory.choice(1).mean.flatten().tolist() == [2.0] * 4
+    assert cache.pruned_prompt.choice(1).mean.flatten().tolist() == [2.0] * 4
     cache.batch_select_indices(torch.tensor([0]))
-    assert cache.memory.valid.shape == (1, 3) and cache.layers[0].keys.shape[0] == 1
+    assert cache.pruned_prompt.valid.shape == (1, 3) and cache.layers[0].keys.shape[0] == 1
 
 
 @pytest.mark.parametrize("make", [DynamicCache, static_cache])

@@ -31,8 +31,7 @@ def test_steps_go_on_in_front_of_what_was_cropped(cut, engine):
         for _ in range(3):
             turns.feed()
         turns.cut(2, CUTS[cut](2))
-        turns.check()
-        turns.check(3)
+        turns.check_each(1, 3)
         turns.cut(3, CUTS[cut](3))
         turns.check()
 
@@ -211,8 +210,7 @@ def test_a_prompts_cache_is_read_once_for_many_questions():
         for rows in (2, 3, 1):
             turns.cache, turns.mask, turns.rows, turns.fed = copy.deepcopy(kept), mask, [0], [[]]
             turns.move([0] * rows, call("batch_repeat_interleave", rows))
-            turns.check(2)
-            turns.check()
+            turns.check_each(2, 1)
 
 
 def test_a_cache_cannot_be_rebuilt_from_its_keys():

@@ -8,10 +8,11 @@ import transformers
 from torch import nn
 
 from corematching.errors import UnsupportedModelError
+from corematching.methods import CATS, TEAL, CoreMatching, TopNeurons
 from corematching.runtime import FAMILIES, attach, check_model, find_family
 from tests.models import FAMILIES as TINY
-from tests.models import TEXT, VISION_FAMILIES, build
-from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod
+from tests.models import TEXT, VISION_FAMILIES, build, make_inputs
+from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod, generate
 from tests.runtime.test_families import fingerprint
 
 NEURONS = TestMethod(None, RandomNeurons((1,)))
@@ -96,6 +97,18 @@ def flexible():
     return model
 
 
+def speaking():
+    model = build("llava")
+    model.thinker = build("llava")
+    return model
+
+
+def adapted():
+    wrapper = nn.Module()
+    wrapper.get_base_model = lambda: build("llava")
+    return wrapper
+
+
 @pytest.mark.parametrize(
     ("make", "method", "words"),
     [
@@ -112,8 +125,26 @@ def flexible():
         (offloaded, NEURONS, ["disk", "one device"]),
         (without_head, NEURONS, ["no generate()"]),
         (flexible, TOKENS, ["flex_attention", "set_attn_implementation('sdpa')"]),
-        (lambda: build("llama"), TOKENS, ["LlamaForCausalLM", "image token", "score=None"]),
+        (
+            lambda: build("llama"),
+            TOKENS,
+            ["LlamaForCausalLM", "image_token_id and video_token_id of LlamaConfig", "score=None"],
+        ),
         (lambda: nn.Linear(2, 2), NEURONS, ["Linear", "PreTrainedModel"]),
+        (speaking, TOKENS, ["model.thinker"]),
+        (adapted, NEURONS, ["model.get_base_model()", "model.merge_and_unload()"]),
+        (lambda: torch.compile(build("llava")), TOKENS, ["model._orig_mod"]),
+        (lambda: nn.DataParallel(build("llava")), TOKENS, ["model.module"]),
+        (
+            lambda: build("llava_neox"),
+            CATS(),
+            ["GPTNeoXMLP has no gate", "TopNeurons())", "TEAL()"],
+        ),
+        (
+            lambda: build("llava_neox"),
+            CoreMatching(),
+            ["GPTNeoXMLP has no gate", "CoreMatching(neurons=TopNeurons())"],
+        ),
     ],
 )
 def test_refused(make, method, words):
@@ -161,6 +192,33 @@ def test_every_family_listed_is_tested():
     assert find_family("llava").name == "LLaVA-1.5" and find_family("nothing") is None
     for family in FAMILIES:
         assert family.tokens == (family.model_type in vision) and family.neurons
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llama", CoreMatching(score=None)),
+        ("llava", CoreMatching(neurons=None)),
+        ("llava_neox", CoreMatching(neurons=TopNeurons())),
+        ("llava_neox", CoreMatching(neurons=None)),
+        ("llava_neox", TEAL()),
+    ],
+)
+def test_what_the_messages_name_works(name, method):
+    model = build(name)
+    with method(model) as run:
+        generate(model, make_inputs(name, model))
+        assert run.report.samples[0].new_tokens
+
+
+def test_an_image_token_id_can_be_given():
+    model = build("llama")
+    model.config.image_token_id = 5
+    ids = torch.tensor([[7, *[5] * 10, 8, 9]])
+    with CoreMatching(keep_tokens=4)(model) as run:
+        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        sample = run.report.samples[0]
+    assert (sample.image_tokens, sample.kept_tokens) == (10, 4)
 
 
 def test_quantised_weights_can_lose_tokens_but_not_neurons():

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from corematching.backends.choice_checks import check_neurons, check_tokens
-from corematching.backends.cpu.native import find_library
+from corematching.backends.cpu.native import find_kernels
 from corematching.errors import InvalidTensorError
 from corematching.protocol import NeuronChoice
 from corematching.runtime import attach, detach
 from tests.models import WIDTH, build, make_inputs
 from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod
 
-ENGINES = ["torch", pytest.param("native", marks=pytest.mark.skipif(not find_library(), reason=""))]
+ENGINES = ["torch", pytest.param("native", marks=pytest.mark.skipif(not find_kernels(), reason=""))]
 
 
 def _set(indices, place, value):

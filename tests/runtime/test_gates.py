@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from corematching import CoreMatching
-from corematching.backends.cpu.native import find_library, find_unit, list_dtypes
+from corematching.backends.cpu.native import find_kernels, prefers_native
 from corematching.methods import gate_threshold
 from corematching.model.gate_store import GateStore, make_gate_request
 from tests import models
@@ -42,7 +42,7 @@ def test_only_who_asked_finds_what_was_kept():
     assert gates.make_room(mlp, x, 5) is None and gates.find(mlp, x, request.rows) is None
 
 
-@pytest.mark.skipif(find_library() is None, reason="no C compiler")
+@pytest.mark.skipif(find_kernels() is None, reason="no compiled kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_thresholds_are_those_of_a_gate_computed_anew(dtype, monkeypatch):
     """Also behind the cut, where fewer tokens are left, and in padded batches."""
@@ -65,7 +65,7 @@ def test_thresholds_are_those_of_a_gate_computed_anew(dtype, monkeypatch):
             model(**inputs)
     layers = len(models.build("llava").model.language_model.layers)
     assert len(kept) == layers and len(seen) == 2 * layers
-    if dtype in list_dtypes(find_unit()) and dtype == torch.bfloat16:
+    if prefers_native(dtype) and dtype == torch.bfloat16:
         assert all(gate is not None for gate in kept)
     for ours, theirs in zip(seen[:layers], seen[layers:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-6)

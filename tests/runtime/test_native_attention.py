@@ -1,4 +1,4 @@
-"""Prompts that attend on tiles give what the model's own attention gives, in decoder and tower."""
+"""Prompts that attend in the kernels give what the model's own attention gives, everywhere."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from corematching import CoreMatching, Sparsifier
-from corematching.backends.cpu.native import PromptLayer, TiledAttention, has_tiles
+from corematching.backends.cpu.native import PrefillAttention, PrefillLayer
 from corematching.backends.cpu.tower import TowerLayer
 from corematching.model.hooks import HookMonitor, ShapeReader, reads_shapes, show_result
 
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
+pytestmark = pytest.mark.usefixtures("native_prompts")
 
 WIDTH = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
 VISION = {**WIDTH, "num_hidden_layers": 3, "image_size": 32, "patch_size": 4}
@@ -29,8 +29,8 @@ IMAGE = 96
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The (queries, keys, mask or not, causal) of what attends on tiles."""
-    seen, own, whole = [], TiledAttention.attend, PromptLayer.run
+    """The (queries, keys, mask or not, causal) of what attends in the kernels."""
+    seen, own, whole = [], PrefillAttention.attend, PrefillLayer.run
 
     def attend(self, query, key, value, mask, scaling, causal):
         seen.append((query.shape[2], key.shape[2], mask is not None, causal))
@@ -40,8 +40,8 @@ def calls(monkeypatch):
         seen.append((x.shape[1], x.shape[1], mask is not None, causal))
         return whole(self, x, cos_sin, mask, causal, *args)
 
-    monkeypatch.setattr(TiledAttention, "attend", attend)
-    monkeypatch.setattr(PromptLayer, "run", run)
+    monkeypatch.setattr(PrefillAttention, "attend", attend)
+    monkeypatch.setattr(PrefillLayer, "run", run)
     return seen
 
 

@@ -1,4 +1,4 @@
-"""Layers run in one call of C where that sees all that is asked, and else in parts, to the bit."""
+"""Layers run in one call where that sees all that is asked, and else in parts, to the bit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformers import (
 
 from corematching import CoreMatching, Sparsifier
 from corematching.backends.cpu.layer import LlamaLayer
-from corematching.backends.cpu.native import PromptLayer, has_tiles
+from corematching.backends.cpu.native import PrefillLayer
 from tests.chosen import neurons_of
 
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles (AMX)")
+pytestmark = pytest.mark.usefixtures("native_prompts")
 
 SIZES = {
     "vocab_size": 97,
@@ -43,13 +43,13 @@ def build(kind="llama"):
 @pytest.fixture
 def whole(monkeypatch):
     """Notes each layer that runs in one call."""
-    runs, own = [], PromptLayer.run
+    runs, own = [], PrefillLayer.run
 
     def run(self, *args):
         runs.append(self)
         return own(self, *args)
 
-    monkeypatch.setattr(PromptLayer, "run", run)
+    monkeypatch.setattr(PrefillLayer, "run", run)
     return runs
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from corematching import Sparsifier, TopNeurons
-from corematching.backends.cpu.native import find_library, find_unit, list_dtypes
+from corematching.backends.cpu.native import find_kernels, prefers_native
 from corematching.report import PathReport
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
@@ -15,12 +15,12 @@ from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod, gene
 from tests.runtime.replaying import replaying
 from tests.runtime.test_graph import StandIn
 
-compiled = pytest.mark.skipif(find_library() is None, reason="no compiled kernels here")
+compiled = pytest.mark.skipif(find_kernels() is None, reason="no compiled kernels here")
 LAYERS = 3
 
 
 def build_llama():
-    """A model whose prompts of 64 tokens and more run in C, where any do."""
+    """A model whose prompts of 64 tokens and more run in compiled code, where any do."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -30,8 +30,7 @@ def build_llama():
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    dtype = next(iter(list_dtypes(find_unit())), torch.float32)
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 def prompt(length):
@@ -74,7 +73,7 @@ def test_replayed_steps_are_counted():
     assert second == PathReport(graph_replays=4)
 
 
-@pytest.mark.skipif(find_unit() is None, reason="prompts stay PyTorch's here")
+@pytest.mark.skipif(not prefers_native(torch.bfloat16), reason="prompts stay PyTorch's here")
 @torch.no_grad()
 def test_each_prompt_counts_its_own_layers():
     model = build_llama()

@@ -14,7 +14,7 @@ from tests.models import build, make_inputs
 from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod, assert_same, generate
 from tests.runtime.test_families import fingerprint
 
-ENGINES = ("torch", "auto", "native")
+ENGINES = ("torch", "auto")
 LAYER = 2
 
 

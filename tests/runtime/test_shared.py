@@ -9,6 +9,7 @@ import torch
 
 from corematching.errors import InputError
 from corematching.methods import method_from_text
+from corematching.model.attention import find_attention
 from corematching.runtime import attach, detach, record_prompt, replay_prompt
 from tests.models import FAMILIES, VISION_FAMILIES, build, make_inputs
 from tests.runtime.families import RandomNeurons, RandomTokens, TestMethod, generate
@@ -40,15 +41,16 @@ def answer(model, inputs, method, recording=None):
     """Its tokens and logits, and how often each layer's attention ran over a prompt."""
     runs = Counter()
     layers = model.get_decoder().layers
-    originals = [layer.self_attn.forward for layer in layers]
+    attentions = [find_attention(layer) for layer in layers]
+    originals = [attention.forward for attention in attentions]
 
     def count(index, original, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
         runs[index] += hidden.shape[1] > 1
         return original(*args, **kwargs)
 
-    for index, (layer, original) in enumerate(zip(layers, originals, strict=True)):
-        layer.self_attn.forward = lambda *a, i=index, f=original, **k: count(i, f, *a, **k)
+    for index, (attention, original) in enumerate(zip(attentions, originals, strict=True)):
+        attention.forward = lambda *a, i=index, f=original, **k: count(i, f, *a, **k)
     run = attach(model, method, "torch")
     try:
         if recording is None:
@@ -57,8 +59,8 @@ def answer(model, inputs, method, recording=None):
             return generate(model, inputs), run.report, runs
     finally:
         detach(model)
-        for layer in layers:
-            del layer.self_attn.forward
+        for attention in attentions:
+            del attention.forward
 
 
 def assert_equal(ours, theirs):

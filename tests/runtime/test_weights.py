@@ -1,5 +1,7 @@
 """Tokens that count for several; every family is compared with the reference in test_families."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,7 +11,14 @@ from corematching.cache.pruned_cache import pruned_prompt_of
 from corematching.methods import method_from_text
 from corematching.runtime import attach, detach
 from tests.models import build, make_inputs
-from tests.runtime.families import STEPS, RandomTokens, TestMethod, generate
+from tests.runtime.families import (
+    STEPS,
+    RandomTokens,
+    TestMethod,
+    assert_same,
+    generate,
+    reference,
+)
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -39,6 +48,29 @@ def test_weights_of_a_prompt_without_a_mask():
     assert mask.tolist() == [[0, low, low, low], [0, 1, low, low], [0, 1, 2, low]]
     both_ways = weigh_mask(None, log_counts, valid, 3, False, torch.float32)[0, 0]
     assert both_ways.tolist() == [[0, 1, 2]] * 3
+
+
+class WeighedOnce(RandomTokens):
+    """Weights after the first of its layers only."""
+
+    def choose(self, view):
+        choice = super().choose(view)
+        return choice if view.layer == self.layers[0] else replace(choice, weights=None)
+
+    def weights_after(self, image):
+        return {self.layers[0]: super().weights_after(image)[self.layers[0]]}
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_weights_outlast_a_cut_that_gives_none(name):
+    model = build(name)
+    inputs = make_inputs(name, model, batch=2)
+    method = TestMethod(WeighedOnce((0, 2), (1, 2), 0.6))
+    run = attach(model, method)
+    try:
+        assert_same(generate(model, inputs), reference(name, inputs, method))
+    finally:
+        run.remove()
 
 
 @pytest.mark.parametrize("kind", [None, "static"])

@@ -203,8 +203,11 @@ class Turns:
 
     def check(self, length: int = 1, model: Any = None) -> None:
         """Feed ``length`` tokens to each row; compare with the singles."""
-        logits = self.feed(length, model)
-        self._compare(logits, [out.logits[0, -1] for _, out in self._singles(self.rows)])
+        self._compare([self.feed(length, model)])
+
+    def check_each(self, *lengths: int) -> None:
+        """`check` several lengths in turn, with the singles run once."""
+        self._compare([self.feed(length) for length in lengths])
 
     def check_answer(self, steps: int = 3) -> None:
         """Let generate() go on from two new tokens of each row; compare with the singles."""
@@ -212,29 +215,34 @@ class Turns:
         mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
         ours = answer(self.model, ids, mask, self.cache, steps)
         theirs = []
-        for row, (model, out) in enumerate(self._singles(self.rows)):
-            own, cache = ids[row : row + 1], out.past_key_values
+        for row, (model, outs) in enumerate(self._singles(self.rows)):
+            own, cache = ids[row : row + 1], outs[-1].past_key_values
             whole = torch.ones(1, int(mask[row].sum()), dtype=torch.long)
             theirs.append(answer(model, own, whole, cache, steps).logits[0])
-        self._compare(ours.logits, theirs)
+        assert_close(ours.logits, torch.stack(theirs))
 
-    def _singles(self, samples: Sequence[int]) -> Iterator[tuple[Any, Any]]:
-        """Every row's sample alone, fed as the rows were: the model, and what it gave last."""
+    def _singles(self, samples: Sequence[int]) -> Iterator[tuple[Any, list[Any]]]:
+        """Every row's sample alone, fed as the rows were: the model, and what it gave each time."""
         model = self.single
         for sample, fed in zip(samples, self.fed, strict=True):
             attach(model, make_method(self.kind, [sample]), "torch")
             try:
                 with torch.no_grad():
-                    out = model(**sample_of(self.inputs, sample), use_cache=True)
+                    outs = [model(**sample_of(self.inputs, sample), use_cache=True)]
                     for ids in fed:
-                        cache = out.past_key_values
-                        out = model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-                yield model, out
+                        cache = outs[-1].past_key_values
+                        outs += [model(input_ids=ids[None], past_key_values=cache, use_cache=True)]
+                yield model, outs
             finally:
                 detach(model)
 
-    def _compare(self, ours: Tensor, theirs: list[Tensor]) -> None:
-        assert_close(ours, torch.stack(theirs))
+    def _compare(self, ours: list[Tensor]) -> None:
+        """``ours``: the logits (B, V) behind each of the latest turns."""
+        theirs = [
+            torch.stack([out.logits[0, -1] for out in outs[-len(ours) :]])
+            for _, outs in self._singles(self.rows)
+        ]
+        assert_close(torch.stack(ours), torch.stack(theirs, 1))
 
 
 def answer(model: Any, ids: Tensor, mask: Tensor, cache: Any, steps: int, **options: Any) -> Any:

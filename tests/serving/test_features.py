@@ -36,7 +36,7 @@ def read(reader, inputs):
 def test_every_family_reads_the_same_from_kept_features(name):
     model, seen = build(name), Seen()
     inputs, other = (make_inputs(name, model, images=2, seed=seed) for seed in (0, 1))
-    with torch.inference_mode(), CoreMatching(0.5)(model, engine="torch") as run:
+    with torch.inference_mode(), CoreMatching(0.5, neurons=None)(model, engine="torch") as run:
         fresh = PromptReader(run, FeatureCache(model, 0, Observer()))
         expected, different = read(fresh, inputs), read(fresh, other)
         reader = PromptReader(run, FeatureCache(model, 1 << 24, seen))

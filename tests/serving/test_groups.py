@@ -15,7 +15,8 @@ from tests.models import FAMILIES, TEXT_FAMILIES, build, make_inputs
 
 STEPS = 4
 WORDS = [9, 14, 11]
-WINDOWS = ("gemma2", "gemma3", "paligemma2")
+WINDOWS = ("gemma2", "gemma3", "gemma4", "gemma4_per_layer", "paligemma2")
+NO_GATE = ("llava_neox",)
 METHODS = {
     "default": CoreMatching(0.5),
     "staged": CoreMatching(0.15),
@@ -62,8 +63,8 @@ def group_for(run, row):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_rows_of_every_family_decode_as_generate_does(name):
     text = name in TEXT_FAMILIES
-    method = Sparsifier(neurons=GateThreshold()) if text else CoreMatching(0.5)
-    _compare(name, method)
+    neurons = TopNeurons(0.5) if name in NO_GATE else GateThreshold()
+    _compare(name, Sparsifier(neurons=neurons) if text else CoreMatching(0.5, neurons=neurons))
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -58,7 +58,7 @@ class Backend(ABC):
 
     @staticmethod
     @abstractmethod
-    def supports(parts: ModelSpec) -> str | None:
+    def why_unsupported(parts: ModelSpec) -> str | None:
         """Why this backend cannot run a model here, in a few words; None if it can."""
 
     @abstractmethod

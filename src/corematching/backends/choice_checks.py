@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.backends.kernels.check import check_order, describe, find_disorder, refuse_order
 from corematching.errors import ConfigError, InvalidTensorError
 from corematching.protocol import NeuronChoice, TokenChoice
@@ -24,7 +25,7 @@ def limits_of(choice: NeuronChoice) -> tuple[Tensor | None, ...]:
 def check_neurons(choice: NeuronChoice, count: int, width: int) -> None:
     """Check a choice's neurons, means and thresholds.
 
-    Does not wait for a GPU: `check_settled` checks the values of indices there.
+    Does not wait for a GPU: `check_materialized` checks the values of indices there.
 
     Parameters
     ----------
@@ -61,11 +62,11 @@ def check_neurons(choice: NeuronChoice, count: int, width: int) -> None:
                 f"expected thresholds ({len(indices)},) in a float dtype, got {describe(limits)}: "
                 "a policy must give one per sample"
             )
-    if indices.device.type == "cpu":
+    if devices.on_host(indices):
         check_order(indices, width)
 
 
-def check_settled(ffns: Iterable[SparseFFN]) -> None:
+def check_materialized(ffns: Iterable[SparseFFN]) -> None:
     """Materialize the choices of FFNs and check them; waits for each device once.
 
     Raises
@@ -75,7 +76,7 @@ def check_settled(ffns: Iterable[SparseFFN]) -> None:
     ConfigError
         A policy chose no neurons.
     """
-    flags: dict[torch.device, list[tuple[Tensor, int]]] = {}
+    listed: dict[Any, list[Tensor]] = {}
     fresh = [(ffn, ffn.taken) for ffn in ffns if ffn.taken is not ffn.checked]
     for ffn, choice in fresh:
         if choice is None:
@@ -86,14 +87,18 @@ def check_settled(ffns: Iterable[SparseFFN]) -> None:
             raise ConfigError("a policy must choose neurons, at once or with 'later'")
         if late:
             ffn.check_choice(choice)
-        if choice.indices.device.type != "cpu":
-            flag = find_disorder(choice.indices, ffn.width)
-            flags.setdefault(flag.device, []).append((flag, ffn.width))
+        if not devices.on_host(choice.indices):
+            key = choice.indices.device, choice.indices.shape, ffn.width
+            listed.setdefault(key, []).append(choice.indices)
+    flags: dict[torch.device, list[tuple[Tensor, int]]] = {}
+    for (device, _, width), lists in listed.items():
+        alike = {id(indices): indices for indices in lists}
+        flag = find_disorder(torch.cat(list(alike.values())), width)
+        flags.setdefault(device, []).append((flag, width))
     for found in flags.values():
-        for bad, (_, width) in zip(
-            torch.stack([flag for flag, _ in found]).tolist(), found, strict=True
-        ):
-            if bad:
+        bad = torch.stack([flag for flag, _ in found]).tolist()
+        for wrong, (_, width) in zip(bad, found, strict=True):
+            if wrong:
                 raise refuse_order(width)
     for ffn, choice in fresh:
         ffn.checked = choice
@@ -137,6 +142,8 @@ def check_tokens(choice: TokenChoice, valid: Tensor, hidden: Tensor, layer: int)
             f"expected weights {tuple(valid.shape)} in a float dtype after layer {layer}, got "
             f"{describe(weights)}: a policy must give one for every token it is shown"
         )
+    if choice.counts is not None and not devices.on_host(weights):
+        return  # whoever knows the counts beforehand spares the device's answer
     fine = (weights > 0) & (weights < torch.inf)
     if not bool((fine | ~keep.to(fine.device) | ~valid.to(fine.device)).all()):
         raise InvalidTensorError(

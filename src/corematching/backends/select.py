@@ -56,10 +56,11 @@ def choose_backend(
     if engine == "torch":
         return TorchBackend(model, parts, sparse)
     if engine == "native":
-        reason = CpuBackend.supports(parts)
+        reason = CpuBackend.why_unsupported(parts)
         if reason is not None:
             raise UnsupportedModelError(
                 f"engine='native' cannot run here: {reason}; put the model on the CPU of a machine "
-                "with a C compiler, or use engine='auto'"
+                "with compiled kernels, or use engine='auto'"
             )
-    return next(kind(model, parts, sparse) for kind in FASTEST_FIRST if not kind.supports(parts))
+    fastest = next(kind for kind in FASTEST_FIRST if not kind.why_unsupported(parts))
+    return fastest(model, parts, sparse)

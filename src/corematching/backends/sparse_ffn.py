@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corematching.backends.buffers import count_sets, refill
-from corematching.backends.choice_checks import check_neurons, check_settled, limits_of
+from corematching.backends.choice_checks import check_materialized, check_neurons, limits_of
 from corematching.backends.kernels import (
     CompactWeights,
     FFNWeights,
@@ -36,6 +36,15 @@ from corematching.model.patching import Patches
 from corematching.protocol import NeuronChoice
 
 log = logging.getLogger(__name__)
+
+
+def no_gate(mlp: nn.Module) -> str:
+    """The message for thresholds of the gate and an FFN without one."""
+    return (
+        f"{type(mlp).__name__} has no gate to compare with a threshold: use a method without a "
+        "rule on the gate, such as CoreMatching(neurons=TopNeurons()), or a policy that gives "
+        "output_threshold, such as TEAL()"
+    )
 
 
 class SparseFFN:
@@ -59,7 +68,7 @@ class SparseFFN:
     count : int
         Neurons of each choice.
     checked : NeuronChoice or None
-        The last choice that `check_settled` has checked.
+        The last choice that `check_materialized` has checked.
     plan : Any
         The choice as the kernel prepared it; None where compact copies are used.
 
@@ -196,11 +205,11 @@ class SparseFFN:
             unless that kernel runs in compiled code too.
         """
         if self._taken is not None:
-            check_settled([self])
+            check_materialized([self])
             choice, self._taken, self.checked = self._taken, None, None
             assert choice.indices is not None
             with torch.inference_mode(False), torch.no_grad():
-                self._settle(choice.indices, choice)
+                self._materialize(choice.indices, choice)
             self.active = True
             self._warn_of_hooks()
         copies = copies and not (self._kernel is not None and self._kernel.traceable)
@@ -229,11 +238,7 @@ class SparseFFN:
         """
         check_neurons(choice, self.count, self.width)
         if choice.gate_threshold is not None and not self.parts.gated:
-            raise ConfigError(
-                f"{type(self.mlp).__name__} has no gate to compare with a threshold: use a method "
-                "without a rule on the gate (CoreMatching: neurons=TopNeurons()), or a policy that "
-                "gives output_threshold"
-            )
+            raise ConfigError(no_gate(self.mlp))
 
     def check_batch(self, batch: int) -> None:
         """Check that ``batch`` rows are a multiple of the choice's samples.
@@ -301,7 +306,7 @@ class SparseFFN:
         fits = kernel.max_batch is None or x.shape[0] <= kernel.max_batch
         return fits and x.dtype == self.parts.down.weight.dtype
 
-    def _settle(self, indices: Tensor, choice: NeuronChoice) -> None:
+    def _materialize(self, indices: Tensor, choice: NeuronChoice) -> None:
         """Turn a choice into sets of neurons, and prepare the kernel with them."""
         device = self.parts.down.weight.device
         limits = [None if x is None else x.to(device, torch.float32) for x in limits_of(choice)]
@@ -321,7 +326,7 @@ class SparseFFN:
         self.plan, previous = None, self.plan
         if self._kernel is not None:
             self._rows = self.parts.by_neuron()
-            if self._kernel.refuse(self._rows) is None:
+            if self._kernel.why_unsupported(self._rows) is None:
                 self.plan = self._kernel.prepare(self._rows, self._sets, previous)
 
     def _copy_neurons(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from corematching import devices
 from corematching.cache.masks import take
 from corematching.cache.pruned_cache import PrunedCache, pruned_prompt_of
 from corematching.cache.pruned_prompt import PrunedPrompt
 from corematching.errors import InputError, UnsupportedModelError
 
 DYNAMIC_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+GATHERED_BYTES = 1 << 28
+"""Keys and values that are copied to be gathered together, at most."""
 STATIC_LAYERS = (StaticLayer, StaticSlidingWindowLayer)
 
 
@@ -139,8 +143,11 @@ def compact(cache: Any, layers: int, order: Tensor) -> None:
         return
     count = order.shape[1]
     layer: Any
-    for layer in cache.layers[:layers]:
-        keys, values = take(layer.keys, order, 0, 2), take(layer.values, order, 0, 2)
+    shortened = cache.layers[:layers]
+    every = [x for layer in shortened for x in (layer.keys, layer.values)]
+    static = any(layer.is_compileable for layer in shortened)  # most of it is empty
+    tensors = [take(x, order, 0, 2) for x in every] if static else take_all(every, order)
+    for layer, keys, values in zip(shortened, tensors[::2], tensors[1::2], strict=True):
         if layer.is_compileable:
             layer.keys[:, :, :count].copy_(keys)
             layer.values[:, :, :count].copy_(values)
@@ -153,6 +160,27 @@ def compact(cache: Any, layers: int, order: Tensor) -> None:
                 layer.cumulative_length = count
 
 
+def take_all(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
+    """Gather ``order`` (B, K) from tensors (B, G, T, D), for each the tokens of dimension 2.
+
+    On a GPU tensors of one shape are gathered together, with two launches instead of one for each.
+    """
+    if devices.on_host(order):
+        return [take(x, order, 0, 2) for x in tensors]
+    found: dict[int, Tensor] = {}
+    groups: dict[Any, list[list[int]]] = {}
+    for index, x in enumerate(tensors):
+        most = max(1, GATHERED_BYTES // max(x.numel() * x.element_size(), 1))
+        group = groups.setdefault((x.shape, x.dtype, x.device), [[]])
+        if len(group[-1]) == most:
+            group.append([])
+        group[-1].append(index)
+    for part in (part for parts in groups.values() for part in parts):
+        gathered = take(torch.stack([tensors[i] for i in part], 1), order, 0, 3)
+        found.update(zip(part, gathered.unbind(1), strict=True))
+    return [found[index] for index in range(len(tensors))]
+
+
 def tokens_after(cache: Any, query_length: int) -> int:
     """Tokens of the conversation after the next forward, dropped ones included.
 
@@ -160,12 +188,12 @@ def tokens_after(cache: Any, query_length: int) -> int:
     """
     seen = cache.get_seq_length()
     if isinstance(seen, Tensor):
-        memory = cache.memory
-        return memory.prompt - memory.valid.shape[1] + cache.get_max_length()
+        pruned = cache.pruned_prompt
+        return pruned.prompt - pruned.valid.shape[1] + cache.get_max_length()
     return seen + query_length
 
 
-def short_mask(memory: PrunedPrompt, mask: Tensor | None, total: int) -> Tensor | None:
+def short_mask(pruned: PrunedPrompt, mask: Tensor | None, total: int) -> Tensor | None:
     """The 2D mask over the stored tokens, from one over the ``total`` tokens of the conversation.
 
     Returns None where ``mask`` is None and there is no padding.
@@ -175,18 +203,18 @@ def short_mask(memory: PrunedPrompt, mask: Tensor | None, total: int) -> Tensor 
     InputError
         The mask has another number of rows than the cache.
     """
-    rest = total - memory.prompt
-    batch = memory.valid.shape[0]
+    rest = total - pruned.prompt
+    batch = pruned.valid.shape[0]
     if mask is None:
-        if not memory.filler:
+        if not pruned.filler:
             return None
-        mask = memory.valid.new_ones(batch, total, dtype=torch.long)
+        mask = pruned.valid.new_ones(batch, total, dtype=torch.long)
     if mask.shape[0] != batch:
         raise InputError(
             f"an attention mask of {mask.shape[0]} rows does not fit a cache of {batch}: take the "
             "rows of the mask that the cache has"
         )
-    valid = memory.valid.to(mask)
+    valid = pruned.valid.to(mask)
     return valid if rest <= 0 else torch.cat([valid, mask[:, -rest:]], dim=1)
 
 
@@ -198,21 +226,21 @@ def fit_mask(kwargs: dict[str, Any], cache: Cache | None, length: int) -> dict[s
     InputError
         The mask has another number of rows than the cache, or too few columns.
     """
-    memory, mask = pruned_prompt_of(cache), kwargs.get("attention_mask")
-    if memory is None or not memory.shortened or isinstance(mask, dict):
+    pruned, mask = pruned_prompt_of(cache), kwargs.get("attention_mask")
+    if pruned is None or not pruned.shortened or isinstance(mask, dict):
         return kwargs
-    if mask is None and memory.filler:
+    if mask is None and pruned.filler:
         total = tokens_after(cache, length)
     elif mask is not None and mask.ndim == 2:
         total = mask.shape[1]
-        _refuse_short_mask(total, cache, length)
+        _check_columns(total, cache, length)
     else:
         return kwargs
-    return dict(kwargs, attention_mask=short_mask(memory, mask, total))
+    return dict(kwargs, attention_mask=short_mask(pruned, mask, total))
 
 
-def _refuse_short_mask(columns: int, cache: Any, length: int) -> None:
-    """Refuse a mask with fewer columns than a dynamic cache and the new tokens."""
+def _check_columns(columns: int, cache: Any, length: int) -> None:
+    """Check that a mask spans a dynamic cache and the new tokens."""
     seen = cache.get_seq_length()
     if isinstance(seen, int) and columns < seen + length:
         raise InputError(

@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def survivors(keep: Tensor) -> tuple[Tensor, Tensor]:
+def survivors(keep: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Order of the kept columns.
 
     Parameters
     ----------
     keep : Tensor
         (B, T) bool.
+    most : int or None
+        K, where it is known; else this waits for the device.
 
     Returns
     -------
@@ -30,7 +32,7 @@ def survivors(keep: Tensor) -> tuple[Tensor, Tensor]:
     valid : Tensor
         (B, K) bool, False on the filler in front of a sample with fewer survivors.
     """
-    count = max(int(keep.sum(dim=1).max()), 1)
+    count = max(int(keep.sum(dim=1).max()), 1) if most is None else most
     order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -count:]
     return order, keep.gather(1, order)
 
@@ -90,6 +92,7 @@ def shorten_mask(
     causal: bool,
     implementation: str | None,
     dtype: torch.dtype,
+    full: bool | None = None,
 ) -> Tensor | None:
     """The attention mask of a layer for the survivors.
 
@@ -110,13 +113,15 @@ def shorten_mask(
         The model's attention implementation.
     dtype : torch.dtype
         The dtype of additive masks.
+    full : bool or None
+        Whether ``valid`` is True everywhere; None: read it.
 
     Returns
     -------
     Tensor or None
         (B, 1, K, kv_length), or (B, K), or None where no mask is needed.
     """
-    full = bool(valid.all())
+    full = bool(valid.all()) if full is None else full
     if mask is None and full:
         return None
     flash = implementation is not None and "flash" in implementation

@@ -3,8 +3,8 @@
 After a pruned prefill, a cache keeps its identity and its layers, and its class becomes a subclass
 of its own class. ``get_seq_length`` counts dropped tokens too, for positions and for the slicing of
 later inputs; ``get_query_offset`` counts stored tokens, for masks. The cache's own operations
-(reorder, select, repeat, crop, reset) update its memory; after a replacement of its keys, the rows
-are identified by their content.
+(reorder, select, repeat, crop, reset) update these choices; after a replacement of its keys, the
+rows are identified by their content.
 Shapes: B rows, K stored tokens of the prompt.
 """
 
@@ -25,12 +25,13 @@ from corematching.errors import ConfigError, InputError, UnsupportedModelError
 class PrunedCache(Cache):
     """The mixin that `remember` adds to a cache's class."""
 
-    memory: PrunedPrompt
+    pruned_prompt: PrunedPrompt
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens seen, dropped ones included; the position of the next token."""
         stored = super().get_seq_length(layer_idx)
-        return stored if isinstance(stored, int) and not stored else stored + self.memory.dropped
+        is_empty = isinstance(stored, int) and not stored
+        return stored if is_empty else stored + self.pruned_prompt.dropped
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Tokens stored."""
@@ -40,14 +41,14 @@ class PrunedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values."""
-        memory = self.memory
-        if layer_idx != memory.layer:
+        pruned = self.pruned_prompt
+        if layer_idx != pruned.layer:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer: Any = self.layers[layer_idx]
-        known = layer.keys is memory.shown
+        known = layer.keys is pruned.shown
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if known:
-            memory.note(self)
+            pruned.note(self)
         return out
 
     def __iter__(self) -> Any:
@@ -58,7 +59,7 @@ class PrunedCache(Cache):
         UnsupportedModelError
             Tokens were dropped, or neurons chosen.
         """
-        if not self.memory.is_blank:
+        if not self.pruned_prompt.is_blank:
             raise UnsupportedModelError(
                 "keys and values alone do not say which tokens were dropped and which neurons "
                 "chosen: use copy.deepcopy(cache) for a copy, and cache.layers[i].keys to read"
@@ -71,7 +72,7 @@ class PrunedCache(Cache):
     def reset(self) -> None:
         """Forget the tokens and what was dropped."""
         super().reset()
-        self.memory.forget()
+        self.pruned_prompt.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the samples, as beam search does.
@@ -95,7 +96,7 @@ class PrunedCache(Cache):
         UnsupportedModelError
             The cache is static.
         """
-        self._refuse_static("batch_repeat_interleave")
+        self._check_not_static("batch_repeat_interleave")
         rows, counts = self._find_rows(slice(None)), torch.as_tensor(repeats).cpu()
         fits = counts.ndim == 0 or counts.shape == rows.shape
         if not fits or counts.is_floating_point() or bool((counts < 1).any()):
@@ -117,7 +118,7 @@ class PrunedCache(Cache):
         UnsupportedModelError
             The cache is static.
         """
-        self._refuse_static("batch_select_indices")
+        self._check_not_static("batch_select_indices")
         rows = self._find_rows(indices)
         super().batch_select_indices(rows)
         self._follow(rows)
@@ -139,29 +140,29 @@ class PrunedCache(Cache):
         UnsupportedModelError
             The cache is static, or a sliding window has evicted tokens that would be visible again.
         """
-        self._refuse_crop(tokens_to_remove)
-        memory, count = follow(self), -tokens_to_remove
-        if memory is None:
+        self._check_crop(tokens_to_remove)
+        pruned, count = follow(self), -tokens_to_remove
+        if pruned is None:
             super().crop(tokens_to_remove)
             return
-        stored, columns = int(self.get_query_offset()), memory.valid.shape[1]
+        stored, columns = int(self.get_query_offset()), pruned.valid.shape[1]
         if count >= int(self.get_seq_length()):
             self.reset()
             return
         inside = max(columns - (stored - count), 0)
-        if inside >= columns or inside > memory.count_whole():
+        if inside >= columns or inside > pruned.count_whole():
             raise InputError(
                 f"crop({tokens_to_remove}) reaches into a part of the prompt from which tokens "
                 "were dropped, so it would remove others: crop less, or read the prompt again"
             )
         super().crop(tokens_to_remove)
         if inside:
-            memory.cut(inside)
-            memory.watch(self)
-        memory.note(self)
+            pruned.cut(inside)
+            pruned.watch(self)
+        pruned.note(self)
 
-    def _refuse_crop(self, tokens_to_remove: int) -> None:
-        self._refuse_static("crop")
+    def _check_crop(self, tokens_to_remove: int) -> None:
+        self._check_not_static("crop")
         if tokens_to_remove > 0:
             raise ConfigError(
                 f"crop({tokens_to_remove}): give the number of tokens to take back, with a minus"
@@ -174,7 +175,7 @@ class PrunedCache(Cache):
                     "cache.activate_past_recording() before the tokens that you may crop"
                 )
 
-    def _refuse_static(self, operation: str) -> None:
+    def _check_not_static(self, operation: str) -> None:
         if any(layer.is_compileable for layer in self.layers):
             raise UnsupportedModelError(
                 f"{operation}() changes the shape of a cache, which a static one cannot: use a "
@@ -198,9 +199,9 @@ class PrunedCache(Cache):
         return rows
 
     def _follow(self, rows: Tensor) -> None:
-        if not self.memory.is_blank:
-            self.memory.rearrange(rows)
-            self.memory.note(self)
+        if not self.pruned_prompt.is_blank:
+            self.pruned_prompt.rearrange(rows)
+            self.pruned_prompt.note(self)
 
 
 @functools.cache
@@ -216,17 +217,17 @@ def _rebuild(kind: type, state: dict[str, Any]) -> Cache:
     return cache
 
 
-def remember(cache: Cache, memory: PrunedPrompt) -> None:
-    """Turn ``cache`` into a `PrunedCache` with the memory of its prompt."""
+def remember(cache: Cache, pruned: PrunedPrompt) -> None:
+    """Turn ``cache`` into a `PrunedCache` of this prompt."""
     if cache.is_compileable:
         first: Any = cache.layers[0]
-        dropped = torch.full((), int(memory.dropped), dtype=torch.long, device=first.keys.device)
+        dropped = torch.full((), int(pruned.dropped), dtype=torch.long, device=first.keys.device)
         torch._dynamo.mark_static_address(dropped)
-        memory.dropped = dropped
-        if memory.log_counts is not None:
-            memory.log_counts = _fix_length(memory.log_counts, cache)
-    memory.watch(cache)
-    cache.memory = memory  # type: ignore[attr-defined]
+        pruned.dropped = dropped
+        if pruned.log_counts is not None:
+            pruned.log_counts = _fix_length(pruned.log_counts, cache)
+    pruned.watch(cache)
+    cache.pruned_prompt = pruned  # type: ignore[attr-defined]
     if not isinstance(cache, PrunedCache):
         kind: Any = type(cache)
         cache.__class__ = _pruned_kind(kind)
@@ -241,8 +242,8 @@ def _fix_length(log_counts: Tensor, cache: Any) -> Tensor:
 
 
 def pruned_prompt_of(cache: Any) -> PrunedPrompt | None:
-    """The memory of ``cache``, or None if it is no `PrunedCache`."""
-    return cache.memory if isinstance(cache, PrunedCache) else None
+    """The prompt of ``cache``, or None if it is no `PrunedCache`."""
+    return cache.pruned_prompt if isinstance(cache, PrunedCache) else None
 
 
 def log_counts_of(cache: Any, batch: int) -> Tensor | None:
@@ -253,15 +254,15 @@ def log_counts_of(cache: Any, batch: int) -> Tensor | None:
     InputError
         The cache has another number of rows than ``batch``.
     """
-    memory = pruned_prompt_of(cache)
-    if memory is None or memory.log_counts is None:
+    pruned = pruned_prompt_of(cache)
+    if pruned is None or pruned.log_counts is None:
         return None
-    memory.check_batch(batch)
-    return memory.log_counts.contiguous()
+    pruned.check_batch(batch)
+    return pruned.log_counts.contiguous()
 
 
 def follow(cache: Any, batch: int | None = None) -> PrunedPrompt | None:
-    """A cache's memory, updated for replaced keys; None where there is nothing to remember.
+    """A cache's prompt, updated for replaced keys; None where nothing was chosen for it.
 
     Parameters
     ----------
@@ -275,44 +276,44 @@ def follow(cache: Any, batch: int | None = None) -> PrunedPrompt | None:
     InputError
         The keys belong to other prompts, or to another number of rows than ``batch``.
     """
-    memory = pruned_prompt_of(cache)
-    if memory is None or memory.is_blank:
+    pruned = pruned_prompt_of(cache)
+    if pruned is None or pruned.is_blank:
         return None
-    if memory.layer < 0:
-        if _count_rows(cache) != memory.batch:
-            raise _unknown_rows(memory, _count_rows(cache))
-    elif cache.layers[memory.layer].keys is not memory.shown:
-        _follow_keys(cache, memory)
+    if pruned.layer < 0:
+        if _count_rows(cache) != pruned.batch:
+            raise _unknown_rows(pruned, _count_rows(cache))
+    elif cache.layers[pruned.layer].keys is not pruned.shown:
+        _follow_keys(cache, pruned)
     if batch is not None:
-        memory.check_batch(batch)
-    return memory
+        pruned.check_batch(batch)
+    return pruned
 
 
-def _follow_keys(cache: Any, memory: PrunedPrompt) -> None:
+def _follow_keys(cache: Any, pruned: PrunedPrompt) -> None:
     """Find the prompt of each row after keys were replaced, by its last token's keys."""
-    layer, count, sign = cache.layers[memory.layer], memory.valid.shape[1], memory.sign
+    layer, count, sign = cache.layers[pruned.layer], pruned.valid.shape[1], pruned.sign
     keys: Any = layer.keys
     assert sign is not None
     full: list[Any] = [x.keys for x in cache.layers if type(x) is DynamicLayer and x.is_initialized]
     sizes = {(x.shape[0], x.shape[-2]) for x in full}
     if keys is None or len(sizes) != 1 or keys.shape[-2] < count:
-        raise _unknown_rows(memory, _count_rows(cache))
-    one = len(sign) == len(keys) == 1 and memory.log_counts is None and not memory.filler
+        raise _unknown_rows(pruned, _count_rows(cache))
+    one = len(sign) == len(keys) == 1 and pruned.log_counts is None and not pruned.filler
     here = keys[:, :, count - 1 : count].squeeze(2).to(sign.device)
     if not one and (here.shape != sign.shape or not torch.equal(here, sign)):
         if here.shape[1:] != sign.shape[1:]:
-            raise _unknown_rows(memory, len(keys))
+            raise _unknown_rows(pruned, len(keys))
         match = (here[:, None] == sign[None]).flatten(2).all(-1)
         if not bool(match.any(1).all()):
-            raise _unknown_rows(memory, len(keys))
-        memory.rearrange(match.long().argmax(1).cpu())
-    memory.note(cache)
+            raise _unknown_rows(pruned, len(keys))
+        pruned.rearrange(match.long().argmax(1).cpu())
+    pruned.note(cache)
 
 
-def _unknown_rows(memory: PrunedPrompt, rows: int) -> InputError:
+def _unknown_rows(pruned: PrunedPrompt, rows: int) -> InputError:
     return InputError(
         f"the cache's keys were replaced by others of {rows} rows, and which of its "
-        f"{memory.batch} prompts or which of their columns these are cannot be told: use "
+        f"{pruned.batch} prompts or which of their columns these are cannot be told: use "
         "cache.batch_select_indices(), batch_repeat_interleave(), reorder_cache() and crop()"
     )
 

@@ -1,11 +1,11 @@
-"""A KV cache's memory of its prompt, in step with the cache's rows and columns.
+"""The prompt behind a KV cache, in step with the cache's rows and columns.
 
 Shapes: B rows, T tokens of the prompt, K stored tokens of it, G key-value heads, D head dimension.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from corematching.protocol import NeuronChoice
 
 @dataclass
 class PrunedPrompt:
-    """A cache's memory of its prefill.
+    """A cache's prompt after the prefill: the tokens left, and the choices made for it.
 
     Attributes
     ----------
@@ -62,6 +62,8 @@ class PrunedPrompt:
     alike : list of int
         Per row of the prefill: the first row of its run of neighbours with equal neuron choices;
         empty until it is needed.
+    full : bool or None
+        Given at the start: whether ``valid`` is True everywhere; None: it is read.
     """
 
     valid: Tensor
@@ -83,9 +85,10 @@ class PrunedPrompt:
     shown: Tensor | None = None
     sign: Tensor | None = None
     alike: list[int] = field(default_factory=list)
+    full: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
-        self.filler = not bool(self.valid.all())
+    def __post_init__(self, full: bool | None) -> None:
+        self.filler = not (bool(self.valid.all()) if full is None else full)
         self.samples = self.valid.shape[0]
         self.rows = list(range(self.samples))
 
@@ -105,7 +108,7 @@ class PrunedPrompt:
         return not self.shortened and not self.neurons
 
     def forget(self) -> None:
-        """Reset to a blank memory."""
+        """Forget the prompt and its choices."""
         if isinstance(self.dropped, Tensor):
             self.dropped.zero_()
         else:

@@ -1,4 +1,4 @@
-"""`corematching analyze` and `corematching analyze-task`: what the layers of a model show."""
+"""`corematching analyze` and `corematching analyze-task`: the layers of a model."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def analyze_task(
 
 
 def register_analyze(app: typer.Typer) -> None:
-    """Make them commands of the app."""
+    """Register both commands with the app."""
     app.command("analyze", epilog=EXAMPLES, cls=OnceCommand)(analyze)
     app.command("analyze-task", epilog=TASK_EXAMPLES, cls=OnceCommand)(analyze_task)
 

@@ -30,7 +30,7 @@ class Answer:
         Seconds per further token; None when there was only one.
     new_tokens : int
     run : Any
-        What the method's context manager gave; None for a dense answer.
+        The result of the method's context manager; None for a dense answer.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Answer:
 
 
 class TimedStreamer(TextStreamer):
-    """Hands on each piece of text as it comes, and notes when each token came."""
+    """Passes on each piece of text as it comes, and notes each token's time."""
 
     def __init__(self, tokenizer: Any, write: Writer) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -81,7 +81,7 @@ def ask(
     method : callable, optional
         ``method(model)`` is a context manager that yields a run with a report; default: dense.
     write : callable
-        Gets each piece of the answer as it comes.
+        Called with each piece of the answer as it comes.
     """
     import torch
 

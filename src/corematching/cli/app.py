@@ -66,7 +66,7 @@ def run(
     after: options.OldAfter = None,
     neuron_score: options.OldNeuronScore = None,
 ) -> None:
-    """Ask a question about a picture; the default model is SceneVLM, which comes along."""
+    """Ask a question about a picture; the default model is SceneVLM, which the package ships."""
     console.keep_bars_away(own_bars=model is None)
     from corematching.cli.run import Request, answer_request
 
@@ -124,7 +124,7 @@ def demo(overlay: options.Overlay = None) -> None:
 
 @app.command(cls=OnceCommand)
 def models() -> None:
-    """List the model families that work."""
+    """List the tested model families."""
     from rich.table import Table
 
     from corematching.model.families import FAMILIES

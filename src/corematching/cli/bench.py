@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -24,6 +25,7 @@ DEFAULT_OUT = Path("corematching-bench")
 DEFAULT_PEERS = Path("benchmarks/peers")
 SHAPE_KEEP_RATIO, SHAPE_NEURON_RATIO = 0.2, 0.4
 DENSE = "dense"
+MAX_BENCH_BATCH = 1024
 EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -52,7 +54,14 @@ ShapeName = Annotated[
         "them. Default ratios: 0.2 of the image tokens, 0.4 of the neurons.",
     ),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Samples at a time.")]
+Batch = Annotated[
+    str,
+    typer.Option(
+        metavar="N[,N...]",
+        help="Samples at a time. With several sizes, each is measured in turn, into a folder of "
+        "its own in --out.",
+    ),
+]
 NewTokens = Annotated[int, typer.Option(min=2, help="Tokens of every answer, exactly.")]
 PromptTokens = Annotated[
     int | None,
@@ -113,7 +122,7 @@ def bench(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     engine: options.Engine = "auto",
-    batch: Batch = 1,
+    batch: Batch = "1",
     new_tokens: NewTokens = 64,
     prompt_tokens: PromptTokens = None,
     keep_ratio: KeepRatio = None,
@@ -150,24 +159,51 @@ def bench(
     }
     with console.noting_old_names():
         methods = choose_methods(method, by_hand, by_shape=shape is not None)
-    adapters = choose_adapters(peers or [], peers_dir)
-    make_folder(out, "--out")
+    sizes, adapters = read_batches(batch), choose_adapters(peers or [], peers_dir)
+    folders = [out / f"batch-{size}" if len(sizes) > 1 else out for size in sizes]
+    for folder in folders:
+        make_folder(folder, "--out")
     require_quiet(force=force)
-    workload = open_workload(model, shape, dtype, device, batch, prompt_tokens, new_tokens)
-    board = measure(workload, methods, adapters, plan, given)
-    save(board, out)
-    show(board, out, as_json)
+    opened = open_workload(model, shape, dtype, device, prompt_tokens, new_tokens)
+    boards = []
+    for size, folder in zip(sizes, folders, strict=True):
+        workload = dataclasses.replace(opened, batch=size)
+        boards.append(measure(workload, methods, adapters, plan, {**given, "batch": str(size)}))
+        save(boards[-1], folder)
+        if not as_json:
+            show(boards[-1], folder)
+    if as_json:
+        print(json.dumps(boards if len(boards) > 1 else boards[0]))
 
 
 def register_bench(app: typer.Typer) -> None:
-    """Make it a command of the app."""
+    """Register the command with the app."""
     app.command("bench", epilog=EXAMPLES, cls=OnceCommand)(bench)
+
+
+def read_batches(text: str) -> list[int]:
+    """The batch sizes of ``1,2,4``, each once.
+
+    Raises
+    ------
+    ConfigError
+        One is no whole number from 1 to `MAX_BENCH_BATCH`.
+    """
+    try:
+        sizes = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        sizes = [0]
+    if not all(1 <= size <= MAX_BENCH_BATCH for size in sizes):
+        raise ConfigError(
+            f"--batch {text}: give whole numbers from 1 to {MAX_BENCH_BATCH}, with commas between"
+        )
+    return sizes
 
 
 def choose_methods(
     texts: Sequence[str] | None, by_hand: dict[str, Any], by_shape: bool
 ) -> dict[str, Any]:
-    """The methods to time, by the text that makes them, dense first."""
+    """The methods to time, by their text, dense first."""
     from corematching.lab.bench import name_by_hand
     from corematching.methods import method_from_text
 
@@ -200,7 +236,7 @@ def measure(
     plan: Any,
     given: dict[str, Any],
 ) -> dict[str, Any]:
-    """Run the contenders in turn, with those peers that can run here."""
+    """Run the contenders in turn, with the peers available here."""
     from corematching.lab.bench import MethodContender, PeerContender, run_bench
 
     missing = {}
@@ -230,11 +266,8 @@ def save(board: dict[str, Any], out: Path) -> None:
     draw_roofline(board, out / "roofline.png")
 
 
-def show(board: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Print the result, and where it is kept."""
-    if as_json:
-        print(json.dumps(board))
-        return
+def show(board: dict[str, Any], out: Path) -> None:
+    """Print the result and its folder."""
     from corematching.lab.bench import write_markdown
 
     print(write_markdown(board))
@@ -242,7 +275,7 @@ def show(board: dict[str, Any], out: Path, as_json: bool) -> None:
 
 
 def list_changed(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that differ from their defaults, but for those that change no figure."""
+    """The options other than their defaults, without those that change no figure."""
     defaults = inspect.signature(bench).parameters
     return {
         name: value

@@ -16,11 +16,10 @@ def open_workload(
     shape: str | None,
     dtype: str,
     device: str | None,
-    batch: int,
     prompt_tokens: int | None,
     new_tokens: int,
 ) -> Any:
-    """The model and its question: loaded, or a shape with random weights.
+    """The model and its question, one sample at a time: loaded, or a shape with random weights.
 
     Raises
     ------
@@ -36,7 +35,7 @@ def open_workload(
         loaded = load_model(model, device, dtype)
         limit = max_positions(loaded.model.config, loaded.tokenizer)
         check_room(limit, prompt_tokens or 0, new_tokens, FEWER)  # before the text is written
-        made = LoadedWorkload(loaded.name, loaded.model, loaded.processor, batch, prompt_tokens)
+        made = LoadedWorkload(loaded.name, loaded.model, loaded.processor, 1, prompt_tokens)
         check_room(limit, made.prompt_tokens, new_tokens, FEWER)
         return made
     chosen, target = find_shape(shape), choose_device(device)
@@ -47,7 +46,7 @@ def open_workload(
     console.quieten_libraries()
     with console.waiting(f"filling {chosen.name} with random weights"):
         filled = build_random(chosen, target, kind)
-    return RandomWorkload(chosen, filled, batch, text_tokens)
+    return RandomWorkload(chosen, filled, 1, text_tokens)
 
 
 def read_dtype(name: str) -> Any:

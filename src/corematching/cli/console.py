@@ -65,9 +65,9 @@ def noting_old_names() -> Iterator[None]:
 
 
 def quieten_libraries() -> None:
-    """Keep the libraries' warnings off the screen, and their bars where no one watches.
+    """Silence the libraries' warnings, and their bars without a terminal.
 
-    What matters of them, such as weights that a checkpoint lacks, `corematching.loading` says.
+    `corematching.loading` reports what matters of them, such as missing weights.
     """
     import transformers
 
@@ -82,7 +82,7 @@ def quieten_libraries() -> None:
 
 
 def keep_bars_away(own_bars: bool) -> None:
-    """Silence tqdm, before it is imported, where our bars stand in for it or no one watches."""
+    """Silence tqdm before its import, where our bars replace it or there is no terminal."""
     if own_bars or not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -98,7 +98,7 @@ def hide_library_bars() -> None:
 
 @contextmanager
 def waiting(message: str) -> Iterator[None]:
-    """A bar without an end for what cannot say how far it is."""
+    """A bar without an end, for work of unknown length."""
     with _bar() as bar:
         bar.add_task(message, total=None)
         yield
@@ -126,7 +126,7 @@ def counting_bar(
     transient: bool = True,
     per_second: float = 2,
 ) -> Progress:
-    """A bar of how many are done; ``before`` stands first, ``between`` behind the count."""
+    """A bar with a count; ``before`` is in front of it, ``between`` behind it."""
     return Progress(
         *before,
         TextColumn("{task.description}", markup=False),

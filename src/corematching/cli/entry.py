@@ -13,7 +13,7 @@ USAGE_ERROR = 2
 INTERNAL_ERROR = 1
 DEBUG = "--debug"
 LONGEST_WORD = 300
-"""Of a message: what is longer was typed, and is shown in part."""
+"""Longer words of a message, which users typed, are shown in part."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -74,7 +74,7 @@ def complain(message: str) -> int:
 
 
 def explain(error: Exception) -> str | None:
-    """Say what to do about an error that comes from the machine, not from us."""
+    """The advice for an error of the machine; None for any other."""
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return "no room on disk: free some space and run the command again"
     if isinstance(error, OSError) and error.errno == errno.EFBIG:

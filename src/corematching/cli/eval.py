@@ -1,4 +1,4 @@
-"""`corematching eval`: what methods lose on a task, beside the dense model."""
+"""`corematching eval`: the accuracy of methods on a task, beside the dense model."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def load_subject(model: str | None, device: str | None, dtype: str) -> Subject:
 
 
 def register_eval(app: typer.Typer) -> None:
-    """Make it a command of the app."""
+    """Register the command with the app."""
     app.command("eval", epilog=EXAMPLES, cls=OnceCommand)(evaluate)
 
 

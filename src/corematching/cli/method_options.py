@@ -18,14 +18,14 @@ OPTIONS = (
     "--neuron-ratio",
     "--active-ratio",
 )
-"""Each sets the parameter of its own name."""
+"""Options named like their parameters."""
 OLD_OPTIONS = {
     "--tokens": ("token_score", "score"),
     "--keep": ("keep", "keep_ratio"),
     "--after": ("layer", "layer"),
     "--neuron-score": ("neuron_score", "neurons"),
 }
-"""Options of version 0.1, with their parameters of then and now."""
+"""Options of version 0.1, with their old and new parameters."""
 
 
 def build_method(text: str, options: dict[str, Any]) -> BaseMethod:
@@ -61,7 +61,7 @@ def build_method(text: str, options: dict[str, Any]) -> BaseMethod:
 
 
 def build_text_method(text: str, options: dict[str, Any]) -> BaseMethod:
-    """As `build_method`, without a token score unless one was asked for by name."""
+    """As `build_method`, without a token score unless one is named."""
     method = build_method(text, options)
     name, stated = read_method(text)
     asked = options.get("--score") or options.get("--tokens")
@@ -80,7 +80,7 @@ def takes(name: str, parameter: str) -> bool:
 
 
 def check_options(name: str, given: dict[str, Any]) -> None:
-    """Refuse options that the method has no parameter for."""
+    """Check that the method has a parameter for each option."""
     fitting = [option for option in OPTIONS if takes(name, option[2:].replace("-", "_"))]
     for option, value in given.items():
         now = OLD_OPTIONS[option][1] if option in OLD_OPTIONS else option[2:].replace("-", "_")

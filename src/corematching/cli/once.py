@@ -1,4 +1,4 @@
-"""Commands whose options are given once: of two values, the parser would take the last one."""
+"""Commands that refuse repeated options; the parser alone would take the last value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 
 
 class OnceCommand(TyperCommand):
-    """Refuses an option that is given twice, unless it collects values or is a flag."""
+    """Refuses a repeated option, unless it collects values or is a flag."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; see the base class."""

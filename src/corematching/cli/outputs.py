@@ -1,4 +1,4 @@
-"""Places for results, checked before any work is done."""
+"""Paths of results, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from corematching.errors import InputError
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written.
+    """Check that a file can be written.
 
     Raises
     ------
     InputError
-        Its folder is not there, it is a directory or a device, or it must not be written to.
+        Its folder does not exist, or it is a directory, a device or read-only.
     """
     try:
         if not path.parent.is_dir():
@@ -33,12 +33,12 @@ def check_file(path: Path, option: str) -> None:
 
 
 def make_folder(path: Path, option: str) -> None:
-    """Make a folder for results, or check the one that is there.
+    """Create a folder for results, or check an existing one.
 
     Raises
     ------
     InputError
-        It cannot be made or written to.
+        It cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def make_folder(path: Path, option: str) -> None:
 
 
 def require_right(place: Path, option: str) -> None:
-    """Refuse what is read-only, whether by its mode, its owner or its file system."""
+    """Check the right to write: mode, owner and file system."""
     rights = os.W_OK | (os.X_OK if place.is_dir() else 0)
     if not os.access(place, rights):
         raise InputError(f"{place} is read-only: give {option} another path")

@@ -1,4 +1,4 @@
-"""Draw which patches travel on, beside the scores that decided it."""
+"""Draws the kept patches beside the sorted scores."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Choice:
     scores : sequence of float
         As long as ``keep``; NaN where a token was gone before it was scored.
     cut : float
-        The lowest score that was kept.
+        The lowest kept score.
     title : str
-        What the scores are, for the axis.
+        The axis label of the scores.
     """
 
     keep: Sequence[bool]
@@ -51,7 +51,7 @@ def draw_overlay(
     path : path
         Overwritten when it exists.
     images : sequence of Image
-        What the model saw, cut to the part that the patches cover.
+        The model's images, cropped to the area of the patches.
     choice : Choice
     square : bool
         Whether each image's tokens form one square grid, row by row. If not, or if their number
@@ -102,7 +102,7 @@ def grid_side(tokens: int, images: int) -> int | None:
 
 
 def shown_area(image: Image.Image, image_processor: Any) -> Image.Image:
-    """The part of an image that the patches cover: its middle square after a centre crop."""
+    """The area of the patches in an image: its middle square after a centre crop."""
     if not getattr(image_processor, "do_center_crop", False):
         return image
     side = min(image.size)

@@ -21,7 +21,7 @@ def build_inputs(
     ------
     InputError
         The model takes no pictures, the question is empty, the processor refuses the input, or the
-        prompt and an answer of ``max_new_tokens`` are more than the model takes.
+        prompt and an answer of ``max_new_tokens`` exceed the model's length.
     """
     check_inputs(loaded, images, question)
     with translating(
@@ -32,7 +32,7 @@ def build_inputs(
 
 
 def check_inputs(loaded: LoadedModel, images: Sequence[Image.Image], question: str) -> None:
-    """Refuse what the model cannot take."""
+    """Check that the model takes the input."""
     if images and not loaded.takes_images:
         raise InputError(
             f"'{loaded.name}' is a text-only model: leave --image out, or choose a "

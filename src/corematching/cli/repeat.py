@@ -1,4 +1,4 @@
-"""The command line that repeats a run, for what a run writes down."""
+"""The command line that repeats a run, for its result files."""
 
 from __future__ import annotations
 

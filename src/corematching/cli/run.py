@@ -93,7 +93,7 @@ def answer_request(request: Request) -> None:
 
 
 def check_overlay(request: Request) -> None:
-    """Refuse an overlay that cannot come out, before any work is done."""
+    """Check that the overlay can be drawn, before any work is done."""
     if request.overlay is None:
         return
     require_plots("--overlay")
@@ -103,7 +103,7 @@ def check_overlay(request: Request) -> None:
 
 
 def check_memory(request: Request) -> None:
-    """Refuse a cap that is none, or a dense run under one."""
+    """Check the memory cap; a dense run has none."""
     if request.memory is None:
         return
     parse_size("--memory", request.memory)
@@ -125,7 +125,7 @@ def describe_memory(memory: MemoryReport) -> str:
 def run_both(
     request: Request, loaded: LoadedModel, images: Sequence[Image.Image], method: Any
 ) -> tuple[Answer | None, Answer]:
-    """Answer dense if it is asked for, and then sparse, both on the same engine."""
+    """Answer dense if requested, then sparse, both on the same engine."""
     arguments = (loaded, images, request.question)
     baseline = partial(build_method("dense", {}), engine=request.engine)
     method = partial(method, engine=request.engine, memory=request.memory)
@@ -193,7 +193,7 @@ def describe(
 def save_overlay(
     path: Path, loaded: LoadedModel, images: Sequence[Image.Image], report: Any, method: Any
 ) -> None:
-    """Draw the overlay and say where it is."""
+    """Draw the overlay and print its path."""
     image_processor = getattr(loaded.processor, "image_processor", None)
     areas = [shown_area(image, image_processor) for image in images]
     sample = report.samples[0]

@@ -85,7 +85,7 @@ def merge_lora(text_model: Any, assets: SceneAssets) -> None:
 
 
 def name_image_token(tokenizer: Any, assets: SceneAssets, scratch: Path) -> tuple[Any, int]:
-    """Give a spare token of the vocabulary the image token's name, so that nothing has to grow.
+    """Rename a spare token of the vocabulary to the image token, so that its size stays.
 
     Returns
     -------

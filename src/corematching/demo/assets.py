@@ -48,7 +48,7 @@ class SceneAssets:
     Attributes
     ----------
     directory : Path
-        Where `WEIGHTS_NAME` and `CONFIG_NAME` lie.
+        The folder of `WEIGHTS_NAME` and `CONFIG_NAME`.
     config : dict
         ``vision_config`` (of `CLIPVisionConfig`), ``projector_hidden_act``,
         ``vision_feature_layer``, ``vision_feature_select_strategy``, ``image_token``,
@@ -149,7 +149,7 @@ def write_assets(
     config : dict
         As `SceneAssets.config`; ``sha256`` is filled in here.
     scale : float
-        What ``B @ A`` is multiplied with (alpha / r).
+        The factor of ``B @ A`` (alpha / r).
     """
     from safetensors.torch import save_file
 

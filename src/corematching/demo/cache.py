@@ -85,7 +85,7 @@ def demo_directory(
     cache_dir : path, optional
         As in `load_demo`.
     assets, language : optional
-        Default: what the package ships, and the installed wheel.
+        Default: the package's own, and the installed wheel.
     progress : callable, optional
         As in `assemble`; called only when something is built.
 
@@ -159,12 +159,12 @@ def build(
 
 
 def is_of_file(error: Exception) -> bool:
-    """Whether an error is one of writing a file; the Rust writers raise kinds of their own."""
+    """Whether an error is one of writing a file; writers in Rust raise their own types."""
     return isinstance(error, OSError) or "(os error " in str(error)
 
 
 def clear_place(target: Path) -> None:
-    """Remove what stands where the model is to go; of a symbolic link, the link alone."""
+    """Remove anything at the model's path; of a symbolic link, the link alone."""
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     else:
@@ -191,7 +191,7 @@ def remove_old(current: Path) -> None:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Refuse to start what cannot be finished."""
+    """Check the free space before the assembly."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The picture and the question that the package ships to try itself on."""
+"""The shipped example: a picture and a question."""
 
 from __future__ import annotations
 

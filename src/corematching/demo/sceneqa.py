@@ -63,9 +63,9 @@ class SceneQuestion:
     question, answer : str
         The text asked and the reference answer.
     new_wording : bool
-        Whether training never phrased a question so.
+        Whether the wording is absent from training.
     items : tuple of Box
-        What the picture holds, for oracles.
+        The picture's objects, for oracles.
     """
 
     id: int

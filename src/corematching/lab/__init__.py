@@ -1,1 +1,1 @@
-"""Evaluation, benchmarks and analysis; they need extras, and nothing imports them."""
+"""Evaluation, benchmarks and analysis; they need extras, and only the command imports them."""

@@ -21,7 +21,7 @@ else:
 
 PORTS = {"http": 80, "https": 443}
 NOT_KEPT = httpx.Limits(max_keepalive_connections=0)
-"""A connection for each request: kept ones may be closed by the server just when they are used."""
+"""One connection per request: a server may close a kept one at any time."""
 NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
 
 

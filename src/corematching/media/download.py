@@ -1,4 +1,4 @@
-"""Bytes from an http(s) address, within limits; whatever goes wrong becomes one of our errors."""
+"""Bytes from an http(s) address, within limits; every failure becomes one of our errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def download(url: str, limits: Limits | None = None, public_only: bool = True) -
     Raises
     ------
     InputError
-        The address is none, cannot be fetched, is refused, or a limit is reached.
+        The address is invalid or refused, cannot be fetched, or a limit is reached.
     """
     limits = limits or Limits()
     work = _Work(url, limits, public_only)
@@ -124,7 +124,7 @@ async def _stream(
 
 
 def check_bytes(source: str, count: int, limits: Limits) -> None:
-    """Refuse more bytes than the limit."""
+    """Check the limit on bytes."""
     if count > limits.bytes:
         raise InputError(
             f"{source} has {format_size(count)} or more, the limit is {format_size(limits.bytes)}: "
@@ -134,7 +134,7 @@ def check_bytes(source: str, count: int, limits: Limits) -> None:
 
 @contextmanager
 def translating(url: str, limits: Limits) -> Iterator[None]:
-    """Turn every error of the client into ours; the only place that knows them."""
+    """Turn every error of the HTTP client into one of ours."""
     try:
         yield
     except InputError:

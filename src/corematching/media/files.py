@@ -19,7 +19,7 @@ def read_file(source: str | Path, limits: Limits | None = None) -> bytes:
     Raises
     ------
     InputError
-        There is none, it is a directory, a device or a pipe, it cannot be read, or it is larger
+        It does not exist, is a directory, a device or a pipe, cannot be read, or is larger
         than the limit.
     """
     limits = limits or Limits()

@@ -1,4 +1,4 @@
-"""The limits above which a picture is refused."""
+"""Limits on pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Limits:
     Attributes
     ----------
     bytes : int
-        Of a file, or of what a server sends, compression undone.
+        Of a file, or of a response after decompression.
     pixels : int
         Width times height; decoding takes up to about 13 bytes for each.
     seconds : float

@@ -1,4 +1,4 @@
-"""Pictures as upright RGB with 8 bits, whatever they are stored as."""
+"""Pictures as upright RGB with 8 bits, from any stored form."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_picture(
     Raises
     ------
     InputError
-        It is missing, cannot be fetched or read, is no picture, or a limit is reached.
+        It is missing, no picture, cannot be fetched or read, or a limit is reached.
     """
     scheme = SCHEME.match(source) if isinstance(source, str) else None
     if scheme is None:
@@ -72,7 +72,7 @@ def decode_picture(data: bytes, name: str, limits: Limits | None = None) -> Imag
     data : bytes
         A file's content.
     name : str
-        What messages call it.
+        Its name in messages.
     limits : Limits, optional
         On pixels.
 
@@ -118,7 +118,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Raises
     ------
     InputError
-        There is no finite value in it.
+        It has no finite value.
     """
     return _to_rgb(picture, picture.format)
 

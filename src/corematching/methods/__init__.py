@@ -1,4 +1,4 @@
-"""Methods: policies composed, ready to be put on a model. A new method is one file beside these."""
+"""Methods: composed policies, ready to install on a model. A new method is one file here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def method_by_name(name: str, **params: Any) -> BaseMethod:
 
 
 def method_from_dict(values: dict[str, Any]) -> BaseMethod:
-    """Any method back from what its ``to_dict`` gave.
+    """Rebuild a method from the output of its ``to_dict``.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The base of every method: what can be put on a model and taken off again."""
+"""The base class of methods: install on a model, remove from it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from corematching.runtime import Run
 
 AMOUNTS = ("keep_ratio", "keep_tokens", "budget")
-"""Parameters that say how many image tokens are kept."""
+"""Parameters for the number of kept image tokens."""
 NEURON_RATIOS = ("neuron_ratio", "active_ratio")
-"""Parameters that say how many neurons are: for the answer, or for each token."""
+"""Parameters for the number of kept neurons: for the answer, or for each token."""
 
 
 class BaseMethod(Component, kind="method"):
@@ -43,12 +43,12 @@ class BaseMethod(Component, kind="method"):
 
     @property
     def tokens(self) -> TokenPolicy | None:
-        """The rule for image tokens that the parameters amount to."""
+        """The rule for image tokens that `make_tokens` gives."""
         return self._policies()[0]
 
     @property
     def neurons(self) -> NeuronPolicy | None:
-        """The rule for neurons that the parameters amount to."""
+        """The rule for neurons that `make_neurons` gives."""
         return self._policies()[1]
 
     def _policies(self) -> tuple[TokenPolicy | None, NeuronPolicy | None]:
@@ -58,7 +58,7 @@ class BaseMethod(Component, kind="method"):
 
     @classmethod
     def at_budget(cls, params: Mapping[str, Any], ratio: float) -> dict[str, Any] | None:
-        """Parameters with one that is still open set to a ratio; None where none is open.
+        """Parameters with one open parameter set to a ratio; None where none is open.
 
         It is the ratio of the image tokens where the method drops some, else that of the neurons.
 
@@ -78,7 +78,7 @@ class BaseMethod(Component, kind="method"):
 
     @classmethod
     def at_neuron_ratio(cls, params: Mapping[str, Any], ratio: float) -> dict[str, Any] | None:
-        """Parameters with that of the neurons set; None where it is stated, or there is none.
+        """Parameters with the neurons' ratio set; None where it is stated, or there is none.
 
         Parameters
         ----------
@@ -93,27 +93,27 @@ class BaseMethod(Component, kind="method"):
         return None
 
     def install(self, model: Module, engine: str = "auto", memory: str | int | None = None) -> Run:
-        """Put the method on this model instance and leave it on, as a server does.
+        """Install the method on this model instance until `remove`, as a server does.
 
         Parameters
         ----------
         model : Module
             A loaded model.
         engine : str
-            What may run decode steps and prompts: ``auto``, ``torch`` or ``native``; see
+            Code for prompts and decode steps: ``auto``, ``torch`` or ``native``; see
             `corematching.runtime.attach`.
         memory : str or int, optional
-            What the model may take of its device's memory, such as ``"12GiB"``: the weights that
-            decoding does not need are then kept outside. Default: the method's own ``memory``.
+            Cap on the model's device memory, such as ``"12GiB"``; weights that decoding does not
+            need are then kept outside. Default: the method's own ``memory``.
 
         Raises
         ------
         AlreadyInstalledError
-            When a method is on the model already.
+            A method is installed on the model already.
         MemoryCapError
-            When the model does not fit under the cap.
+            The model does not fit under the cap.
         UnsupportedModelError
-            When the model cannot be shortened or thinned out.
+            The model's tokens or neurons cannot be pruned.
         """
         from corematching.runtime import attach
 
@@ -121,12 +121,12 @@ class BaseMethod(Component, kind="method"):
         return attach(model, cast(Any, self), engine, cap)
 
     def remove(self, model: Module) -> None:
-        """Take the method off the model; does nothing where none is on it.
+        """Remove the method from the model; does nothing where none is installed.
 
         Parameters
         ----------
         model : Module
-            A model that `install` has put it on.
+            A model with the method installed.
 
         Raises
         ------
@@ -141,14 +141,14 @@ class BaseMethod(Component, kind="method"):
     def __call__(
         self, model: Module, engine: str = "auto", memory: str | int | None = None
     ) -> Iterator[Run]:
-        """Put the method on for the length of a ``with`` block, whatever happens in it.
+        """Install the method for the length of a ``with`` block, also after an exception.
 
         Parameters
         ----------
         model : Module
             A loaded model.
         engine, memory : optional
-            As for `install`, which also says what is raised.
+            As for `install`, also for the errors raised.
         """
         run: Run | None = None
         try:

@@ -1,4 +1,4 @@
-"""The controls that every comparison needs."""
+"""Controls for comparisons."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from corematching.protocol import ACTIVATIONS, GATE, PrefillView
 @dataclass(frozen=True)
 class CatsRule(ThresholdRule, name="cats-rule"):
     """Up and down are computed for neurons whose gate is not small."""
+
+    gate_thresholds: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[str]:

@@ -53,7 +53,7 @@ class CoreMatching(BaseMethod, name="corematching"):
     Raises
     ------
     ConfigError
-        When a parameter is out of range or would do nothing, or a score's name is unknown.
+        A parameter is out of range or has no effect, or a score's name is unknown.
 
     Examples
     --------
@@ -184,20 +184,20 @@ class CoreMatching(BaseMethod, name="corematching"):
         return make_rule(score, self.layers, *amount, taper, proportional, cover)
 
     def make_neurons(self) -> NeuronPolicy | None:
-        """The rule for neurons, as it was given."""
+        """The rule for neurons, as given."""
         return self.neurons
 
     def _normalize_tokens(self) -> None:
-        """Defaults for what was not given; what would do nothing is refused."""
+        """Fill in defaults; parameters without an effect are refused."""
         if self.score is None:
             names = ("keep_ratio", "keep_tokens", "budget", "layer")
-            self._refuse((*names, "cover", "taper", "proportional"), "score=None keeps all tokens")
+            self._forbid((*names, "cover", "taper", "proportional"), "score=None keeps all tokens")
             return
         check_type("score", self.score, TokenScore)
         if self.budget is not None:
             why = "budget says how many tokens are kept"
-            self._refuse(("keep_ratio", "keep_tokens"), why)
-            self._refuse(("cover", "taper"), f"{why}; cover is a parameter of the budget")
+            self._forbid(("keep_ratio", "keep_tokens"), why)
+            self._forbid(("cover", "taper"), f"{why}; cover is a parameter of the budget")
         normalize_amount(self, None if self.budget else KEEP_RATIO, several=True)
         for name, default in (("cover", None if self.budget else COVER), ("proportional", True)):
             if getattr(self, name) is None:
@@ -210,10 +210,10 @@ class CoreMatching(BaseMethod, name="corematching"):
             one = len(self.layers) == 1 or isinstance(self.keep_ratio or self.keep_tokens, tuple)
             if one:
                 why = "taper is for several layers and one amount, such as layer=(0.1, 0.3, 0.5)"
-                self._refuse(("taper",), why)
+                self._forbid(("taper",), why)
 
-    def _refuse(self, names: tuple[str, ...], why: str) -> None:
-        """Refuse parameters that would do nothing."""
+    def _forbid(self, names: tuple[str, ...], why: str) -> None:
+        """Raise ConfigError for set parameters without an effect."""
         given = [name for name in names if getattr(self, name) is not None]
         if given:
             raise ConfigError(f"{why}: leave out {', '.join(given)}")

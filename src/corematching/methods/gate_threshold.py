@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import NeuronDropper, NeuronRule
 from corematching.methods.threshold_rule import list_every, show_gate
@@ -14,11 +17,12 @@ from corematching.methods.top_neurons import TopNeurons
 from corematching.policies.base import read_activations
 from corematching.policies.check import check_ratio
 from corematching.policies.thresholds import find_cut
+from corematching.policies.together import Found, find_together
 from corematching.policies.tokens import check_token_set
 from corematching.protocol import ACTIVATIONS, GATE, NeuronChoice, PrefillView
 
 MOST_KEPT = 1 << 20
-"""Numbers of a layer's gate that wait for the first token, at most: 2 MB in bf16."""
+"""Most entries of a layer's gate kept until the first token: 2 MB in bf16."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class GateThreshold(NeuronDropper, name="gate"):
     """
 
     per_token: ClassVar[bool] = True
+    gate_thresholds: ClassVar[bool] = True
 
     active_ratio: float = field(
         default=0.6,
@@ -75,15 +80,18 @@ class GateThreshold(NeuronDropper, name="gate"):
     def choose(self, view: PrefillView, count: int) -> NeuronChoice:
         """Choose ``count`` neurons of the view's layer for each sample, and their threshold.
 
-        The threshold is found when the first token is there, unless that would keep much in memory.
+        The threshold is computed at the first decoded token, unless the gate takes much memory.
 
         Raises
         ------
         ConfigError
-            When the view shows no gate.
+            The view shows no gate.
         """
         gate, present = show_gate(view, self.token_set)
         core = self._choose_core(view, count)
+        if core is None and not devices.on_host(gate):
+            choice = NeuronChoice(later=self._find_later(view, gate, present, count))
+            return choice if gate.numel() <= MOST_KEPT else choice.materialize()
         every = list_every(view, count) if core is None else None
 
         def find() -> dict[str, Tensor | None]:
@@ -97,8 +105,24 @@ class GateThreshold(NeuronDropper, name="gate"):
         choice = NeuronChoice(later=find)
         return choice if gate.numel() <= MOST_KEPT else choice.materialize()
 
+    def _find_later(
+        self, view: PrefillView, gate: Tensor, present: Tensor, count: int
+    ) -> Callable[[], Found]:
+        """The threshold of a layer, found with those of all other layers."""
+        every = list_every(view, count)
+
+        def solve(items: Sequence[tuple[Tensor, Tensor]]) -> list[Found]:
+            gates = torch.stack([gate for gate, _ in items])
+            tokens = torch.stack([present for _, present in items])
+            cuts = find_cut(gates.flatten(0, 1), tokens.flatten(0, 1), self.active_ratio)
+            cuts = cuts.view(gates.shape[:2])
+            return [{"indices": every, "gate_threshold": cut} for cut in cuts]
+
+        key = ("gate", self.active_ratio, gate.shape, gate.dtype, gate.device)
+        return find_together(view, key, (gate, present), solve)
+
     def _choose_core(self, view: PrefillView, count: int) -> NeuronChoice | None:
-        """The neurons in reach; None where that is all of the layer."""
+        """The neurons in reach; None for all of the layer."""
         if self.among is None or count == read_activations(view).shape[-1]:
             return None
         return self.among.choose(view, count)

@@ -1,4 +1,4 @@
-"""Policies put together to something that can be installed on a model."""
+"""Policies composed to an installable method."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.errors import ConfigError
 from corematching.methods.base import BaseMethod
 from corematching.policies.amounts import layers_of
 from corematching.policies.base import NeuronScore, TokenScore, read_activations
-from corematching.policies.budgets import Budget, Picture
+from corematching.policies.broken import report_later
+from corematching.policies.budgets import ADVICE, Budget, Picture, find_broken
 from corematching.policies.check import check_bool, check_depth
 from corematching.policies.compensation import average_dropped
 from corematching.policies.component import REGISTRY, Component
 from corematching.policies.core import pick_top
+from corematching.policies.known_cut import cut_known
 from corematching.policies.passes import sum_tokens
 from corematching.policies.proportional import count_alike
+from corematching.policies.ranking import rank_later
 from corematching.policies.schedules import Schedule
 from corematching.protocol import (
     ACTIVATIONS,
@@ -80,7 +84,7 @@ class TokenRule(TokenDropper, name="token-rule"):
         Raises
         ------
         ConfigError
-            When the model is too shallow, or nothing to score by exists before its first layer.
+            The model is too shallow, or the score reads a layer in front of layer 0.
         """
         layers = sorted({_layer_index(layer, num_layers) for layer in self.after})
         if layers[-1] > num_layers - 2:
@@ -106,15 +110,34 @@ class TokenRule(TokenDropper, name="token-rule"):
             The whole picture, of which the view has only some tokens; see `Budget`.
         """
         scores = self.score(view)
+        known = cut_known(self.budget, scores, view, picture)
+        if known is not None:
+            return known.choose(view, scores, self.proportional)
         kept = self.budget(scores, view.image, picture)
         dropped = torch.where(view.image & ~kept, scores, -torch.inf).amax(1, keepdim=True)
         cut = torch.where(kept & (scores >= dropped), scores, torch.inf).amin(1)
         cut = torch.where(cut.isfinite(), cut, torch.nan)
-        weights: Tensor | None = None
+        choice = TokenChoice(keep=kept | view.text, scores=scores, cut=cut)
+        most: tuple[int, int] | None = None
+        if not devices.on_host(scores):
+            most = self._read_counts(view, kept, choice)
         if self.proportional:
             assert view.hidden is not None
-            weights = count_alike(view.hidden, view.image, kept, view.weights)
-        return TokenChoice(keep=kept | view.text, scores=scores, cut=cut, weights=weights)
+            choice.weights = count_alike(view.hidden, view.image, kept, view.weights, most)
+        return choice
+
+    def _read_counts(
+        self, view: PrefillView, kept: Tensor, choice: TokenChoice
+    ) -> tuple[int, int] | None:
+        """Wait for a GPU once: the most kept and the most dropped tokens of a sample."""
+        report = report_later("token scores", find_broken(choice.scores, view.image), ADVICE)
+        image = view.image
+        choice.check = lambda: report(image.any(1))
+        if view.host is None:
+            return None
+        choice.counts = tuple(kept.sum(1).tolist())
+        counts = zip(view.host.image_counts, choice.counts, strict=True)
+        return max(choice.counts), max(total - count for total, count in counts)
 
 
 @dataclass(frozen=True)
@@ -149,6 +172,8 @@ class NeuronRule(NeuronDropper, name="neuron-rule"):
 
         Scores, and sums over the tokens, are taken now; the ranking waits for the first token.
         """
+        if not devices.on_host(view.valid):
+            return NeuronChoice(later=rank_later(view, self.score, count, self.compensate))
         scores, tokens = self.score(view), view.valid
         total = sum_tokens(read_activations(view), tokens) if self.compensate else None
 

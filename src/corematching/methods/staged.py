@@ -26,10 +26,13 @@ class WholePicture:
         (B, T) long, the index of each image token among its sample's.
     totals : Tensor or None
         (B,) long, image tokens of each sample.
+    known : tuple of int or None
+        The same, where the host knows them.
     """
 
     indices: Tensor | None = None
     totals: Tensor | None = None
+    known: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,12 @@ def find_picture(view: PrefillView) -> Picture:
     whole = view.recall(WholePicture)
     if whole.indices is None or whole.totals is None:
         whole.indices, whole.totals = here, present
+        whole.known = None if view.host is None else view.host.image_counts
     totals = whole.totals.to(here.device)
     if view.origin is None:
-        return Picture(here, present, totals)
-    return Picture(whole.indices.to(here.device).gather(1, view.origin), totals, totals)
+        return Picture(here, present, totals, whole.known)
+    indices = whole.indices.to(here.device).gather(1, view.origin)
+    return Picture(indices, totals, totals, whole.known)
 
 
 def check_stages(budgets: Sequence[Any], layers: Sequence[Any]) -> None:

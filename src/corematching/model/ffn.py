@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corematching.errors import UnsupportedModelError
+from corematching.errors import ALL_NEURONS, UnsupportedModelError
 from corematching.model.absent import AbsentWeight
 from corematching.model.ffn_weights import FFNWeights, activation_name
+from corematching.model.linear import is_parametrized
 from corematching.model.patching import has_foreign_forward
 
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
@@ -23,6 +24,8 @@ PLAIN_NAMES = (
     ("dense_h_to_4h", "dense_4h_to_h"),
 )
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
+ROUNDINGS = 1.5
+"""Tolerance of a comparison in 16 bits, in units of the dtype's eps: it rounds four times."""
 EXPERT_NAMES = frozenset({"experts", "router", "shared_expert", "shared_experts"})
 EXPERT_CLASS = re.compile(r"(MoeBlock|MoE|Moe|Experts)$")
 
@@ -50,16 +53,15 @@ def find_ffn(layer: nn.Module) -> nn.Module:
         if name.rpartition(".")[2] in EXPERT_NAMES or EXPERT_CLASS.search(kind):
             raise UnsupportedModelError(
                 f"{type(layer).__name__} has a mixture of experts ({kind} '{name}'), whose FFN "
-                "differs from token to token: use a model with dense FFNs, or drop tokens only "
-                "(neurons=None)"
+                "differs from token to token: use a model with dense FFNs"
             )
     for name in FFN_NAMES:
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):
             return module
     raise UnsupportedModelError(
-        f"{type(layer).__name__} has no FFN named {', '.join(FFN_NAMES)}: "
-        "drop tokens only (neurons=None)"
+        f"{type(layer).__name__} has no FFN named {', '.join(FFN_NAMES)}: use a model with "
+        "dense FFNs"
     )
 
 
@@ -107,8 +109,7 @@ class FFNParts:
         else:
             parts = ", ".join(name for name, _ in mlp.named_children()) or "nothing"
             raise UnsupportedModelError(
-                f"{type(mlp).__name__} is no FFN of a known form (it has {parts}): "
-                "drop tokens only (neurons=None)"
+                f"{type(mlp).__name__} is no FFN of a known form (it has {parts}): {ALL_NEURONS}"
             )
         for linear in (self._up, self.down, self._gate):
             if linear is not None:
@@ -117,7 +118,7 @@ class FFNParts:
         if found is None:
             raise UnsupportedModelError(
                 f"{type(mlp).__name__} has no activation function named "
-                f"{', '.join(ACTIVATION_NAMES)}: drop tokens only (neurons=None)"
+                f"{', '.join(ACTIVATION_NAMES)}: {ALL_NEURONS}"
             )
         self.activation: Callable[[Tensor], Tensor] = found
         self.activation_name = activation_name(self.activation)
@@ -208,27 +209,29 @@ class FFNParts:
         with torch.inference_mode(False), torch.no_grad():
             ours = self._compute(x)
         if not bool(ours.isfinite().all()) or not bool(theirs.isfinite().all()):
-            self._refuse_broken()
-        scale = theirs.float().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
-        error = float((ours.float() - theirs.float()).abs().max() / scale)
-        if not error < (1e-3 if weight.dtype == torch.float32 else 5e-2):
+            raise self._non_finite_error()
+        info = torch.finfo(weight.dtype)
+        error = float(
+            (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(info.tiny)
+        )
+        if not error < (1e-3 if weight.dtype == torch.float32 else ROUNDINGS * info.eps):
             raise UnsupportedModelError(
                 f"{type(self.mlp).__name__} computes more than its activation and linear layers "
-                f"(a probe differs by {error:.1e} of the output): put the model in eval mode, "
-                "merge its adapters, or drop tokens only (neurons=None)"
+                f"(test tokens differ by {error:.1e} of the output): put the model in eval mode, "
+                f"merge its adapters, or {ALL_NEURONS}"
             )
 
-    def _refuse_broken(self) -> None:
-        """Raise UnsupportedModelError for NaN or infinite outputs of finite inputs."""
+    def _non_finite_error(self) -> UnsupportedModelError:
+        """The error for NaN or infinite outputs of finite inputs."""
         kind = type(self.mlp).__name__
         weights = self.mlp.named_parameters()
         broken = [name for name, weight in weights if not bool(weight.isfinite().all())]
         if broken:
-            raise UnsupportedModelError(
+            return UnsupportedModelError(
                 f"{kind}'s {', '.join(broken)} hold NaN or infinite values: download the "
                 "checkpoint again, or load it in the dtype that it is stored in"
             )
-        raise UnsupportedModelError(
+        return UnsupportedModelError(
             f"{kind} overflows in {self.down.weight.dtype}: load the model in bf16 or fp32"
         )
 
@@ -254,22 +257,28 @@ def check_linear(mlp: nn.Module, linear: nn.Module) -> None:
     kind = f"{type(mlp).__name__}'s {type(linear).__name__}"
     if hasattr(linear, "base_layer"):
         raise UnsupportedModelError(
-            f"{kind} carries an adapter: merge it first (model = model.merge_and_unload())"
+            f"{kind} carries an adapter: merge it first (merge_and_unload() of the PeftModel), or "
+            f"{ALL_NEURONS}"
         )
     weight: Any = getattr(linear, "weight", None)
     if has_foreign_forward(linear):
         raise UnsupportedModelError(
             f"{kind} has a replaced forward, which the chosen neurons would skip: "
-            "put the original back (del module.forward), or choose no neurons"
+            f"put the original back (del module.forward), or {ALL_NEURONS}"
+        )
+    if is_parametrized(linear):
+        raise UnsupportedModelError(
+            f"{kind} computes its weight from others at each step: call "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') on it, "
+            f"or {ALL_NEURONS}"
         )
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
     absent = isinstance(weight, AbsentWeight)
     plain = plain and isinstance(weight, Tensor) and (absent or type(weight.data) is Tensor)
-    if not plain:
+    if not plain or "weight" not in linear._parameters:
         raise UnsupportedModelError(
             f"{kind} is quantised or sharded, so the rows of single neurons cannot be gathered: "
-            "load the model in bf16 or fp32 without tensor parallelism, or drop tokens only "
-            "(neurons=None)"
+            f"load the model in bf16 or fp32 without tensor parallelism, or {ALL_NEURONS}"
         )
     if weight.is_meta:
         raise UnsupportedModelError(

@@ -76,8 +76,8 @@ class Patches:
         A copy would share the patches, which refer to the original's modules.
         """
         for module in model.modules():
-            self.set(module, "__deepcopy__", _refuse_copy)
-            self.set(module, "__reduce_ex__", _refuse_copy)
+            self.set(module, "__deepcopy__", _forbid_copy)
+            self.set(module, "__reduce_ex__", _forbid_copy)
 
     def then(self, action: Callable[[], None]) -> None:
         """Add an action that `undo` calls in order; it may run twice."""
@@ -93,18 +93,34 @@ class Patches:
 def has_foreign_forward(module: nn.Module) -> bool:
     """Whether other code replaced a module's forward on its instance.
 
-    accelerate's hooks, which only move tensors between devices, do not count.
+    accelerate's hooks, which only move tensors between devices, do not count; what they call does.
     """
-    return foreign_forward(module) is not None and not hasattr(module, "_hf_hook")
+    function = foreign_forward(module)
+    if _is_of_accelerate(function):
+        function = _unwrap(vars(module).get("_old_forward"))
+    return function is not None and not _is_own(function, module)
 
 
 def foreign_forward(module: nn.Module) -> Any:
     """What stands in for a module's forward under our own patches; None: its class's forward."""
-    function: Any = vars(module).get("forward")
+    function = _unwrap(vars(module).get("forward"))
+    return None if _is_own(function, module) else function
+
+
+def _unwrap(function: Any) -> Any:
+    """What stands under our own patches of a forward."""
     while getattr(function, "_is_ours", False):
         function = function.__wrapped__
-    own = getattr(function, "__func__", None) is type(module).forward
-    return None if own else function
+    return function
+
+
+def _is_own(function: Any, module: nn.Module) -> bool:
+    return getattr(function, "__func__", None) is type(module).forward
+
+
+def _is_of_accelerate(function: Any) -> bool:
+    inner = function.func if isinstance(function, functools.partial) else function
+    return str(getattr(inner, "__module__", "")).startswith("accelerate.")
 
 
 def _put_back(owner: Any, name: str, before: Any) -> None:
@@ -128,7 +144,7 @@ def _remove_hook(module: nn.Module, hook: Any) -> None:
                 mark.pop(key, None)
 
 
-def _refuse_copy(*_: Any) -> Any:
+def _forbid_copy(*_: Any) -> Any:
     raise InputError(
         "a model with a method installed cannot be copied or pickled: remove the method first "
         "(leave its `with` block, or call remove(model)), then install it on the copy"

@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from corematching.errors import ConfigError, UnsupportedModelError
+from corematching.errors import ALL_TOKENS, ConfigError, UnsupportedModelError
 from corematching.model.attention import find_attention
 from corematching.model.ffn import find_ffn
 from corematching.model.gate_store import GateStore
+from corematching.model.layer_inputs import needs_positions, no_cache_error, takes_cache
+from corematching.model.linear import linear_shape
 from corematching.protocol import (
     ACTIVATIONS,
     ATTENTION,
@@ -24,6 +26,7 @@ from corematching.protocol import (
 DOWN_NAMES = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 VISION_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_encoder")
 PROJECTOR_NAMES = ("multi_modal_projector", "connector", "aligner")
+IMAGE_IDS = ("image_token_id", "video_token_id")
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -87,10 +90,13 @@ def check_model(model: nn.Module, method: Method) -> ModelSpec:
         The method cannot run on the model; the message names the part and the fix.
     """
     if not isinstance(model, PreTrainedModel):
-        inner = " (here: model.get_base_model())" if hasattr(model, "get_base_model") else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no transformers model: pass the PreTrainedModel that "
-            f"from_pretrained returned{inner}"
+            f"{type(model).__name__} is no transformers model: {_find_inner(model)}"
+        )
+    if isinstance(getattr(model, "thinker", None), PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{_kind(model)} is a model for text and one for speech: pass the one for text, "
+            "model.thinker, and call its generate()"
         )
     config = model.config.get_text_config(decoder=True)
     _check_architecture(model, config)
@@ -102,7 +108,7 @@ def check_model(model: nn.Module, method: Method) -> ModelSpec:
             f"{_kind(model)}: its decoder ({type(decoder).__name__}) has no list of layers "
             "named 'layers'; pass the whole model with its language model head"
         )
-    ids = [getattr(model.config, n, None) for n in ("image_token_id", "video_token_id")]
+    ids = [getattr(model.config, name, None) for name in IMAGE_IDS]
     parts = ModelSpec(
         decoder=decoder,
         layers=list(layers),
@@ -123,12 +129,14 @@ def check_model(model: nn.Module, method: Method) -> ModelSpec:
     return parts
 
 
-def linear_shape(module: Any) -> tuple[int, int]:
-    """(inputs, outputs) of a linear layer, quantised ones and GPT-2's Conv1D included."""
-    if hasattr(module, "in_features"):
-        return int(module.in_features), int(module.out_features)
-    rows, columns = module.weight.shape
-    return int(rows), int(columns)
+def _find_inner(model: Any) -> str:
+    """What to pass instead of an object around a transformers model."""
+    if hasattr(model, "get_base_model"):
+        return "pass model.get_base_model(), or merge its adapters (model.merge_and_unload())"
+    for name in ("_orig_mod", "module"):
+        if isinstance(getattr(model, name, None), PreTrainedModel):
+            return f"pass the one inside it, model.{name}"
+    return "pass the PreTrainedModel that from_pretrained returned"
 
 
 def _kind(model: Any) -> str:
@@ -173,10 +181,10 @@ def _check_architecture(model: PreTrainedModel, config: Any) -> None:
 
 
 def _check_shared(model: PreTrainedModel, what: str, modules: list[nn.Module]) -> None:
-    """Refuse modules that stand at several depths, where each depth chooses for itself."""
-    places: dict[int, int] = {}
+    """Refuse modules used at several depths, as each depth makes its own choice."""
+    seen: dict[int, int] = {}
     for index, module in enumerate(modules):
-        first = places.setdefault(id(module), index)
+        first = seen.setdefault(id(module), index)
         if first != index:
             raise UnsupportedModelError(
                 f"{_kind(model)} runs one {what} as layers {first} and {index}, which cannot "
@@ -250,15 +258,16 @@ def _check_tokens(model: nn.Module, config: Any, parts: ModelSpec, method: Metho
     assert method.tokens is not None
     if not parts.image_ids:
         raise UnsupportedModelError(
-            f"{_kind(model)} has no image token (config.image_token_id), so it has no image "
-            "tokens to drop: use a vision-language model, or choose neurons only "
-            "(CoreMatching: score=None)"
+            f"{_kind(model)} has no image tokens to drop: {' and '.join(IMAGE_IDS)} of "
+            f"{type(model.config).__name__} are not set; if its prompts hold placeholders for "
+            f"images, set model.config.image_token_id to their id, else {ALL_TOKENS}"
         )
     if config._attn_implementation == "flex_attention":
         raise UnsupportedModelError(
             f"{_kind(model)} runs on flex_attention, whose block masks cannot be shortened: "
             "call model.set_attn_implementation('sdpa')"
         )
+    _check_layer_inputs(model, config, parts)
     depth = len(parts.layers)
     after = method.tokens.drop_after(depth)
     if list(after) != sorted(set(after)) or any(not -1 <= i <= depth - 2 for i in after):
@@ -271,6 +280,20 @@ def _check_tokens(model: nn.Module, config: Any, parts: ModelSpec, method: Metho
         raise UnsupportedModelError(
             f"the method drops tokens before layer 0 and reads {', '.join(sorted(shown))}, which "
             "no layer has computed by then: drop after layer 0 or later"
+        )
+
+
+def _check_layer_inputs(model: nn.Module, config: Any, parts: ModelSpec) -> None:
+    """Refuse layers without a known cache input, and positions that FlashAttention misreads."""
+    for layer in parts.layers:
+        if not takes_cache(layer):
+            raise no_cache_error(layer)
+    flash = "flash" in (config._attn_implementation or "")
+    if flash and any(needs_positions(attention) for attention in parts.attentions):
+        raise UnsupportedModelError(
+            f"{_kind(model)} scales its attention by positions, and FlashAttention takes the gaps "
+            "that dropped tokens leave between them for several prompts: call "
+            "model.set_attn_implementation('sdpa')"
         )
 
 

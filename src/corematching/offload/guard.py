@@ -30,17 +30,17 @@ class WeightGuard:
         The model.
     weights : iterable of Tensor
         The absent weights.
-    refuse : callable
-        ``refuse(what)`` makes the error; ``what`` names the operation.
+    make_error : callable
+        ``make_error(what)`` makes the error; ``what`` names the operation.
     """
 
     def __init__(
         self,
         model: nn.Module,
         weights: Iterable[Tensor],
-        refuse: Callable[[str], CoreMatchingError],
+        make_error: Callable[[str], CoreMatchingError],
     ) -> None:
-        self._refuse = refuse
+        self._make_error = make_error
         self._patches = Patches()
         self._model, self._holders = model, _holders(model, {id(weight) for weight in weights})
 
@@ -59,7 +59,7 @@ class WeightGuard:
         self._patches.undo()
 
     def _raise(self, name: str, *_: Any, **__: Any) -> Any:
-        raise self._refuse(f"{name}()")
+        raise self._make_error(f"{name}()")
 
     def _convert(self, module: nn.Module, _: Any, fn: Any, *__: Any, **___: Any) -> nn.Module:
         """Replace ``_apply``, which runs ``fn`` on every parameter and buffer."""
@@ -70,7 +70,7 @@ class WeightGuard:
             probe = torch.empty(1, dtype=kind, device=device)
             shared = probe.is_shared()
             if fn(probe) is not probe or probe.is_shared() != shared:
-                raise self._refuse("a conversion (to(), half(), cuda(), ...)")
+                raise self._make_error("a conversion (to(), half(), cuda(), ...)")
         return module
 
 

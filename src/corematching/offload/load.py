@@ -18,7 +18,7 @@ from corematching.loading import choose_loader, load_weights, read_config
 from corematching.model.ffn import find_ffn
 from corematching.offload.guard import WeightGuard
 from corematching.offload.memory import bytes_of
-from corematching.offload.offload import loaded_outside, refuse_loaded
+from corematching.offload.offload import loaded_outside, loaded_outside_error
 from corematching.offload.source import FileSource, Source, open_checkpoint, pin
 from corematching.sizes import format_size, parse_size
 
@@ -80,11 +80,11 @@ def load(
     if target.type != "cpu":
         own = dict(model.named_parameters())
         sources = {name: pin(stored[name], own[name].dtype) for name in moved}
-    find_ffn(model.get_decoder().layers[0]).register_forward_pre_hook(_refuse_without_weights)
+    find_ffn(model.get_decoder().layers[0]).register_forward_pre_hook(_check_ffn_weights)
     loaded_outside[model] = (sources, cap)
     absent = [weight for weight in model.parameters() if weight.is_meta]
-    refuse = functools.partial(refuse_loaded, type(model).__name__)
-    WeightGuard(model, absent, refuse).install()
+    make_error = functools.partial(loaded_outside_error, type(model).__name__)
+    WeightGuard(model, absent, make_error).install()
     return model
 
 
@@ -164,7 +164,7 @@ def _load_rest(model: Any, sources: dict[str, FileSource], device: torch.device)
             owner._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def _refuse_without_weights(ffn: nn.Module, _: Any) -> None:
+def _check_ffn_weights(ffn: nn.Module, _: Any) -> None:
     """Raise InputError if a model runs without its FFNs."""
     if any(parameter.is_meta for parameter in ffn.parameters()):
         raise InputError(

@@ -148,8 +148,8 @@ class Offload:
         model = self._model()
         assert model is not None
         away = [parameter for own in weights.values() for parameter in own]
-        refuse = functools.partial(_refuse, model, self.cap)
-        self._guard = WeightGuard(model, away, refuse)
+        make_error = functools.partial(_outside_error, model, self.cap)
+        self._guard = WeightGuard(model, away, make_error)
         self._guard.install()
         if self._stream is None and self._ffns:
             self._move(weights)
@@ -290,10 +290,10 @@ class Offload:
         return max(bytes_of([p]) for p in model.parameters())
 
 
-def _refuse(model: nn.Module, cap: int, what: str) -> CoreMatchingError:
+def _outside_error(model: nn.Module, cap: int, what: str) -> CoreMatchingError:
     """The error for an operation that needs weights that a method keeps outside memory."""
     if model in loaded_outside:
-        return refuse_loaded(type(model).__name__, what)
+        return loaded_outside_error(type(model).__name__, what)
     return AlreadyInstalledError(
         f"{what} needs all weights, but with memory={format_size(cap)} FFN weights of this "
         f"{type(model).__name__} are outside of memory: remove the method first (leave its `with` "
@@ -301,7 +301,7 @@ def _refuse(model: nn.Module, cap: int, what: str) -> CoreMatchingError:
     )
 
 
-def refuse_loaded(kind: str, what: str) -> CoreMatchingError:
+def loaded_outside_error(kind: str, what: str) -> CoreMatchingError:
     """The error for an operation that a model loaded without its FFNs cannot do."""
     return InputError(
         f"{what} needs all weights, but this {kind} was loaded without its FFNs "

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from corematching import devices
+from corematching.backends.kernels.statistics import mark_top_positive
 from corematching.policies.amounts import PPM, count_of, parts
 from corematching.policies.passes import count_positive, mark_largest
 
@@ -23,17 +25,19 @@ def activate_by_sign(activations: Tensor) -> Tensor:
 def activate_by_magnitude(activations: Tensor, ratio: float) -> Tensor:
     """The top ``ratio`` of the F neurons by ``|a|``, token by token."""
     count = count_of(ratio, activations.shape[-1])
-    counts = torch.full((*activations.shape[:-1], 1), count, device=activations.device)
-    return mark_largest(activations, counts, most=count, absolute=True)
+    return mark_largest(activations, count, most=count, absolute=True)
 
 
 def activate_top_positive(activations: Tensor, rho: float) -> Tensor:
     """``C_rho(x) = {n : a_n >= Percentile(A+, rho)}``, the top fraction of the positive entries.
 
     The percentile is the linearly interpolated one: of P positive entries the first
-    ``floor((P - 1) * rho) + 1`` stand at or above it. A token without any activates nothing
+    ``floor((P - 1) * rho) + 1`` lie at or above it. A token without any activates nothing
     (CoreInfer, arXiv:2410.18311).
     """
+    found = mark_top_positive(activations.detach(), parts(rho))
+    if found is not None:
+        return found
     counts = ((count_positive(activations) - 1) * parts(rho)).div(PPM, rounding_mode="floor") + 1
     most = int((activations.shape[-1] - 1) * rho) + 2
     return mark_largest(activations, counts, most, absolute=False)
@@ -64,7 +68,7 @@ def find_kth_largest(values: Tensor, k: int) -> Tensor:
     On the CPU through NumPy, whose partition is some ten times as fast as ``torch.kthvalue``.
     """
     rank = values.shape[-1] - k
-    if values.device.type != "cpu":
+    if not devices.on_host(values):
         return values.kthvalue(rank + 1, dim=-1, keepdim=True).values
     parted = np.partition(values.detach().float().numpy(), rank, axis=-1)
     return torch.from_numpy(parted[..., rank : rank + 1]).to(values.dtype)

@@ -32,7 +32,7 @@ def parts(ratio: float) -> int:
 
 
 def layers_of(depth: int | float, num_layers: int) -> int:
-    """The number of layers that an int (itself) or a ratio of the depth (a float) stands for.
+    """The number of layers for an int (itself) or a float (a ratio of the depth).
 
     Ratios let one setting fit models of any depth: CoreInfer's six dense layers out of 32 are
     ``6 / 32``, which is again six in a model of 30.

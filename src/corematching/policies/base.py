@@ -34,7 +34,7 @@ class TokenScore(Component, kind="token score"):
         Returns
         -------
         Tensor
-            (B, T), any float dtype; what it holds outside the image tokens does not matter.
+            (B, T), any float dtype; values outside the image tokens are ignored.
 
         Raises
         ------
@@ -69,6 +69,8 @@ class NeuronScore(Component, kind="neuron score"):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({ACTIVATIONS})
+    in_parts: ClassVar[bool] = False
+    """Whether a GPU's kernel writes what scores come from in parts; see `sum_parts`."""
 
     def score(self, view: PrefillView) -> Tensor:
         """Score the neurons of the view's layer.
@@ -81,7 +83,7 @@ class NeuronScore(Component, kind="neuron score"):
         Returns
         -------
         Tensor
-            (B, F), any dtype; the highest are kept, of equal ones the first.
+            (B, F), any dtype; the highest are kept, the first among ties.
 
         Raises
         ------
@@ -89,6 +91,28 @@ class NeuronScore(Component, kind="neuron score"):
             The layer does not show what the score reads.
         """
         raise NotImplementedError
+
+    def sum_parts(self, view: PrefillView, out: Tensor) -> bool:
+        """On a GPU, write parts of sums to ``out`` in one launch, of which `finish` makes scores.
+
+        Parameters
+        ----------
+        view : PrefillView
+            What the layer computed.
+        out : Tensor
+            (2, C, B, F) float32: parts that add up to what the scores come from, and to the sums of
+            the activations over all tokens.
+
+        Returns
+        -------
+        bool
+            Whether that was done; else the rule takes `score`.
+        """
+        return False
+
+    def finish(self, total: Tensor) -> Tensor:
+        """Scores (..., F) from the sums (..., F) that `sum_parts` wrote parts of."""
+        return total
 
     def __call__(self, view: PrefillView) -> Tensor:
         """Score the neurons of the view's layer.

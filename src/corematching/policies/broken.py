@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from corematching.devices import HostCopy
 from corematching.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
+def report_later(what: str, broken: Tensor, advice: str) -> Callable[[Tensor], None]:
+    """`report_broken`, to be called with ``present`` when the device has come so far."""
+    flags = HostCopy(broken)
+
+    def report(present: Tensor) -> None:
+        found = flags.read()
+        if found.any():
+            report_broken(what, torch.from_numpy(found), present.cpu(), advice)
+
+    return report
+
+
 def report_broken(what: str, broken: Tensor, present: Tensor, advice: str) -> None:
-    """Say which samples of a batch are broken; the others need not suffer for them.
+    """Warn about the broken samples of a batch; raise if no sample is left.
 
     Parameters
     ----------
     what : str
         What is NaN or infinite, such as ``"the activations"``.
     broken : Tensor
-        (B,) bool, the samples in which some of it is.
+        (B,) bool, the samples with such values.
     present : Tensor
-        (B,) bool, the samples that have any of it.
+        (B,) bool, the samples with any values.
     advice : str
-        What to do about it.
+        The remedy, for the message.
 
     Raises
     ------
     ConfigError
-        No sample is left that is not broken.
+        Every sample is broken.
     """
     samples = ", ".join(map(str, broken.nonzero().flatten().tolist()))
     if not samples:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.errors import ConfigError
-from corematching.policies.amounts import counts_of
+from corematching.policies.amounts import count_of, counts_of
 from corematching.policies.broken import report_broken
 from corematching.policies.check import (
     check_bool,
@@ -25,26 +26,29 @@ ADVICE = "check the score's formula, and the model's dtype for overflow"
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """The image tokens of a prompt, of which an earlier choice left only some.
+    """The image tokens of a prompt after earlier cuts.
 
     Attributes
     ----------
     indices : Tensor
         (B, T) long, the index of each image token still present in its picture.
     totals : Tensor
-        (B,) long, image tokens that the indices count.
+        (B,) long, the range of the indices.
     prompt_totals : Tensor
         (B,) long, image tokens of the prompt at the start.
+    known_totals : tuple of int or None
+        The same, where the host knows them.
     """
 
     indices: Tensor
     totals: Tensor
     prompt_totals: Tensor
+    known_totals: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(Component, kind="budget"):
-    """Base class: override `count`. The highest scores are kept; of equal ones the first.
+    """Base class: override `count`. The highest scores are kept, the first among ties.
 
     A sample with image tokens keeps at least one. With ``cover``, that ratio of
     the kept tokens lies evenly over the image tokens, whatever their scores, and the highest scores
@@ -90,6 +94,10 @@ class Budget(Component, kind="budget"):
         """
         raise NotImplementedError
 
+    def known_count(self, total: int) -> int | None:
+        """`count` for one sample of ``total`` >= 1 image tokens; None where scores decide."""
+        return None
+
     def __call__(self, scores: Tensor, image: Tensor, picture: Picture | None = None) -> Tensor:
         """Choose the image tokens to keep.
 
@@ -100,8 +108,8 @@ class Budget(Component, kind="budget"):
         image : Tensor
             (B, T) bool.
         picture : Picture, optional
-            The whole picture, where ``image`` has only some of its tokens: the number to keep is
-            counted by it, and ``cover`` spreads over it.
+            The whole picture, if ``image`` has only some of its tokens. It determines the number
+            to keep, and ``cover`` spreads over it.
 
         Returns
         -------
@@ -112,10 +120,12 @@ class Budget(Component, kind="budget"):
         ------
         ConfigError
             When every sample has an image token whose score is NaN or infinite. Where only some
-            have, a warning names them, and all scores of theirs count as equal.
+            have, a warning names them, and all scores of theirs count as equal. A GPU is not waited
+            for: there `TokenChoice.check` says so.
         """
-        broken = (~scores.isfinite() & image).any(1)
-        report_broken("token scores", broken, image.any(1), ADVICE)
+        broken = find_broken(scores, image)
+        if devices.on_host(scores):
+            report_broken("token scores", broken, image.any(1), ADVICE)
         scores = scores.float().masked_fill(broken.unsqueeze(1), 0.0)
         filled = torch.where(image, scores, -torch.inf)
         order = filled.argsort(dim=1, descending=True, stable=True)
@@ -151,6 +161,15 @@ class Budget(Component, kind="budget"):
         if self.max_tokens is not None:
             counts = counts.clamp(max=self.max_tokens)
         return counts.clamp(min=1).minimum(totals)
+
+    def bound_known(self, count: int, total: int) -> int:
+        """`bound` for one sample."""
+        if self.min_ratio is not None:
+            count = max(count, count_of(self.min_ratio, max(total, 1)))
+        count = max(count, self.min_tokens or 1)
+        if self.max_ratio is not None:
+            count = min(count, count_of(self.max_ratio, max(total, 1)))
+        return min(max(min(count, self.max_tokens or count), 1), total)
 
 
 @dataclass(frozen=True)
@@ -198,10 +217,13 @@ class Ratio(Budget, name="ratio"):
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
         return counts_of(self.keep_ratio, totals)
 
+    def known_count(self, total: int) -> int | None:
+        return count_of(self.keep_ratio, total)
+
 
 @dataclass(frozen=True)
 class Count(Budget, name="count"):
-    """Keep the same number of image tokens in every sample, or all where there are fewer."""
+    """Keep the same number of image tokens in every sample; all if there are fewer."""
 
     keep_tokens: int = field(default=64, metadata={"help": "number of image tokens kept"})
 
@@ -212,9 +234,17 @@ class Count(Budget, name="count"):
     def count(self, curve: Tensor, totals: Tensor) -> Tensor:
         return torch.full_like(totals, self.keep_tokens)
 
+    def known_count(self, total: int) -> int | None:
+        return self.keep_tokens
+
+
+def find_broken(scores: Tensor, image: Tensor) -> Tensor:
+    """(B,) bool, the samples with an image token whose score is NaN or infinite."""
+    return (~scores.isfinite() & image).any(1)
+
 
 def budget_of(keep_ratio: float | None, keep_tokens: int | None, **bounds: Any) -> Ratio | Count:
-    """`Ratio` or `Count` from a method's pair of parameters, of which one is given."""
+    """`Ratio` or `Count`, for whichever of a method's two parameters is given."""
     if keep_tokens is not None:
         return Count(keep_tokens, **bounds)
     assert keep_ratio is not None

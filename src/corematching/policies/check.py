@@ -10,19 +10,19 @@ from corematching.errors import ConfigError, unknown_name
 
 
 def check_ratio(name: str, value: Any) -> None:
-    """Refuse what is no ratio in (0, 1]; 1 means all."""
+    """Check for a ratio in (0, 1]; 1 means all."""
     if not _is_number(value) or not 0 < value <= 1:
         raise ConfigError(f"{name}={value!r}: give a ratio in (0, 1], such as 0.2")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number of at least ``least``."""
+    """Check for a whole number of at least ``least``."""
     if not _is_int(value) or value < least:
         raise ConfigError(f"{name}={value!r}: give a whole number of at least {least}")
 
 
 def check_tokens_ratio(ratio_name: str, tokens_name: str, value: Any) -> float:
-    """The ratio of the image tokens as a float; the refusal names the parameter for counts."""
+    """The ratio of the image tokens as a float; the error names the parameter for counts."""
     if _is_number(value) and 0 < value <= 1:
         return float(value)
     whole = int(value) if _is_number(value) and value > 1 and value == int(value) else None
@@ -31,7 +31,7 @@ def check_tokens_ratio(ratio_name: str, tokens_name: str, value: Any) -> float:
 
 
 def check_tokens_count(ratio_name: str, tokens_name: str, value: Any) -> int:
-    """The number of image tokens; the refusal names the parameter for ratios."""
+    """The number of image tokens; the error names the parameter for ratios."""
     if _is_count(value):
         return int(value)
     is_ratio = isinstance(value, float) and 0 < value <= 1
@@ -71,7 +71,7 @@ def normalize_amount(
 
 
 def check_depth(name: str, value: Any, least: int = 0) -> None:
-    """Refuse what is neither an int from ``least`` on nor a ratio of the depth in [0, 1)."""
+    """Check for an int of at least ``least``, or a ratio of the depth in [0, 1)."""
     if _is_int(value) and value >= least:
         return
     if isinstance(value, float) and 0 <= value < 1:
@@ -83,19 +83,19 @@ def check_depth(name: str, value: Any, least: int = 0) -> None:
 
 
 def check_number(name: str, value: Any, least: float = -math.inf) -> None:
-    """Refuse what is no finite number of at least ``least``."""
+    """Check for a finite number of at least ``least``."""
     if not _is_number(value) or value < least:
         raise ConfigError(f"{name}={value!r}: give a finite number of at least {least:g}")
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Refuse what is not True or False."""
+    """Check for True or False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={value!r}: give True or False")
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
-    """Refuse a word that is not one of ``known``, naming the nearest one."""
+    """Check for a word of ``known``; the error names the nearest one."""
     known = list(known)
     if value not in known:
         raise unknown_name(f"value for {name}:", str(value), known)

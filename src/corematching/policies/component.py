@@ -21,7 +21,7 @@ REGISTRY: dict[str, dict[str, type[Component]]] = {}
 
 
 class ComponentType(ABCMeta):
-    """Lets a component be made with the parameter names of the version before."""
+    """Accepts the parameter names of the previous version."""
 
     def __call__(cls, *args: Any, **params: Any) -> Any:
         known: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
@@ -36,7 +36,7 @@ class ComponentType(ABCMeta):
 
 
 class Component(metaclass=ComponentType):
-    """A policy object that is found by kind and name.
+    """A policy object, registered by kind and name.
 
     A base class states its kind, ``class TokenScore(Component, kind="token score")``; a concrete
     class states its name, ``class Norm(TokenScore, name="norm")``, and is then registered. Fields
@@ -65,7 +65,7 @@ class Component(metaclass=ComponentType):
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
-        """Build a component of this kind from what `to_dict` gave.
+        """Build a component of this kind from the output of `to_dict`.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class Component(metaclass=ComponentType):
 
 
 def register(cls: type[Component]) -> None:
-    """Enter a class under its kind and name; another class of the same name is refused."""
+    """Register a class under its kind and name; each name may be taken once."""
     known = REGISTRY[cls.kind].get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:
         raise ConfigError(f"{cls.kind} '{cls.name}' is taken by {known.__qualname__}: rename one")
@@ -148,7 +148,7 @@ def prepare(cls: type, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parameters_of(cls: Any) -> dict[str, str | None]:
-    """The constructor's parameters, in order, with the kind of component that each one takes."""
+    """The constructor's parameters, in order, with the kind of component of each."""
     described = cls.__dataclass_fields__
     names = list(inspect.signature(cls.__init__).parameters)[1:]
     return {

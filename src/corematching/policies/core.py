@@ -29,7 +29,7 @@ def count_activations(activated: Tensor, tokens: Tensor) -> Tensor:
 
 
 def pick_top(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` highest of F scores, ascending by index; of equal ones the first.
+    """The ``count`` highest of F scores, ascending by index; the first among ties.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def pick_top(scores: Tensor, count: int) -> Tensor:
 def pick_core_neurons(
     activations: Tensor, tokens: Tensor, rho: float, beta: float, activated_by: str = "sign"
 ) -> Tensor:
-    """``C_rho^beta(s)``, the ratio ``beta`` of the neurons that stand in most token-wise sets.
+    """``C_rho^beta(s)``, the ratio ``beta`` of the neurons in the most token-wise sets.
 
     The token-wise set is `activate_top_positive` (``sign``, the paper) or `activate_by_magnitude`.
 

@@ -1,4 +1,4 @@
-"""A number that tells one sample's picture and text from another's, whatever the batch."""
+"""A number that identifies a sample's picture and text, independent of the batch."""
 
 from __future__ import annotations
 

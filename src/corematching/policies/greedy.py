@@ -41,7 +41,7 @@ def order_by_distance(distance: Tensor, among: Tensor, counts: Tensor) -> Tensor
     """Pick so that the smallest distance among the picked ones stays as large as it can.
 
     First the token whose nearest neighbour is farthest away, then always the one whose nearest
-    picked token is farthest away; of equal ones the first.
+    picked token is farthest away; the first among ties.
 
     Parameters
     ----------

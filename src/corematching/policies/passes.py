@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.backends.kernels.statistics import mark_highest, sum_rows, weigh_marks
 
 BLOCK_BYTES = 1 << 20
@@ -34,7 +35,7 @@ def read_blocks(values: Tensor, tokens: Tensor) -> Iterator[tuple[int, slice, Te
         The sample, its tokens, and (t, F) float32.
     """
     batch, length, width = values.shape
-    on_cpu = values.device.type == "cpu"
+    on_cpu = devices.on_host(values)
     step = max(1, min(length, BLOCK_BYTES // (4 * max(width, 1)))) if on_cpu else max(length, 1)
     buffer = torch.empty(step, width, dtype=torch.float32, device=values.device)
     whole = on_cpu and bool(tokens.all())
@@ -84,15 +85,16 @@ def count_positive(values: Tensor) -> Tensor:
     return (values > 0).sum(-1, keepdim=True)
 
 
-def mark_largest(values: Tensor, counts: Tensor, most: int, absolute: bool) -> Tensor:
+def mark_largest(values: Tensor, counts: Tensor | int, most: int, absolute: bool) -> Tensor:
     """Mark the entries that are above 0 and not below the token's ``counts``-th largest one.
 
     Parameters
     ----------
     values : Tensor
         (B, T, F), in any float dtype.
-    counts : Tensor
-        (B, T, 1) long; less than 1 counts as 1, more than ``most`` as ``most``.
+    counts : Tensor or int
+        (B, T, 1) long, or one number for all tokens; less than 1 counts as 1, more than
+        ``most`` as ``most``.
     most : int
         A bound that is known without waiting for the device.
     absolute : bool
@@ -105,10 +107,12 @@ def mark_largest(values: Tensor, counts: Tensor, most: int, absolute: bool) -> T
     """
     width = values.shape[-1]
     most = min(max(most, 1), width)
-    counts = counts.clamp(1, most)
+    counts = min(max(counts, 1), most) if isinstance(counts, int) else counts.clamp(1, most)
     found = mark_highest(values.detach(), counts, absolute)
     if found is not None:
         return found
+    if isinstance(counts, int):
+        counts = torch.full((*values.shape[:-1], 1), counts, device=values.device)
     ranked = values.abs() if absolute else values
     largest = ranked.topk(most, dim=-1).values
     cuts = largest.gather(-1, counts.expand(*values.shape[:-1], 1) - 1)

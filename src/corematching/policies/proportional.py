@@ -12,7 +12,13 @@ CHUNK = 1024
 """Dropped tokens that are compared with the kept ones at once."""
 
 
-def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor | None) -> Tensor:
+def count_alike(
+    features: Tensor,
+    image: Tensor,
+    keep: Tensor,
+    weights: Tensor | None,
+    most: tuple[int, int] | None = None,
+) -> Tensor:
     """Count every dropped image token to the kept one that it is most like.
 
     Attention to a kept token then counts for those that are gone (proportional attention: Token
@@ -27,6 +33,9 @@ def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor |
         (B, T) bool, image tokens, and those of them that are kept.
     weights : Tensor or None
         (B, T), what each token counts for so far; None: 1.
+    most : tuple of int or None
+        The most kept and the most dropped image tokens of a sample; None: this waits for the
+        device.
 
     Returns
     -------
@@ -35,8 +44,9 @@ def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor |
         text is the sum over all tokens before.
     """
     before = torch.ones_like(keep, dtype=torch.float32) if weights is None else weights.float()
-    columns, kept = _list_all(image & keep)
-    rows, gone = _list_all(image & ~keep)
+    stays, goes = image & keep, image & ~keep
+    most = (count_most(stays), count_most(goes)) if most is None else most
+    (columns, kept), (rows, gone) = list_rows(stays, most[0]), list_rows(goes, most[1])
     targets = F.normalize(_take_floats(features, columns), dim=-1).transpose(1, 2)
     given = before.gather(1, rows).masked_fill(~gone, 0)
     after = before.clone()
@@ -47,10 +57,6 @@ def count_alike(features: Tensor, image: Tensor, keep: Tensor, weights: Tensor |
         nearest = likeness.masked_fill(~kept[:, None], -torch.inf).argmax(2)
         after.scatter_add_(1, columns.gather(1, nearest), given[:, part])
     return after
-
-
-def _list_all(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    return list_rows(tokens, count_most(tokens))
 
 
 def _take_floats(features: Tensor, indices: Tensor) -> Tensor:

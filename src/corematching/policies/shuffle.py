@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, never on the row of the batch or the device."""
+"""Random numbers that depend on their keys, never on the row of the batch or the device."""
 
 from __future__ import annotations
 

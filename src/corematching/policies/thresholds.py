@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.backends.kernels.statistics import find_size
 from corematching.policies.activated import find_kth_largest
 from corematching.policies.amounts import PPM, parts
@@ -36,11 +37,11 @@ def calibrate_threshold(
     Parameters
     ----------
     values : Tensor
-        (B, T, F), what the rule thresholds, in any float dtype.
+        (B, T, F), the thresholded values, in any float dtype.
     tokens : Tensor
         (B, T) bool, the tokens to calibrate over.
     sparsity : float
-        Ratio of the entries that shall fall away, in (0, 1].
+        Ratio of the entries to drop, in (0, 1].
     neurons : Tensor, optional
         (B, K) long, the neurons to calibrate over, such as the core ones; default: all.
 
@@ -62,7 +63,7 @@ def calibrate_threshold(
     found = find_size(values.detach(), tokens, neurons, ranks)
     if found is not None:
         return found
-    if values.device.type != "cpu":
+    if not devices.on_host(values):
         return _calibrate_at_once(values, tokens, ranks, neurons)
     thresholds = values.new_zeros(len(values), dtype=torch.float32)
     broken = torch.zeros(len(values), dtype=torch.bool)
@@ -95,7 +96,7 @@ def _calibrate_at_once(
 
 
 def find_cut(values: Tensor, tokens: Tensor, ratio: float, neurons: Tensor | None = None) -> Tensor:
-    """The smallest magnitude that stays when about ``ratio`` of the entries do: ``|v| >= cut``.
+    """The smallest kept magnitude if about ``ratio`` of the entries are kept: ``|v| >= cut``.
 
     The float32 number after `calibrate_threshold`, so that what equals the quantile falls away, as
     in ``|v| > t``; 0, at which all stay, for ``ratio=1``.
@@ -107,7 +108,7 @@ def find_cut(values: Tensor, tokens: Tensor, ratio: float, neurons: Tensor | Non
     tokens : Tensor
         (B, T) bool, the tokens to calibrate over.
     ratio : float
-        Ratio of the entries that shall stay, in (0, 1].
+        Ratio of the entries to keep, in (0, 1].
     neurons : Tensor, optional
         (B, K) long, the neurons to calibrate over; default: all.
 

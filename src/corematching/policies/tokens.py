@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from corematching import devices
 from corematching.policies.check import check_choice
 from corematching.protocol import PrefillView
 
@@ -39,7 +41,7 @@ Masks = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass
 class ListedTokens:
-    """The token sets of one prompt that were listed already.
+    """The token sets of one prompt, as far as they were listed.
 
     Attributes
     ----------
@@ -47,15 +49,42 @@ class ListedTokens:
         By name and number of tokens present, the largest number of them in a sample.
     rows : dict
         By name, the view's masks and what `list_rows` gave for them.
+    present : dict
+        By their values, masks of filler on the device.
     """
 
     most: dict[tuple[str, int], int] = field(default_factory=dict)
     rows: dict[str, tuple[Masks, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    present: dict[tuple[bytes, torch.device], Tensor] = field(default_factory=dict)
 
 
 def select_tokens(view: PrefillView, token_set: str) -> Tensor:
     """The (B, T) bool mask of a set by its name in `TOKEN_SETS`."""
-    return TOKEN_SETS[token_set](view)
+    known = find_on_host(view, token_set) if token_set in ("text", "question") else None
+    return TOKEN_SETS[token_set](view) if known is None else upload(view, known)
+
+
+def find_on_host(view: PrefillView, token_set: str) -> np.ndarray | None:
+    """`select_tokens` from what the host knows of the view; None where it knows too little."""
+    host = view.host
+    if host is None or host.valid is None or host.image is None:
+        return None
+    if token_set in ("all", "image"):
+        return host.valid if token_set == "all" else host.image
+    if token_set not in ("text", "question"):
+        return None
+    text: np.ndarray = host.valid & ~host.image
+    if token_set == "text":
+        return text
+    positions = np.arange(text.shape[1])
+    last = np.where(host.image, positions, -1).max(1, keepdims=True)
+    question = text & (positions > last)
+    return np.where(question.any(1, keepdims=True), question, text)
+
+
+def upload(view: PrefillView, values: np.ndarray) -> Tensor:
+    """Values of the host on the view's device, which is not waited for."""
+    return devices.upload(values, view.valid.device)
 
 
 def list_chosen(view: PrefillView, token_set: str) -> tuple[Tensor, Tensor]:
@@ -67,12 +96,26 @@ def list_chosen(view: PrefillView, token_set: str) -> tuple[Tensor, Tensor]:
     listed = view.recall(ListedTokens)
     known = listed.rows.get(token_set)
     if known is None or any(mask is not seen for mask, seen in zip(masks, known[0], strict=True)):
-        tokens = select_tokens(view, token_set)
-        key = token_set, tokens.shape[1]
-        if key not in listed.most:
-            listed.most[key] = count_most(tokens)
-        known = listed.rows[token_set] = masks, list_rows(tokens, listed.most[key])
+        known = listed.rows[token_set] = masks, _list(view, token_set, listed)
     return known[1]
+
+
+def _list(view: PrefillView, token_set: str, listed: ListedTokens) -> tuple[Tensor, Tensor]:
+    found = find_on_host(view, token_set)
+    if found is not None:
+        counts = found.sum(1, keepdims=True)
+        most = int(counts.max(initial=0))
+        rows = np.argsort(~found, axis=1, kind="stable")[:, :most]
+        present = np.arange(most) < counts
+        key = present.tobytes(), view.valid.device
+        if key not in listed.present:
+            listed.present[key] = upload(view, present)
+        return upload(view, rows), listed.present[key]
+    tokens = select_tokens(view, token_set)
+    name = token_set, tokens.shape[1]
+    if name not in listed.most:
+        listed.most[name] = count_most(tokens)
+    return list_rows(tokens, listed.most[name])
 
 
 def count_most(tokens: Tensor) -> int:
@@ -111,5 +154,5 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def check_token_set(token_set: str) -> None:
-    """Refuse a name that is no token set."""
+    """Check the name of a token set."""
     check_choice("token_set", token_set, TOKEN_SETS)

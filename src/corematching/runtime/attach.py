@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from corematching.backends.choice_checks import check_settled
+from corematching.backends.choice_checks import check_materialized
 from corematching.errors import AlreadyInstalledError, InputError
 from corematching.model.spec import ModelSpec, check_policies
 from corematching.offload.offload import find_offload
@@ -75,7 +75,7 @@ class Run:
             Nothing has run yet, or the conversation's first prompt is no longer on record.
         """
         record = self._last
-        check_settled(self._session.sparse.values())
+        check_materialized(self._session.sparse.values())
         return read_choices(record, len(self._session.parts.layers))
 
     @property

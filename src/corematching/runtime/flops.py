@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from corematching.model.spec import ModelSpec, linear_shape
+from corematching.model.linear import is_linear, linear_shape
+from corematching.model.spec import ModelSpec
 from corematching.report import Report, SampleReport
 from corematching.runtime.choices import TokenReader
 from corematching.runtime.record import Record, seconds_between
@@ -40,13 +42,11 @@ class LayerCost:
 def layer_costs(parts: ModelSpec) -> list[LayerCost]:
     """The cost of each decoder layer, from the sizes of its weights."""
     config = parts.config
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     costs = []
     for index, (attention, ffn) in enumerate(zip(parts.attentions, parts.ffns, strict=True)):
-        size = getattr(attention, "head_dim", None) or config.hidden_size // heads
+        heads, groups, size = _count_heads(attention, config)
         sliding = kinds[index] == "sliding_attention" if kinds else window is not None
         costs.append(
             LayerCost(
@@ -60,8 +60,18 @@ def layer_costs(parts: ModelSpec) -> list[LayerCost]:
     return costs
 
 
+def _count_heads(attention: Any, config: Any) -> tuple[int, int, int]:
+    """Query heads, key-value heads and head dimension of one layer, from its projections."""
+    heads = config.num_attention_heads
+    size = getattr(attention, "head_dim", None) or config.hidden_size // heads
+    query, key = (getattr(attention, name, None) for name in ("q_proj", "k_proj"))
+    if query is None or key is None:
+        return heads, getattr(config, "num_key_value_heads", None) or heads, size
+    return linear_shape(query)[1] // size, linear_shape(key)[1] // size, size
+
+
 def _linear_macs(module: nn.Module) -> int:
-    shapes = [linear_shape(m) for m in module.modules() if hasattr(m, "in_features")]
+    shapes = [linear_shape(m) for m in module.modules() if is_linear(m)]
     return sum(inputs * outputs for inputs, outputs in shapes)
 
 
@@ -138,8 +148,7 @@ class _SampleCounter:
         self.context = record.context.cpu()
         self.new = _count_new_tokens(record)
         head = model.get_output_embeddings()  # type: ignore[operator]
-        size = getattr(head, "weight", None)
-        self.head_macs = 0 if size is None else int(size.shape[0] * size.shape[1])
+        self.head_macs = 0 if head is None else math.prod(linear_shape(head))
 
     def sample(self, row: int) -> SampleReport:
         """The report of one row of the batch."""

@@ -50,10 +50,16 @@ class Generation:
 
     def note_config(self, config: Any, cache: Any) -> None:
         """Take over the final configuration and the cache."""
-        ends = getattr(config, "_eos_token_tensor", None)
         self.cache, self.total = cache, config.max_length or 0
         self.expand = max(config.num_beams or 1, config.num_return_sequences or 1)
-        self.ends = () if ends is None else tuple(int(x) for x in ends.flatten())
+        ends = config.eos_token_id
+        ends = ends.tolist() if isinstance(ends, Tensor) else ends
+        self.ends = () if ends is None else tuple(ends if isinstance(ends, list) else [ends])
+
+    def check(self) -> None:
+        """Run the checks that the prompt's choices put off until the first token was there."""
+        if self.record is not None:
+            self.record.selection.check()
 
     def note_output(self, output: Any) -> None:
         """Add the generated tokens to the record."""
@@ -92,6 +98,7 @@ class GenerationPatches:
                     session.begin_generate(_prompt_width(args, kwargs))
                     output = original(*args, **kwargs)
                     if session.generation is not None:
+                        session.generation.check()
                         session.generation.note_output(output)
                 finally:
                     session.end_generate()
@@ -148,9 +155,11 @@ class GenerationPatches:
     def _prepare_inputs(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         generation = self.session.generation
+        if generation is not None:
+            generation.check()
         if _seen(cache) or (generation is not None and generation.record is not None):
-            self.session.place.follow(cache, input_ids.shape[0])
-            self.session.place.gather_neurons(cache)
+            self.session.installation.follow(cache, input_ids.shape[0])
+            self.session.installation.gather_neurons(cache)
         if generation is not None and not self._masks_are_short:
             memory = pruned_prompt_of(cache)
             if memory is not None and memory.shortened and _seen(cache):

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from corematching.backends.choice_checks import check_settled
+from corematching.backends.choice_checks import check_materialized
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.pruned_cache import follow, pruned_prompt_of
 from corematching.cache.pruned_prompt import PrunedPrompt
@@ -82,7 +82,7 @@ class HeldChoices:
     def gather(self, cache: Any) -> None:
         """Gather the chosen neurons' weights; as compact copies for compiled code."""
         compiled = cache is not None and cache.is_compileable
-        check_settled(self.sparse.values())
+        check_materialized(self.sparse.values())
         for ffn in self.sparse.values():
             ffn.gather(copies=compiled)
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from corematching.backends.select import choose_backend
-from corematching.backends.sparse_ffn import SparseFFN
+from corematching.backends.sparse_ffn import SparseFFN, no_gate
 from corematching.backends.traffic import WeightTraffic
+from corematching.errors import UnsupportedModelError
 from corematching.model.patching import Patches
 from corematching.model.snapshot import ModuleSnapshot
 from corematching.model.spec import ModelSpec, check_model, choose_counts
@@ -74,6 +75,10 @@ class Installation:
             if offload is None
             else offload.make_ffns(self.parts, chosen)
         )
+        if method.neurons is not None and method.neurons.gate_thresholds:
+            for ffn in self.sparse.values():
+                if not ffn.parts.gated:
+                    raise UnsupportedModelError(no_gate(ffn.mlp))
         self.choices = HeldChoices(self.sparse)
         ratio = method.neurons.decode_ratio if method.neurons else 1.0
         self.counts = [max(1, round(ratio * count)) for count in counts]

@@ -81,7 +81,7 @@ class Record:
         Whether these calls lie between ``start`` and ``filled``.
     tally : Tally or None
         The counters at the end of the prompt.
-    settled : int
+    counted : int
         Decode steps that `kernel`, bytes and `path` cover; -1 before the first count.
     kernel : str
         The code that ran the decode steps.
@@ -116,7 +116,7 @@ class Record:
     vision_flops: int = 0
     vision_inside: bool = False
     tally: Tally | None = None
-    settled: int = -1
+    counted: int = -1
     kernel: str = "torch"
     decode_bytes: int = 0
     dense_decode_bytes: int = 0

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from corematching.errors import InputError
 from corematching.model.hooks import run_pre_hooks
+from corematching.model.layer_inputs import find_cache
 from corematching.model.patching import Patches
 from corematching.model.spec import ModelSpec
 from corematching.protocol import VISION
@@ -140,7 +141,7 @@ class _Replay:
     def run_layer(self, index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's recorded output, or its own forward where that may differ."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = find_cache(kwargs)
         kept = self.recording
         fresh = cache is not None and not cache.get_seq_length(index)
         if not fresh or hidden.shape[1] == 1:
@@ -179,7 +180,7 @@ def _see_layer(
     if index == 0:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         recording.start = hidden.clone()
-    recording.add_layer(index, output, kwargs.get("past_key_values"))
+    recording.add_layer(index, output, find_cache(kwargs))
 
 
 def _see_input(kept: list[Tensor], _: nn.Module, args: tuple[Any, ...]) -> None:

@@ -21,16 +21,16 @@ class RunLog:
         self.number = next(FIRST_NUMBERS)
         self._open: tuple[Record, Installation] | None = None
 
-    def add(self, record: Record, place: Installation, start: Mark | None) -> None:
+    def add(self, record: Record, installation: Installation, start: Mark | None) -> None:
         """Add the record of a prompt that began at ``start`` and has ended now."""
         if self._open is not None:
             self.close(self._open[0])
-        self._open, record.tally = (record, place), place.traffic.tally()
-        record.memory = None if place.offload is None else place.offload.use
+        self._open, record.tally = (record, installation), installation.traffic.tally()
+        record.memory = None if installation.offload is None else installation.offload.use
         record.number, self.number = self.number, self.number + 1
-        record.start, record.filled = start, mark(place.device)
+        record.start, record.filled = start, mark(installation.device)
         record.last = record.filled
-        record.vision, record.vision_flops = place.vision.take()
+        record.vision, record.vision_flops = installation.vision.take()
         if self.records:
             self.records[-1].selection.forget_neurons()
         self.records.append(record)
@@ -49,15 +49,15 @@ class RunLog:
         """Note the latest record's decode counters; may be called repeatedly."""
         if self._open is None or record is not self._open[0] or record.tally is None:
             return
-        if record.settled == record.steps:
+        if record.counted == record.steps:
             return
-        place = self._open[1]
-        record.settled = record.steps
-        if place.offload is not None:
-            place.offload.measure(record.memory)
-        now, before, rows = place.traffic.tally(), record.tally, len(record.valid)
+        installation = self._open[1]
+        record.counted = record.steps
+        if installation.offload is not None:
+            installation.offload.measure(record.memory)
+        now, before, rows = installation.traffic.tally(), record.tally, len(record.valid)
         record.path.native_steps = now.stats.native_steps - before.stats.native_steps
         record.path.graph_replays = now.stats.graph_replays - before.stats.graph_replays
-        record.kernel = place.traffic.name(before, now)
-        record.decode_bytes = place.traffic.bytes_per_step(before, now, record.steps, rows)
-        record.dense_decode_bytes = place.traffic.dense_bytes()
+        record.kernel = installation.traffic.name(before, now)
+        record.decode_bytes = installation.traffic.bytes_per_step(before, now, record.steps, rows)
+        record.dense_decode_bytes = installation.traffic.dense_bytes()

@@ -75,7 +75,7 @@ class Session:
         if offload is not None:
             offload.prepare()
         self._names = list(inspect.signature(model.forward).parameters)
-        self.place = Installation(model, method, self._kind, offload)
+        self.installation = Installation(model, method, self._kind, offload)
 
     @property
     def model(self) -> nn.Module:
@@ -87,17 +87,17 @@ class Session:
     @property
     def parts(self) -> ModelSpec:
         """The model's parts."""
-        return self.place.parts
+        return self.installation.parts
 
     @property
     def sparse(self) -> dict[int, SparseFFN]:
         """The layers' sparse FFNs, by layer."""
-        return self.place.sparse
+        return self.installation.sparse
 
     @property
     def backend(self) -> Backend:
         """The backend that runs prompts and decode steps."""
-        return self.place.backend
+        return self.installation.backend
 
     @property
     def method(self) -> Method:
@@ -107,8 +107,8 @@ class Session:
     def install(self) -> None:
         """Patch the model; `remove` also undoes an interrupted installation."""
         model, patches = self.model, self._patches
-        patches.then(lambda: self.place.remove())
-        self.place.install(model)
+        patches.then(lambda: self.installation.remove())
+        self.installation.install(model)
         patches.wrap(model, "forward", self._forward)
         GenerationPatches(self).install(patches)
         patches.forbid_copies(model)
@@ -126,7 +126,7 @@ class Session:
         UnsupportedModelError
             The method cannot run on the changed model; the next run tries again.
         """
-        if self.place.fits:
+        if self.installation.fits:
             return
         if self.offload is not None:
             raise UnsupportedModelError(
@@ -134,15 +134,15 @@ class Session:
                 "remove the method, and install it again afterwards"
             )
         self._leave()
-        self.place.remove()
-        self.place = Installation(self.model, self.installed, self._kind, None)
-        self.place.install(self.model)
+        self.installation.remove()
+        self.installation = Installation(self.model, self.installed, self._kind, None)
+        self.installation.install(self.model)
 
     def begin_generate(self, prompt_width: int) -> None:
         """Start a generate()."""
         self.refresh()
         self._leave()
-        self.place.vision.take()
+        self.installation.vision.take()
         self.generation = Generation(prompt_width)
 
     def end_generate(self) -> None:
@@ -153,7 +153,7 @@ class Session:
         if record is not None:
             record.steps = max(record.steps - 1, 0)
             self.log.close(record)
-            record.last = mark(self.place.device)
+            record.last = mark(self.installation.device)
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Dispatch a forward; compiled decode steps only get a fitted mask."""
@@ -166,7 +166,7 @@ class Session:
                     self._check_cache(generation, cache)
                 return original(*args, **kwargs)
             if compiling:
-                self.place.choices.check_compiled(cache)
+                self.installation.choices.check_compiled(cache)
                 return original(*args, **self._fit_mask(kwargs, cache, length))
         return self._run(original, args, kwargs, length)
 
@@ -200,7 +200,7 @@ class Session:
     ) -> None:
         """Refuse a forward on another cache during a generate()."""
         self.lock.check()
-        if past_key_values is generation.cache or not (self.method.tokens or self.place.sparse):
+        if past_key_values is generation.cache or not (self.method.tokens or self.sparse):
             return
         if past_key_values is None and use_cache is False:
             raise replay_error()
@@ -212,13 +212,13 @@ class Session:
     def _begin(self, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
         """Prepare a forward; returns its inputs."""
         self.refresh()
-        self.place.backend.refresh()
+        self.backend.refresh()
         cache = kwargs.get("past_key_values")
         if is_fresh(cache, length):
             self._start_prefill(kwargs, cache, length)
             return kwargs
-        self.place.follow(cache, batch_size(kwargs))
-        self.place.gather_neurons(cache)
+        self.installation.follow(cache, batch_size(kwargs))
+        self.installation.gather_neurons(cache)
         if length == 1 and self.generation is None:
             self.forward = ForwardPass(Phase.STEP)
         else:
@@ -226,26 +226,26 @@ class Session:
         return self._fit_mask(kwargs, cache, length)
 
     def _start_prefill(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
-        place, generation = self.place, self.generation
+        installation, generation = self.installation, self.generation
         replayed = generation is not None and generation.record is not None and cache is None
-        if replayed and (self.method.tokens or place.sparse):
+        if replayed and (self.method.tokens or self.sparse):
             raise replay_error()
-        valid, image = read_prompt(self.model, kwargs, place.parts.image_ids, length)
+        valid, image = read_prompt(self.model, kwargs, self.parts.image_ids, length)
         if self.method.tokens is not None and cache is not None:
             check_cache(cache)
             widen_sliding_layers(cache, length)
         self._start_streaming(valid)
-        place.choices.clear()
+        installation.choices.clear()
         if generation is None:
-            place.vision.take()
-        prefill = Prefill(place.parts, self.method, place.sparse, valid, image, place.tower)
-        if prefill.cuts and kwargs.get("labels") is not None:
+            installation.vision.take()
+        prefill = Prefill(self.parts, self.method, self.sparse, valid, image, installation.tower)
+        if kwargs.get("labels") is not None and prefill.learn():
             raise InputError(
                 "labels do not fit a prompt that gets shorter: remove the method before training "
                 "or computing a loss"
             )
-        layers = place.backend.stats().native_layers
-        self.forward = ForwardPass(Phase.PREFILL, mark(place.device), prefill, None, layers)
+        layers = self.backend.stats().native_layers
+        self.forward = ForwardPass(Phase.PREFILL, mark(installation.device), prefill, None, layers)
         earlier = pruned_prompt_of(cache)
         if earlier is not None:
             earlier.forget()
@@ -253,33 +253,34 @@ class Session:
             prefill.install()
 
     def _start_turn(self, kwargs: dict[str, Any], cache: Any, length: int) -> None:
-        place, memory = self.place, pruned_prompt_of(cache)
+        installation, memory = self.installation, pruned_prompt_of(cache)
         earlier = None if memory is None else self.log.find(memory.record)
         if self.generation is None:
-            place.vision.take()
-        valid, image = read_prompt(self.model, kwargs, place.parts.image_ids, length)
+            installation.vision.take()
+        valid, image = read_prompt(self.model, kwargs, self.parts.image_ids, length)
         self._start_streaming(valid)
         seen = int(cache.get_seq_length())
         dropped = 0 if memory is None else int(memory.dropped)
+        neurons = {} if memory is None else memory.neurons
         record = Record(
             valid=valid,
             image=image if earlier is None else torch.zeros_like(image),
             context=torch.tensor([[seen, seen - dropped]]).expand(valid.shape[0], 2),
-            selection=Selection(neurons={} if memory is None else memory.neurons),
-            counts=place.counts if memory is not None and memory.neurons else place.parts.widths,
+            selection=Selection(neurons=neurons),
+            counts=installation.counts if neurons else self.parts.widths,
             continued=True,
             earlier=earlier,
             rows=None if memory is None else memory.rows,
             cached=True,
         )
-        layers = place.backend.stats().native_layers
-        self.forward = ForwardPass(Phase.TURN, mark(place.device), None, record, layers)
+        layers = self.backend.stats().native_layers
+        self.forward = ForwardPass(Phase.TURN, mark(installation.device), None, record, layers)
         self._add(record, self.forward.start)
 
     def _start_streaming(self, valid: Tensor) -> None:
         """Prepare the offload, if any, for a prompt."""
         if self.offload is not None:
-            each = sum(cost.kv_bytes for cost in layer_costs(self.place.parts))
+            each = sum(cost.kv_bytes for cost in layer_costs(self.parts))
             total = 0 if self.generation is None else self.generation.total
             self.offload.start_prompt(valid.shape[0], valid.shape[1], total, each)
 
@@ -293,30 +294,29 @@ class Session:
             self.log.count_step()
         elif forward.record is not None:
             self._count_layers(forward, forward.record)
-            forward.record.filled = forward.record.last = mark(self.place.device)
+            forward.record.filled = forward.record.last = mark(self.installation.device)
 
     def _end_prefill(self, forward: ForwardPass, output: Any) -> None:
-        prefill, generation, place = forward.prefill, self.generation, self.place
+        prefill, generation, installation = forward.prefill, self.generation, self.installation
         assert prefill is not None
         self._leave()
         if generation is not None and generation.record is not None:
             return
-        cache, selection = prefill.cache, prefill.selection
-        if cache is None:
-            cache = getattr(output, "past_key_values", None)
+        cache, selection = prefill.cache_of(output), prefill.selection
         if generation is None:
-            place.gather_neurons(cache)
+            selection.check()
+            installation.gather_neurons(cache)
         if cache is not None and (selection.stages or selection.neurons):
-            memory = prefill.make_memory(self.log.number)
+            memory = prefill.make_pruned_prompt(self.log.number)
             remember(cache, memory)
-            place.choices.hold(memory)
+            installation.choices.hold(memory)
         logits = getattr(output, "logits", None)
         record = Record(
             valid=prefill.prompt_valid,
             image=prefill.prompt_image,
             context=torch.zeros(prefill.valid.shape[0], 2, dtype=torch.long),
             selection=selection,
-            counts=place.counts if selection.neurons else place.parts.widths,
+            counts=installation.counts if selection.neurons else self.parts.widths,
             cached=cache is not None,
             logit_rows=1 if logits is None else logits.shape[1],
         )
@@ -325,12 +325,12 @@ class Session:
 
     def _count_layers(self, forward: ForwardPass, record: Record) -> None:
         """Count the prompt's layers that ran in compiled code."""
-        record.path.native_layers = self.place.backend.stats().native_layers - forward.native_layers
+        record.path.native_layers = self.backend.stats().native_layers - forward.native_layers
 
     def _add(self, record: Record, start: Mark | None) -> None:
         """Log the record of a completed prompt, or of a turn that begins."""
         generation = self.generation
-        self.log.add(record, self.place, start)
+        self.log.add(record, self.installation, start)
         record.vision_inside = generation is None
         if generation is not None:
             record.expand = max(generation.expand, 1)
@@ -341,8 +341,8 @@ class Session:
         forward = self.forward
         if forward is not None and forward.prefill is not None:
             forward.prefill.remove()
-            self.place.forget_images()
-        self.place.disarm()
+            self.installation.forget_images()
+        self.installation.disarm()
         self.forward = None
 
     def _fit_mask(self, kwargs: dict[str, Any], cache: Any, length: int) -> dict[str, Any]:

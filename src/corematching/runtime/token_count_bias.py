@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from corematching.cache.masks import add_weights
 from corematching.cache.pruned_cache import pruned_prompt_of
 from corematching.cache.pruned_prompt import PrunedPrompt
+from corematching.model.layer_inputs import find_cache
 from corematching.model.patching import Patches
 from corematching.model.spec import ModelSpec
 from corematching.protocol import TokenPolicy
@@ -70,7 +71,7 @@ class TokenCountBias:
 
 
 def _run_layer(index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = find_cache(kwargs)
     memory = pruned_prompt_of(cache)
     if memory is None or memory.log_counts is None:
         return original(*args, **kwargs)

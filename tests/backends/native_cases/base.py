@@ -82,6 +82,12 @@ class Draw:
     def dtype(self) -> torch.dtype:
         return self.random.choice([F32, BF16])
 
+    def inputs(self, most: int) -> int:
+        """A size of a matrix: any, or a multiple of 32, which matrix tiles take."""
+        if self.random.random() < 0.5:
+            return self.size(1, most)
+        return self.size(1, max(1, most // 32), 32)
+
     def normal(self, *shape: int, dtype: torch.dtype = F32) -> Tensor:
         return (torch.randn(*shape, generator=self._rng) / max(shape[-1], 1) ** 0.5).to(dtype)
 
@@ -110,11 +116,11 @@ def double(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.double()
 
 
-def norm64(x, weight, shift, epsilon):
-    """An RMSNorm or, with a shift, a LayerNorm of float64 rows."""
-    if shift is None:
+def norm64(x, weight, bias, epsilon):
+    """An RMSNorm or, with a bias, a LayerNorm of float64 rows."""
+    if bias is None:
         return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight.double()
-    return F.layer_norm(x, x.shape[-1:], weight.double(), shift.double(), epsilon)
+    return F.layer_norm(x, x.shape[-1:], weight.double(), bias.double(), epsilon)
 
 
 def rotate64(x, cos, sin):

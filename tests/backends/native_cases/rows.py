@@ -9,48 +9,48 @@ from corematching.backends.cpu import native as n
 from .base import F32, Case, Draw, norm64, rotate64
 
 
-def normalised(draw: Draw) -> Case:
+def normalized(draw: Draw) -> Case:
     rows, width, dtype = draw.size(1, 50), draw.size(1, 200), draw.dtype()
     tensors = {
         "x": draw.normal(rows, width, dtype=dtype),
         "weight": draw.normal(width, dtype=dtype),
-        "shift": draw.maybe(width, dtype=dtype) if width > 1 else None,
+        "norm_bias": draw.maybe(width, dtype=dtype) if width > 1 else None,
     }
 
-    def call(x, weight, shift):
-        return [n.normalise(x, n.Norm(weight, 1e-3, shift))]
+    def call(x, weight, norm_bias):
+        return [n.normalize(x, n.Norm(weight, 1e-3, norm_bias))]
 
-    def reference(x, weight, shift):
+    def reference(x, weight, norm_bias):
         if weight.shape != x.shape[-1:]:
             raise ValueError("shapes")
-        return [norm64(x.double(), weight, shift, 1e-3)]
+        return [norm64(x.double(), weight, norm_bias, 1e-3)]
 
-    return Case("normalise", tensors, call, reference, dtype)
+    return Case("normalize", tensors, call, reference, dtype)
 
 
 def rotated(draw: Draw) -> Case:
-    batch, length, heads, groups = (draw.size(1, most) for most in (3, 20, 4, 3))
+    batch, length, heads, kv_heads = (draw.size(1, most) for most in (3, 20, 4, 3))
     size, dtype = draw.size(1, 40, 2), draw.dtype()
     cos_sin = draw.random.choice([1, batch])
     tensors = {
-        "x": draw.normal(batch, length, heads + 2 * groups, size, dtype=dtype),
+        "x": draw.normal(batch, length, heads + 2 * kv_heads, size, dtype=dtype),
         "cos": draw.normal(cos_sin, length, size, dtype=dtype),
         "sin": draw.normal(cos_sin, length, size, dtype=dtype),
     }
 
     def call(x, cos, sin):
         x = x.clone() if x.is_contiguous() else x
-        return list(n.rotate_apart(x, cos, sin, groups))
+        return list(n.apply_rope(x, cos, sin, kv_heads))
 
     def reference(x, cos, sin):
         if cos.shape != sin.shape or cos.shape[1:] != (x.shape[1], x.shape[3]):
             raise ValueError("shapes")
         x, c, s = x.double(), cos.double()[:, :, None], sin.double()[:, :, None]
-        parts = x.split([x.shape[2] - 2 * groups, groups, groups], 2)
+        parts = x.split([x.shape[2] - 2 * kv_heads, kv_heads, kv_heads], 2)
         turned = [rotate64(parts[0], c, s), rotate64(parts[1], c, s), parts[2]]
         return [part.transpose(1, 2) for part in turned]
 
-    return Case("rotate apart", tensors, call, reference, dtype)
+    return Case("rope", tensors, call, reference, dtype)
 
 
 def sums(draw: Draw) -> Case:

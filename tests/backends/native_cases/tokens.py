@@ -89,12 +89,19 @@ def _find_gap(values: Tensor) -> Tensor:
     return (sizes.gather(1, place) + gaps.gather(1, place) / 2)[:, 0].float()
 
 
-def step(draw: Draw) -> Case:
+def step_of_ragged_rows(draw: Draw) -> Case:
+    return step(draw, ragged=True)
+
+
+def step(draw: Draw, ragged: bool = False) -> Case:
     batch, dtype = draw.size(1, 6), draw.dtype()
     kv, size, hidden = draw.size(1, 3), draw.size(1, 20, 2), draw.size(1, 100)
     heads, width = kv * draw.size(1, 3), draw.size(1, 90)
     capacity = draw.size(2, 40)
-    length = draw.random.randint(1, capacity)
+    lengths = torch.tensor([draw.random.randint(1, capacity) for _ in range(batch)])
+    lengths = lengths if ragged else lengths[:1].expand(batch)
+    longest = int(lengths.max())
+    columns = draw.random.randint(longest, capacity) if ragged else longest
     shapes = {
         "attention_norm": (hidden,), "ffn_norm": (hidden,), "q": (heads * size, hidden),
         "k": (kv * size, hidden), "v": (kv * size, hidden), "o": (hidden, heads * size),
@@ -110,13 +117,17 @@ def step(draw: Draw) -> Case:
         "buffer": draw.normal(2, batch, kv, capacity, size, dtype=dtype),
         "x": draw.normal(batch, hidden, dtype=dtype),
         "cos": draw.normal(batch, size), "sin": draw.normal(batch, size),
-        "valid": draw.flags(batch, length).to(torch.uint8),
+        "valid": draw.flags(batch, columns).to(torch.uint8),
         "log_counts": draw.maybe(batch, draw.size(1, 50)),
     }  # fmt: skip
-    tensors["valid"][:, -1] = 1
+    tensors["valid"][torch.arange(batch), lengths - 1] = 1
+    if ragged:
+        tensors["lengths"] = lengths
     names = (*shapes, "q_bias", "q_norm", "k_norm", "o_bias")
 
-    def call(up, gate, down, bias, final, buffer, x, cos, sin, valid, log_counts, **w):
+    def call(
+        up, gate, down, bias, final, buffer, x, cos, sin, valid, log_counts, lengths=longest, **w
+    ):
         shape = n.Shape(heads, kv, size, 0.1, 0.4)
         one = n.DecodeStep([n.LayerWeights(**w)], final, shape)
         plan = n.KERNEL.prepare_dense(
@@ -125,9 +136,11 @@ def step(draw: Draw) -> Case:
         buffer = buffer.clone() if buffer.is_contiguous() else buffer
         one.set_plans([plan], x.shape[0])
         one.set_buffer(buffer)
-        return [one.run(x, cos, sin, valid, length, log_counts), buffer]
+        return [one.run(x, cos, sin, valid, lengths, log_counts), buffer]
 
-    def reference(up, gate, down, bias, final, buffer, x, cos, sin, valid, log_counts, **w):
+    def reference(
+        up, gate, down, bias, final, buffer, x, cos, sin, valid, log_counts, lengths=lengths, **w
+    ):
         assert set(w) == set(names)
         w = {k: double(v) for k, v in w.items()}
         buffer, x = buffer.double().clone(), x.double()
@@ -137,13 +150,15 @@ def step(draw: Draw) -> Case:
         q = q if w["q_norm"] is None else norm64(q, w["q_norm"], None, 0.1)
         k = k if w["k_norm"] is None else norm64(k, w["k_norm"], None, 0.1)
         q, k = (rotate64(part, cos.double()[:, None], sin.double()[:, None]) for part in (q, k))
-        buffer[0, :, :, length - 1], buffer[1, :, :, length - 1] = k, v
-        keys, values = buffer[:, :, :, :length].repeat_interleave(heads // kv, 2)
+        rows = torch.arange(batch)
+        buffer[0, rows, :, lengths - 1], buffer[1, rows, :, lengths - 1] = k, v
+        keys, values = buffer[:, :, :, :longest].repeat_interleave(heads // kv, 2)
         scores = torch.einsum("bhd,bhsd->bhs", q, keys) * 0.4
         if log_counts is not None:
-            some = log_counts[:, :length].double()
+            some = log_counts[:, :longest].double()
             scores[..., : some.shape[1]] += some[:, None]
-        scores = scores.masked_fill(valid.bool().logical_not()[:, None], -torch.inf)
+        seen = valid[:, :longest].bool() & (torch.arange(longest) < lengths[:, None])
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
         mixed = torch.einsum("bhs,bhsd->bhd", scores.softmax(-1), values).flatten(1)
         x = x + F.linear(mixed, w["o"], w["o_bias"])
         normed = norm64(x, w["ffn_norm"], None, 0.1)
@@ -152,4 +167,4 @@ def step(draw: Draw) -> Case:
         x = x if bias is None else x + bias.double().repeat_interleave(len(x) // len(bias), 0)
         return [norm64(x, final, None, 0.1), buffer]
 
-    return Case("decode step", tensors, call, reference, dtype)
+    return Case("ragged decode step" if ragged else "decode step", tensors, call, reference, dtype)

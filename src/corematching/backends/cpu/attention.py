@@ -1,4 +1,4 @@
-"""Prompt attention between its projections: in C on tile units, else the model's own.
+"""Prompt attention between its projections: compiled, else the model's own.
 
 Shapes: B samples, T tokens, H attention heads, G key-value heads, D head dimension.
 """
@@ -10,12 +10,17 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from corematching.backends.cpu.native import TILES, TiledAttention, refuse_attention, rotate_apart
+from corematching.backends.cpu.native import (
+    PrefillAttention,
+    Scratch,
+    apply_rope,
+    why_unsupported_attention,
+)
 from corematching.cache.layers import store
 
 ATTENTION = "sdpa"
 ONLY_SDPA = ("softcap", "position_bias", "cache", "enable_gqa")
-"""Options of an attention call that the C code does not support."""
+"""Options of an attention call that the kernels do not support."""
 PROBE_ERROR = 2e-2
 
 
@@ -24,12 +29,12 @@ class PromptAttention:
 
     Parameters
     ----------
-    unit : str or None
-        The compute unit; only tiles have an attention kernel here.
+    scratch : Scratch
+        Memory to work in.
     """
 
-    def __init__(self, unit: str | None) -> None:
-        self._tiled = TiledAttention() if unit == TILES else None
+    def __init__(self, scratch: Scratch) -> None:
+        self._attention = PrefillAttention(scratch)
 
     def attend(
         self, module: Any, qkv: Tensor, cos_sin: Any, mask: Any, cache: Any, **kwargs: Any
@@ -38,9 +43,9 @@ class PromptAttention:
 
         ``cos_sin`` are cosines and sines, (B or 1, T, D) each; queries are rotated in place.
         """
-        groups = module.v_proj.out_features // module.head_dim
+        kv_heads = module.v_proj.out_features // module.head_dim
         cos, sin = cos_sin
-        query, key, value = rotate_apart(qkv, cos, sin, groups)
+        query, key, value = apply_rope(qkv, cos, sin, kv_heads)
         if cache is not None:
             key, value = store(cache, key, value, module.layer_idx)
         return self._mix(module, query, key, value, mask, module.scaling, kwargs)
@@ -60,10 +65,10 @@ class PromptAttention:
         scaling: float,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Any]:
-        tiled = None if asks_for_more(kwargs) else self._tiled
-        if tiled is not None and refuse_attention(query, key, value, mask) is None:
+        reason = why_unsupported_attention(query, key, value, mask)
+        if reason is None and not asks_for_more(kwargs):
             causal = query.shape[2] > 1 and is_causal(module, mask, kwargs)
-            mixed = tiled.attend(query, key, value, mask, scaling, causal)
+            mixed = self._attention.attend(query, key, value, mask, scaling, causal)
             return mixed.flatten(2), None
         mixed, weights = ALL_ATTENTION_FUNCTIONS[ATTENTION](
             module, query, key, value, mask, scaling=scaling, **kwargs
@@ -77,7 +82,7 @@ def inputs_of(attention: Any) -> list[Any]:
 
 
 def asks_for_more(kwargs: dict[str, Any]) -> bool:
-    """Whether an attention call has options that the C code does not support."""
+    """Whether an attention call has options that the kernels do not support."""
     return any(kwargs.get(name) for name in ONLY_SDPA)
 
 

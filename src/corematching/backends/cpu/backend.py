@@ -10,7 +10,7 @@ from torch import nn
 from corematching.backends.base import Backend, BackendStats
 from corematching.backends.cpu.decode import NativeSteps
 from corematching.backends.cpu.head import NativeHead
-from corematching.backends.cpu.native import find_library, leave_file
+from corematching.backends.cpu.native import INSTALL_HINT, find_kernels, leave_file
 from corematching.backends.cpu.prefill import NativePrompts
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.model.patching import Patches
@@ -18,24 +18,24 @@ from corematching.model.spec import ModelSpec
 
 
 class CpuBackend(Backend):
-    """Runs whole prompt layers and whole decode steps in C, for known architectures."""
+    """Runs whole prompt layers and whole decode steps in compiled code, for known architectures."""
 
     def __init__(self, model: nn.Module, parts: ModelSpec, sparse: Mapping[int, SparseFFN]) -> None:
         super().__init__(model, parts, sparse)
-        library = find_library()
-        self._target = "" if library is None else library.cm_target().decode()
+        kernels = find_kernels()
+        self._isa = "" if kernels is None else kernels.isa
         self._embeddings: Any = model.get_output_embeddings()  # type: ignore[operator]
         self.steps, self.head = NativeSteps(parts, sparse), NativeHead(model)
         self.prompts = NativePrompts(parts)
 
     @staticmethod
-    def supports(parts: ModelSpec) -> str | None:
-        """The reason if the model is on another device or there is no compiler, else None."""
+    def why_unsupported(parts: ModelSpec) -> str | None:
+        """Why not, if the model is on another device or there are no kernels, else None."""
         device = next(parts.layers[0].parameters()).device
         if device.type != "cpu":
             return f"the model is on {device}"
-        if find_library() is None:
-            return "there are no compiled kernels: install a C compiler (cc, gcc or clang)"
+        if find_kernels() is None:
+            return f"there are no compiled kernels: {INSTALL_HINT}"
         return None
 
     def install(self, patches: Patches) -> None:
@@ -65,6 +65,6 @@ class CpuBackend(Backend):
     def describe(self, ran: bool, counted: bool) -> str:
         """Native steps, or native FFNs."""
         if ran:
-            return f"native steps ({self._target})"
+            return f"native steps ({self._isa})"
         kernel = next((ffn.kernel_name for ffn in self.sparse.values() if ffn.kernel_name), "")
-        return f"{kernel} FFNs ({self._target})" if counted else "torch"
+        return f"{kernel} FFNs ({self._isa})" if counted else "torch"

@@ -1,4 +1,4 @@
-"""Decode steps in C, where the call supports it.
+"""Decode steps in compiled code, where the call supports it.
 
 Shapes: B samples, d hidden size, D head dimension.
 """
@@ -172,7 +172,7 @@ class NativeSteps:
         )
 
     def _is_plain_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the C code supports this call."""
+        """Whether the kernels support this call."""
         if self._step is None or not is_plain_step(self._decoder, args, kwargs):
             return False
         ids, x = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -223,7 +223,7 @@ class NativeSteps:
 
 
 def _valid_columns(mask: Any, batch: int, length: int) -> tuple[Tensor | None, bool]:
-    """A mask over the cache's columns for the C code, (B, S) uint8 or None, and its validity."""
+    """A mask over the cache's columns for the kernels, (B, S) uint8 or None, and its validity."""
     if mask is None:
         return None, True
     if not isinstance(mask, Tensor) or mask.shape != (batch, length):

@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from corematching.backends.cpu.native import MAX_BATCH, linear, refuse_matrix, use_large_pages
-from corematching.model.patching import Patches, has_foreign_forward
+from corematching.backends.cpu.native import (
+    MAX_BATCH,
+    linear,
+    use_large_pages,
+    why_unsupported_matrix,
+)
+from corematching.model.linear import is_plain_linear
+from corematching.model.patching import Patches
 
 
 class NativeHead:
-    """Runs the output projection of decode steps in C.
+    """Runs the output projection of decode steps in compiled code.
 
     Parameters
     ----------
@@ -27,9 +33,8 @@ class NativeHead:
     def install(self) -> None:
         """Replace the projection's forward on its instance, where it is a plain linear layer."""
         head = self._head
-        plain = type(head) is nn.Linear and "weight" in head._parameters
-        if plain and not has_foreign_forward(head):
-            if refuse_matrix(head.weight) is None:
+        if is_plain_linear(head):
+            if why_unsupported_matrix(head.weight) is None:
                 use_large_pages([head.weight])
             self._patches.wrap(head, "forward", self._forward)
 
@@ -45,7 +50,7 @@ class NativeHead:
             or torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or x.dtype != weight.dtype
-            or refuse_matrix(weight) is not None
+            or why_unsupported_matrix(weight) is not None
         ):
             return original(x)
         return linear(x[:, 0], weight, bias)[:, None]

@@ -1,4 +1,4 @@
-"""Llama's decoder layer for prompts, in one C call or in a few.
+"""Llama's decoder layer for prompts, in one call or in a few.
 
 Shapes: B samples, T tokens, d hidden size, F intermediate neurons, D head dimension.
 """
@@ -6,61 +6,25 @@ Shapes: B samples, T tokens, d hidden size, F intermediate neurons, D head dimen
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from corematching.backends.cpu.attention import PromptAttention, asks_for_more, inputs_of, is_causal
-from corematching.backends.cpu.native import (
-    STEP,
-    TILES,
-    Norm,
-    Products,
-    PromptLayer,
-    Scratch,
-    normalise,
-    refuse_product,
+from corematching.backends.cpu.layer_weights import (
+    INPUTS,
+    PrefillWeights,
+    WeightReader,
+    list_tensors,
 )
+from corematching.backends.cpu.native import Gemm, Norm, PrefillLayer, Scratch, normalize
 from corematching.cache.layers import store, stores_as_given
 from corematching.model.ffn import FFNParts
 from corematching.model.gate_store import GateStore
 from corematching.model.hooks import may_run_late, promise_input, run_pre_hooks
-from corematching.model.snapshot import WeightSnapshot
-
-
-@dataclass
-class Weights:
-    """A layer's weights, norms and attention module.
-
-    Attributes
-    ----------
-    attention : Any
-        The attention module.
-    inputs, input_biases : list
-        Weights and biases of the query, key and value projections.
-    output, output_bias : Tensor
-        The output projection; the bias may be None.
-    ffn : dict
-        The FFN's weights, from `FFNParts.dense`.
-    down_bias : Tensor or None
-        The bias of the down projection.
-    norms : tuple of Norm
-        The norms of attention and FFN.
-    whole : PromptLayer or None
-        The layer as one C call, where tiles support all of it.
-    """
-
-    attention: Any
-    inputs: list[Tensor]
-    input_biases: list[Tensor | None]
-    output: Tensor
-    output_bias: Tensor | None
-    ffn: dict[str, Tensor]
-    down_bias: Tensor | None
-    norms: tuple[Norm, Norm]
-    whole: PromptLayer | None = None
+from corematching.model.linear import is_plain_linear
 
 
 class LlamaLayer:
@@ -72,7 +36,7 @@ class LlamaLayer:
         A decoder layer of Llama's form.
     ffn : FFNParts
         The parts of its FFN.
-    products : Products
+    gemm : Gemm
         The matrix products.
     attention : PromptAttention
         The attention between the projections.
@@ -86,19 +50,18 @@ class LlamaLayer:
         self,
         layer: nn.Module,
         ffn: FFNParts,
-        products: Products,
+        gemm: Gemm,
         attention: PromptAttention,
         gates: GateStore,
         scratch: Scratch,
     ) -> None:
         self.layer: Any = layer
-        self.ffn, self._gates, self._scratch = ffn, gates, scratch
-        self._products, self._attend = products, attention
-        self._watch = WeightSnapshot()
-        self._weights: Weights | None = None
+        self.ffn, self._gates = ffn, gates
+        self._gemm, self._attend = gemm, attention
+        self._weights = WeightReader(layer, self._read, scratch)
 
     def run(self, x: Tensor, mask: Any, cache: Any, cos_sin: Any, **kwargs: Any) -> Tensor | None:
-        """(B, T, d) to (B, T, d), or None where the C code does not support it.
+        """(B, T, d) to (B, T, d), or None where the kernels do not support it.
 
         Parameters
         ----------
@@ -109,12 +72,12 @@ class LlamaLayer:
         cos_sin : tuple of Tensor
             Cosines and sines, (B or 1, T, D) each, of x's dtype.
         """
-        weights = self._find_weights()
-        if weights is None or x.dtype != weights.output.dtype:
+        weights = self._weights.find()
+        if weights is None or x.dtype != weights.matrix("o").dtype:
             return None
-        out = None
-        if weights.whole is not None and self._goes_at_once(x, mask, cache, kwargs):
-            out = self._run_at_once(weights.whole, x, mask, cache, cos_sin, kwargs)
+        whole, out = self._weights.whole, None
+        if whole is not None and self._goes_at_once(x, mask, cache, kwargs):
+            out = self._run_at_once(whole, x, mask, cache, cos_sin, kwargs)
         if out is None:
             out = self._run_in_parts(weights, x, mask, cache, cos_sin, kwargs)
         return out
@@ -123,12 +86,12 @@ class LlamaLayer:
         """Whether attention reads this prompt's keys only, and the hooks may run late."""
         if cache is not None and not stores_as_given(cache, self.layer.self_attn.layer_idx):
             return False
-        known = PromptLayer.supports(x, mask) and not asks_for_more(kwargs)
+        known = PrefillLayer.supports(x, mask) and not asks_for_more(kwargs)
         return known and may_run_late(self.ffn.down)
 
     def _run_at_once(
         self,
-        whole: PromptLayer,
+        whole: PrefillLayer,
         x: Tensor,
         mask: Any,
         cache: Any,
@@ -137,7 +100,7 @@ class LlamaLayer:
     ) -> Tensor | None:
         ffn, attention = self.ffn, self.layer.self_attn
         x, middle = x.contiguous(), torch.empty_like(x)
-        if not promise_input(ffn.mlp, middle, functools.partial(normalise, middle, whole.ffn_norm)):
+        if not promise_input(ffn.mlp, middle, functools.partial(normalize, middle, whole.ffn_norm)):
             return None
         kept = self._gates.make_room(ffn.mlp, middle, ffn.width)
         causal = is_causal(attention, mask, kwargs)
@@ -150,107 +113,64 @@ class LlamaLayer:
 
     def _run_in_parts(
         self,
-        weights: Weights,
+        weights: PrefillWeights,
         x: Tensor,
         mask: Any,
         cache: Any,
         cos_sin: Any,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        attention, products = weights.attention, self._products
+        attention, gemm = self.layer.self_attn, self._gemm
         first, second = weights.norms
-        qkv = products.several(x, weights.inputs, weights.input_biases, first)
+        matrices, biases = map(weights.matrix, INPUTS), map(weights.bias, INPUTS)
+        qkv = gemm.joint(x, list(matrices), list(biases), first)
         qkv = qkv.view(*x.shape[:-1], -1, attention.head_dim)
         mixed = self._attend.attend(attention, qkv, cos_sin, mask, cache, **kwargs)[0]
-        x = products.linear(mixed, weights.output, weights.output_bias, x)
-        make = functools.partial(normalise, x, second)
+        x = gemm.linear(mixed, weights.matrix("o"), weights.bias("o"), x)
+        make = functools.partial(normalize, x, second)
         if promise_input(self.ffn.mlp, x, make):
-            active = activate(products, self._gates, self.ffn, weights.ffn, x, second)
+            active = activate(gemm, self._gates, self.ffn, weights.tensors, x, second)
         else:
             normed = run_pre_hooks(self.ffn.mlp, make())
-            active = activate(products, self._gates, self.ffn, weights.ffn, normed)
+            active = activate(gemm, self._gates, self.ffn, weights.tensors, normed)
         active = run_pre_hooks(self.ffn.down, active)
-        return products.linear(active, weights.ffn["down"], weights.down_bias, x)
+        return gemm.linear(active, weights.matrix("down"), weights.bias("down"), x)
 
-    def _find_weights(self) -> Weights | None:
-        """The weights, read again after a change; None if the C code does not support them."""
-        if not self._watch.unchanged():
-            weights = self._list_weights()
-            self._weights = weights if weights is not None and self._fit(weights) else None
-            if self._weights is not None:
-                self._weights.whole = self._prepare(self._weights)
-            self._watch = WeightSnapshot([self.layer])
-        return self._weights
-
-    def _prepare(self, weights: Weights) -> PromptLayer | None:
-        """The layer as one C call, or None where tiles do not support all of it."""
-        attention, ffn = weights.attention, self.ffn
-        names = ("q", "k", "v")
-        matrices = dict(zip(names, weights.inputs, strict=True))
-        query, key, size = matrices["q"], matrices["k"], attention.head_dim
-        fits = weights.output.shape[1] == query.shape[0] and not query.shape[0] % key.shape[0]
-        if self._products.unit != TILES or size % STEP or not fits:
-            return None
-        biases = {
-            f"{name}_bias": bias for name, bias in zip(names, weights.input_biases, strict=True)
-        }
-        everything = matrices | biases | weights.ffn
-        everything |= {
-            "o": weights.output,
-            "o_bias": weights.output_bias,
-            "down_bias": weights.down_bias,
-        }
-        assert ffn.activation_name is not None
-        return PromptLayer(
-            everything, weights.norms, size, ffn.activation_name, attention.scaling, self._scratch
-        )
-
-    def _fit(self, weights: Weights) -> bool:
-        every = [*weights.inputs, weights.output, *weights.ffn.values()]
-        matrices = [part for part in every if part.ndim == 2]
-        if any(refuse_product(part, self._products.unit) is not None for part in matrices):
-            return False
-        norms = [norm.weight for norm in weights.norms]
-        if len({part.dtype for part in (*matrices, *norms)}) > 1:
-            return False
-        return all(part.is_contiguous() for part in matrices if part is not weights.ffn["down"])
-
-    def _list_weights(self) -> Weights | None:
+    def _read(self) -> PrefillWeights | None:
         """The layer's present weights; None if its modules are no longer plain."""
-        layer, ffn = self.layer, self.ffn
-        attention = layer.self_attn
+        layer, ffn, attention = self.layer, self.ffn, self.layer.self_attn
         inputs = inputs_of(attention)
         linears = {attention.o_proj, *inputs, *ffn.list_linears()}
         norms = layer.input_layernorm, layer.post_attention_layernorm
-        if any(type(x) is not nn.Linear for x in linears) or not linears <= set(layer.modules()):
+        if not all(map(is_plain_linear, linears)) or not linears <= set(layer.modules()):
             return None
+        assert ffn.activation_name is not None
         first, second = (Norm(norm.weight, norm.variance_epsilon) for norm in norms)
-        return Weights(
-            attention=attention,
-            inputs=[linear.weight for linear in inputs],
-            input_biases=[linear.bias for linear in inputs],
-            output=attention.o_proj.weight,
-            output_bias=attention.o_proj.bias,
-            ffn=ffn.dense(),
-            down_bias=ffn.down.bias,
-            norms=(first, second),
+        projections = dict(zip((*INPUTS, "o"), (*inputs, attention.o_proj), strict=True))
+        return PrefillWeights(
+            list_tensors(projections) | ffn.dense() | {"down_bias": ffn.down.bias},
+            (first, second),
+            attention.head_dim,
+            ffn.activation_name,
+            attention.scaling,
         )
 
 
 def activate(
-    products: Products,
+    gemm: Gemm,
     gates: GateStore,
     ffn: FFNParts,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor | None],
     x: Tensor,
     norm: Norm | None = None,
 ) -> Tensor:
-    """The activations (B, T, F) of a gated FFN on x (B, T, d), normalised first with a norm.
+    """The activations (B, T, F) of a gated FFN on x (B, T, d), normalized first with a norm.
 
-    ``weights`` are those of `FFNParts.dense`.
+    ``weights`` are those of `FFNParts.dense`, maybe among others.
     """
     biases = weights.get("gate_bias"), weights.get("up_bias")
     assert ffn.activation_name is not None
     kept = gates.make_room(ffn.mlp, x, ffn.width)
     gate, up = weights["gate"], weights["up"]
-    return products.gated(x, gate, up, *biases, ffn.activation_name, kept, norm)
+    assert gate is not None and up is not None
+    return gemm.gated(x, gate, up, *biases, ffn.activation_name, kept, norm)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corematching.backends.cpu.native import LayerWeights, Shape, refuse_matrix
+from corematching.backends.cpu.native import LayerWeights, Shape, why_unsupported_matrix
 from corematching.model.ffn import FFNParts
+from corematching.model.layer_inputs import needs_positions
+from corematching.model.linear import is_plain_linear
 from corematching.model.patching import has_foreign_forward
 from corematching.model.spec import ModelSpec
 
@@ -46,7 +48,7 @@ class Layout:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor that C code reads by its address."""
+        """Every tensor that the kernels read by its address."""
         own = [t for layer in self.layers for t in vars(layer).values() if t is not None]
         return [*own, self.final_norm, *(t for ffn in self.ffns for t in ffn.dense().values())]
 
@@ -68,6 +70,8 @@ def read_layout(parts: ModelSpec, ffns: list[FFNParts]) -> Layout:
     if missing:
         raise OddDecoderError(f"{type(decoder).__name__} has no {', '.join(missing)}")
     _refuse_windows(parts)
+    if any(needs_positions(attention) for attention in parts.attentions):
+        raise OddDecoderError("its attention computes with positions")
     norms = [*(n for layer in parts.layers for n in _norms(layer)), decoder.norm]
     epsilons = {_epsilon(norm) for norm in norms}
     shapes = {_attention_shape(config, attention) for attention in parts.attentions}
@@ -136,7 +140,7 @@ def _read_layer(layer: Any) -> LayerWeights:
         raise OddDecoderError(f"{type(attention).__name__} has {', '.join(sorted(names))}")
     linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]
     for linear in linears:
-        if type(linear) is not nn.Linear or "weight" not in linear._parameters:
+        if not is_plain_linear(linear):
             raise OddDecoderError(f"{type(attention).__name__} has a {type(linear).__name__}")
     q, k, v, o = (linear.weight.detach() for linear in linears)
     biases = [None if x.bias is None else x.bias.detach() for x in linears]
@@ -151,11 +155,11 @@ def _read_layer(layer: Any) -> LayerWeights:
 
 
 def _check_tensors(layout: Layout) -> None:
-    """Refuse tensors that C code cannot read by their address."""
+    """Refuse tensors that the kernels cannot read by their address."""
     dtype, shape = layout.final_norm.dtype, layout.shape
     hidden = layout.final_norm.shape[0]
     for tensor in layout.tensors:
-        reason = refuse_matrix(tensor if tensor.is_contiguous() else tensor.t())
+        reason = why_unsupported_matrix(tensor if tensor.is_contiguous() else tensor.t())
         if reason is not None or tensor.dtype != dtype or type(tensor.data) is not Tensor:
             raise OddDecoderError(reason or "its weights are of several kinds")
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

@@ -1,4 +1,4 @@
-"""Prompts in C: matrix products, norms, FFNs and whole layers, on tile or vector units.
+"""Prompts in compiled code: matrix products, norms, FFNs and whole layers.
 
 Shapes: B samples, T tokens, H attention heads, G key-value heads, D head dimension.
 """
@@ -6,34 +6,43 @@ Shapes: B samples, T tokens, H attention heads, G key-value heads, D head dimens
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from corematching.backends.cpu.attention import PromptAttention, inputs_of, is_close, uses_sdpa
-from corematching.backends.cpu.inputs import is_plain, is_prompt
+from corematching.backends.cpu.inputs import (
+    FEWEST_FLOAT_ROWS,
+    SMALL,
+    is_plain,
+    is_prompt,
+    make_probe,
+)
 from corematching.backends.cpu.layer import LlamaLayer, activate
 from corematching.backends.cpu.native import (
-    TILES,
-    VECTORS,
+    Gemm,
     Norm,
-    Products,
     Scratch,
-    find_unit,
-    list_dtypes,
-    normalise,
-    refuse_product,
+    normalize,
+    prefers_native,
+    why_unsupported_gemm,
 )
 from corematching.backends.cpu.tower import TowerAttention, TowerLayer
+from corematching.devices import multiplies
 from corematching.errors import UnsupportedModelError
 from corematching.model.ffn import FFNParts
 from corematching.model.hooks import HookMonitor
+from corematching.model.layer_inputs import needs_positions
+from corematching.model.linear import is_plain_linear
 from corematching.model.patching import Patches, has_foreign_forward
 from corematching.model.spec import ModelSpec
 
-FEWEST_FLOAT_ROWS = 64
-"""With fewer rows of float32, PyTorch's matrix products are faster."""
+log = logging.getLogger(__name__)
+
+DTYPES = (torch.bfloat16, torch.float32)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -51,47 +60,44 @@ class NativePrompts:
     ----------
     parts : ModelSpec
         The model's parts.
-    unit : str or None
-        The compute unit: ``tiles`` or ``vectors``; None replaces nothing. Default: the machine's
-        best one.
 
     Attributes
     ----------
     layers : int
-        Decoder layers that ran in C, from their norms to their residuals.
+        Decoder layers that ran in compiled code, from their norms to their residuals.
     """
 
-    def __init__(self, parts: ModelSpec, unit: str | None = "") -> None:
+    def __init__(self, parts: ModelSpec) -> None:
         self.parts = parts
-        self.unit = find_unit() if unit == "" else unit
         self._patches = Patches()
-        self._products = Products(self.unit or VECTORS)
-        self._attend = PromptAttention(self.unit)
         self._scratch = Scratch()
-        self._dtypes = list_dtypes(self.unit)
+        self._gemm = Gemm(self._scratch)
+        self._attend = PromptAttention(self._scratch)
+        self._dtypes = {dtype for dtype in DTYPES if prefers_native(dtype)}
         self.layers = 0
 
     def install(self, ffns: list[FFNParts]) -> None:
-        """Replace the forwards, if there is a compute unit.
+        """Replace the forwards, where that makes prompts faster.
 
         Parameters
         ----------
         ffns : list of FFNParts
             The FFNs of all layers, or an empty list.
         """
-        if self.unit is None:
+        if not self._dtypes:
             return
+        slow_bf16 = not multiplies("cpu", torch.bfloat16)
         layers = [module for layer in self.parts.layers for module in layer.modules()]
         seeing = [self.parts.vision, self.parts.projector]
         tower = [module for part in seeing if part is not None for module in part.modules()]
         for module in [*layers, *tower]:
             if has_foreign_forward(module):
                 continue
-            if _is_plain_linear(module):
+            if is_plain_linear(module):
                 self._wrap(module, self._linear, module)
-            elif self.unit == VECTORS and type(module) in CONVOLUTIONS:
+            elif slow_bf16 and type(module) in CONVOLUTIONS:
                 self._wrap(module, _run_convolution, module)
-        if self.unit == TILES and not any(map(has_foreign_forward, tower)):
+        if not any(map(has_foreign_forward, tower)):
             self._install_in_tower(tower)
         final = getattr(self.parts.decoder, "norm", None)
         every: list[Any] = [*layers, final]
@@ -104,10 +110,10 @@ class NativePrompts:
         for ffn in ffns:
             inner = [module for module in ffn.mlp.modules() if module not in (ffn.mlp, ffn.down)]
             self._wrap(ffn.mlp, self._ffn, ffn, HookMonitor(inner))
-        if self._attends_like_llama():
+        if _holds(self._attends_like_llama):
             for module in self.parts.attentions:
                 self._wrap(module, self._attention, module, HookMonitor(inputs_of(module)))
-            if ffns and self._layers_are_llamas(ffns[0], norms):
+            if ffns and _holds(functools.partial(self._layers_are_llamas, ffns[0], norms)):
                 for layer, ffn in zip(self.parts.layers, ffns, strict=True):
                     whole = self._join(layer, ffn)
                     self._wrap(layer, self._layer, whole, _watch_layer(layer, ffn))
@@ -120,7 +126,7 @@ class NativePrompts:
             attention = known.get(getattr(module, "self_attn", None))
             layer = None
             if attention is not None:
-                layer = TowerLayer(module, attention, self._products, self._scratch)
+                layer = TowerLayer(module, attention, self._gemm, self._scratch)
             if layer is not None and layer.is_known():
                 self._wrap(module, layer.forward)
         for module, attention in known.items():
@@ -142,26 +148,25 @@ class NativePrompts:
                 return False
             if layer.input_layernorm not in norms or layer.post_attention_layernorm not in norms:
                 return False
-        x, cos_sin = self._make_probe(first.self_attn)
+        x, cos_sin = self._make_probe(first.self_attn, SMALL)
         with torch.inference_mode(False), torch.no_grad():
             theirs = first(x, position_embeddings=cos_sin, attention_mask=None)
             ours = self._join(first, ffn).run(x, None, None, cos_sin)
         theirs = theirs[0] if isinstance(theirs, tuple) else theirs
         return ours is not None and is_close(ours, theirs)
 
-    def _make_probe(self, attention: Any) -> tuple[Tensor, Any]:
+    def _make_probe(self, attention: Any, size: float = 1.0) -> tuple[Tensor, Any]:
         """A minimal prompt with a gap in its positions, and their cosines and sines."""
         decoder: Any = self.parts.decoder
-        dtype = attention.q_proj.weight.dtype
-        count = FEWEST_FLOAT_ROWS if dtype == torch.float32 else 3
         with torch.inference_mode(False), torch.no_grad():
-            x = torch.sin(torch.arange(1.0 * count * attention.q_proj.in_features))
-            x, positions = x.to(dtype).view(1, count, -1), torch.arange(1, count + 1)[None]
+            weight = attention.q_proj.weight
+            x = make_probe(3, weight.shape[1], weight.dtype, size)
+            positions = torch.arange(1, x.shape[1] + 1)[None]
             positions[:, 2:] += 6
             return x, decoder.rotary_emb(x, positions)
 
     def _join(self, layer: Any, ffn: FFNParts) -> LlamaLayer:
-        return LlamaLayer(layer, ffn, self._products, self._attend, self.parts.gates, self._scratch)
+        return LlamaLayer(layer, ffn, self._gemm, self._attend, self.parts.gates, self._scratch)
 
     def _layer(
         self,
@@ -188,19 +193,19 @@ class NativePrompts:
         )  # fmt: skip
 
     def _takes(self, x: Tensor) -> bool:
-        """Whether the C code is faster for x: its dtype, and its number of rows."""
+        """Whether the kernels are faster for x: its dtype, and its number of rows."""
         few = x.dtype == torch.float32 and x.numel() < FEWEST_FLOAT_ROWS * x.shape[-1]
         return x.dtype in self._dtypes and not few
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:
         if x.dtype != weight.dtype or not self._takes(x):
             return False
-        return refuse_product(weight, self._products.unit) is None
+        return why_unsupported_gemm(weight) is None
 
     def _linear(self, module: Any, original: Any, x: Tensor) -> Tensor:
         if not is_plain(x) or not self._fits(x, module.weight):
             return original(x)
-        return self._products.linear(x, module.weight, module.bias)
+        return self._gemm.linear(x, module.weight, module.bias)
 
     def _ffn(self, ffn: FFNParts, hooks: HookMonitor, original: Any, x: Tensor, *args: Any) -> Any:
         """Run gate, activation and up as one product; the down projection is called as a module."""
@@ -210,7 +215,7 @@ class NativePrompts:
         both = weights["gate"], weights["up"]
         if not all(self._fits(x, weight) and weight.is_contiguous() for weight in both):
             return original(x, *args)
-        return ffn.down(activate(self._products, self.parts.gates, ffn, weights, x))
+        return ffn.down(activate(self._gemm, self.parts.gates, ffn, weights, x))
 
     def _attention(
         self,
@@ -238,19 +243,19 @@ class NativePrompts:
     def _project_qkv(self, module: Any, x: Tensor, norm: Norm | None = None) -> Tensor | None:
         """Queries, keys and values before rotation, (B, T, H + 2G, D), or None if unsupported."""
         inputs = inputs_of(module)
-        if not is_plain(x) or any(type(linear) is not nn.Linear for linear in inputs):
+        if not is_plain(x) or not all(map(is_plain_linear, inputs)):
             return None
         weights = [linear.weight for linear in inputs]
         if not all(self._fits(x, weight) and weight.is_contiguous() for weight in weights):
             return None
-        qkv = self._products.several(x, weights, [linear.bias for linear in inputs], norm)
+        qkv = self._gemm.joint(x, weights, [linear.bias for linear in inputs], norm)
         return qkv.view(*x.shape[:-1], -1, module.head_dim)
 
     def _project(self, module: Any, x: Tensor, cos_sin: Any) -> Tensor | None:
         """`_project_qkv` for Llama's attention; None also for unsupported cosines and sines."""
         if not _are_cos_sin(cos_sin, x, module.head_dim):
             return None
-        return self._project_qkv(module, x) if type(module.o_proj) is nn.Linear else None
+        return self._project_qkv(module, x) if is_plain_linear(module.o_proj) else None
 
     def _attends_like_llama(self) -> bool:
         """Whether all attentions have one form, and it computes the same as `attend`."""
@@ -260,7 +265,9 @@ class NativePrompts:
             names = {name for name, _ in module.named_children()}
             if names != set(PROJECTIONS) or type(module) is not type(first):
                 return False
-            if getattr(module, "sliding_window", None):
+            if getattr(module, "sliding_window", None) or needs_positions(module):
+                return False
+            if not all(is_plain_linear(getattr(module, name)) for name in PROJECTIONS):
                 return False
         if not hasattr(decoder, "rotary_emb") or not hasattr(first, "head_dim"):
             return False
@@ -274,11 +281,20 @@ class NativePrompts:
             return is_close(first.o_proj(ours), theirs)
 
 
+def _holds(probe: Callable[[], bool]) -> bool:
+    """Whether a probe of the model's modules succeeds; False where they cannot be called so."""
+    try:
+        return probe()
+    except Exception:
+        log.debug("modules that cannot be probed", exc_info=True)
+        return False
+
+
 def _run_norm(module: Any, original: Any, x: Tensor) -> Tensor:
     weight = module.weight
     if not is_plain(x) or x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
         return original(x)
-    return normalise(x, Norm(weight, module.variance_epsilon))
+    return normalize(x, Norm(weight, module.variance_epsilon))
 
 
 def _are_known(ffns: list[FFNParts]) -> bool:
@@ -297,11 +313,6 @@ def _watch_layer(layer: Any, ffn: FFNParts) -> HookMonitor:
     called = (ffn.mlp, ffn.down)
     inner = [module for module in layer.modules() if module not in (layer, *called)]
     return HookMonitor(inner, called=called)
-
-
-def _is_plain_linear(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return type(module) is nn.Linear and weight is not None and type(weight.data) is Tensor
 
 
 def _run_convolution(module: Any, original: Any, x: Tensor) -> Tensor:
@@ -333,4 +344,4 @@ def _is_norm(module: Any) -> bool:
         return False
     with torch.inference_mode(False), torch.no_grad():
         x = 3 * torch.sin(torch.arange(2 * weight.shape[0]).float()).to(weight.dtype).view(2, -1)
-        return is_close(normalise(x, Norm(weight, epsilon)), module(x))
+        return is_close(normalize(x, Norm(weight, epsilon)), module(x))

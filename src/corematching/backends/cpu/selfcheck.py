@@ -1,20 +1,22 @@
 """The self-check of native decode steps against the decoder's own forward, once per model.
 
-A native step of a bf16 model computes in float32 and rounds only stored values. The keys and values
-of its first layers are compared with the layers' own forwards in float32, where any difference
-beyond rounding is a difference of architecture. Deeper layers and the output are compared with the
-decoder's own step in bf16, where rounding errors add up.
+A native step of a bf16 model computes in float32 and rounds only stored values. Its output and each
+layer's keys and values are compared with the decoder's own step in float32 on the same weights,
+where any difference beyond one rounding is a difference of architecture. The decoder's own step in
+bf16, whose rounding errors add up, is compared loosely.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache
 
 if TYPE_CHECKING:
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-2}
-ROUNDINGS = 2
-"""Tolerance of the first layers' keys and values against float32, in units of the dtype's eps."""
-EXACT_LAYERS = 2
+EXACT_TOLERANCE = torch.finfo(torch.bfloat16).eps
+"""Tolerance against the step in float32; rounding to bf16 gives a third of it."""
 POSITIONS = (0, 5, 6, 17)
 STEP = 29
+"""The least position of the step; it is the last one that the model knows."""
+MOST = 1 << 22
+"""Numbers of a weight in float32 at a time."""
 
 _checked: weakref.WeakKeyDictionary[Any, tuple[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
 
@@ -39,7 +43,11 @@ def agrees(steps: NativeSteps) -> bool:
     if known is not None and known[0] == form:
         return known[1]
     with torch.inference_mode(False), torch.no_grad():
-        verdict = _compare(steps, decoder)
+        try:
+            verdict = _compare(steps, decoder)
+        except Exception:
+            log.debug("a decoder that cannot be called by itself", exc_info=True)
+            verdict = False
     _checked[decoder] = (form, verdict)
     return verdict
 
@@ -52,56 +60,63 @@ def _compare(steps: NativeSteps, decoder: Any) -> bool:
     past = torch.tensor(POSITIONS)[None]
     decoder(input_ids=prompt, position_ids=past, past_key_values=cache, use_cache=True)
     own, exact = _copy(cache, decoder), _copy(cache, decoder, torch.float32)
-    now = torch.tensor([[STEP]])
+    last = getattr(decoder.config, "max_position_embeddings", None) or 0
+    now = torch.tensor([[max(STEP, last - 1)]])
     theirs = decoder(input_ids=token, position_ids=now, past_key_values=cache, use_cache=True)
-    step = {"past_key_values": own, "position_ids": now}
     x = decoder.embed_tokens(token)
-    ours = steps.run(x, step)
-    pairs = [(ours, theirs.last_hidden_state)]
-    for mine, layer in zip(_layers(own), _layers(cache), strict=True):
-        pairs += [(mine.keys, layer.keys), (mine.values, layer.values)]
+    ours = steps.run(x, {"past_key_values": own, "position_ids": now})
     dtype = theirs.last_hidden_state.dtype
-    if not all(_is_close(a, b, TOLERANCE[dtype]) for a, b in pairs):
+    if not _agree(ours, own, theirs.last_hidden_state, cache, TOLERANCE[dtype]):
         return False
-    return dtype == torch.float32 or _is_exact(steps, x, ours, own, exact)
+    if dtype == torch.float32:
+        return True
+    with _Float32Products():
+        theirs = decoder(
+            inputs_embeds=x.float(), position_ids=now, past_key_values=exact, use_cache=True
+        )
+    return _agree(ours, own, theirs.last_hidden_state, exact, EXACT_TOLERANCE)
 
 
-def _is_exact(
-    steps: NativeSteps, x: Tensor, ours: Tensor | None, own: DynamicCache, exact: DynamicCache
+def _agree(
+    ours: Tensor | None, own: DynamicCache, theirs: Tensor, cache: DynamicCache, tolerance: float
 ) -> bool:
-    """Whether the first layers' new keys and values equal those in float32 up to rounding."""
-    count = min(EXACT_LAYERS, len(steps.parts.layers))
-    tolerance = ROUNDINGS * torch.finfo(x.dtype).eps
-    try:
-        out = _run_in_float32(steps, x, exact, count)
-    except (RuntimeError, TypeError, ValueError) as error:
-        log.debug("the decoder's layers cannot be called in turn: %s", error)
-        return False
-    pairs = [] if count < len(steps.parts.layers) else [(ours, out)]
-    for mine, layer in list(zip(_layers(own), _layers(exact), strict=False))[:count]:
+    """Whether two steps' outputs, and their new keys and values of every layer, are close."""
+    pairs = [(ours, theirs)]
+    for mine, layer in zip(_layers(own), _layers(cache), strict=True):
         for a, b in ((mine.keys, layer.keys), (mine.values, layer.values)):
             pairs.append((a[:, :, -1], b[:, :, -1]))
     return all(_is_close(a, b, tolerance) for a, b in pairs)
 
 
-def _run_in_float32(steps: NativeSteps, x: Tensor, cache: DynamicCache, count: int) -> Tensor:
-    """Run the first layers' own forwards, one after the other, on float32 copies of weights."""
-    decoder: Any = steps.parts.decoder
-    position = torch.tensor([[STEP]])
-    x = x.float()
-    cos_sin = _rotate(decoder, x, position)
-    for layer in list(steps.parts.layers)[:count]:
-        weights = {name: weight.float() for name, weight in layer.named_parameters()}
-        how = {"position_embeddings": cos_sin, "attention_mask": None, "past_key_values": cache}
-        out: Any = functional_call(layer, weights, (x,), how)
-        x = out[0] if isinstance(out, tuple) else out
-    return functional_call(decoder.norm, {"weight": decoder.norm.weight.float()}, (x,))
+class _Float32Products(TorchFunctionMode):
+    """Computes linear layers on float32 inputs with weights of another dtype in float32."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._room = torch.empty(MOST)
 
-def _rotate(decoder: Any, x: Tensor, position: Tensor) -> Any:
-    if hasattr(decoder.rotary_emb, "mrope_section"):
-        position = position[None].expand(3, -1, -1)
-    return decoder.rotary_emb(x, position)
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear:
+            return self._multiply(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if input.dtype != torch.float32 or weight.dtype == torch.float32:
+            return F.linear(input, weight, bias)
+        inputs = weight.shape[1]
+        room = self._room if self._room.numel() >= inputs else torch.empty(inputs)
+        parts = []
+        for rows in weight.split(max(room.numel() // inputs, 1)):
+            part = room[: rows.numel()].view(rows.shape).copy_(rows)
+            parts.append(F.linear(input, part))
+        out = torch.cat(parts, -1)
+        return out if bias is None else out + bias.float()
 
 
 def _copy(cache: DynamicCache, decoder: Any, dtype: torch.dtype | None = None) -> DynamicCache:

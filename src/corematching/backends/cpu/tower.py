@@ -1,4 +1,4 @@
-"""Vision tower layers of CLIP and SigLIP, in one C call or in a few, on tile units.
+"""Vision tower layers of CLIP and SigLIP, in one call or in a few.
 
 Shapes: B images, T patches, d hidden size, H attention heads, D head dimension.
 """
@@ -20,25 +20,17 @@ from corematching.backends.cpu.attention import (
     is_close,
     uses_sdpa,
 )
-from corematching.backends.cpu.inputs import is_prompt
-from corematching.backends.cpu.native import (
-    STEP,
-    TILES,
-    Norm,
-    Products,
-    PromptLayer,
-    Scratch,
-    refuse_product,
-)
+from corematching.backends.cpu.inputs import SMALL, is_prompt, make_probe
+from corematching.backends.cpu.layer_weights import PrefillWeights, WeightReader, list_tensors
+from corematching.backends.cpu.native import Gemm, Norm, PrefillLayer, Scratch
 from corematching.backends.kernels import activation_name
 from corematching.model.hooks import HookMonitor, captures_outputs, reads_shapes, show_result
-from corematching.model.snapshot import WeightSnapshot
+from corematching.model.linear import is_plain_linear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 LAYER_PARTS = {"self_attn", "layer_norm1", "mlp", "layer_norm2"}
 NOT_HERE = (*ONLY_SDPA, "is_causal", "output_attentions")
 """Options of an attention call that only the module's own forward supports."""
-NO_NORM = Norm(torch.empty(0), 0.0)
 
 
 class TowerAttention:
@@ -49,7 +41,7 @@ class TowerAttention:
     module : nn.Module
         A candidate for such an attention; see `is_known`.
     project : callable
-        ``project(module, x, norm)`` gives queries, keys and values of x, (B, T, 3H, D), normalised
+        ``project(module, x, norm)`` gives queries, keys and values of x, (B, T, 3H, D), normalized
         first with a norm; None if unsupported.
     attention : PromptAttention
         The attention between the projections.
@@ -72,7 +64,7 @@ class TowerAttention:
         children = dict(module.named_children())
         if set(children) != set(PROJECTIONS) or not uses_sdpa(module):
             return False
-        if any(type(child) is not nn.Linear for child in children.values()):
+        if not all(map(is_plain_linear, children.values())):
             return False
         size, scale = getattr(module, "head_dim", None), getattr(module, "scale", None)
         widths = {width for child in children.values() for width in child.weight.shape}
@@ -81,8 +73,7 @@ class TowerAttention:
         if not isinstance(scale, float) or scale <= 0 or module.q_proj.weight.device.type != "cpu":
             return False
         with torch.inference_mode(False), torch.no_grad():
-            width, dtype = module.q_proj.in_features, module.q_proj.weight.dtype
-            x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
+            x = make_probe(5, module.q_proj.in_features, module.q_proj.weight.dtype)
             ours = self._see(x, None)
             return ours is not None and is_close(ours, module(x, attention_mask=None)[0])
 
@@ -124,21 +115,20 @@ class TowerLayer:
         A candidate for such a layer; see `is_known`.
     attention : TowerAttention
         Its attention, which `is_known`.
-    products : Products
-        The matrix products, on tiles.
+    gemm : Gemm
+        The matrix products.
     scratch : Scratch
         Working memory, shared by all layers.
     """
 
     def __init__(
-        self, layer: nn.Module, attention: TowerAttention, products: Products, scratch: Scratch
+        self, layer: nn.Module, attention: TowerAttention, gemm: Gemm, scratch: Scratch
     ) -> None:
         self.layer: Any = layer
-        self._attention, self._products, self._scratch = attention, products, scratch
-        self._whole: PromptLayer | None = None
+        self._attention, self._gemm = attention, gemm
+        self._weights = WeightReader(layer, self._read, scratch)
         self._function = getattr(getattr(layer, "mlp", None), "activation_fn", None)
         self._activation = ""
-        self._watch, self._plain, self._norms = WeightSnapshot(), False, (NO_NORM, NO_NORM)
         self._hooks = HookMonitor(())
 
     def is_known(self) -> bool:
@@ -147,14 +137,14 @@ class TowerLayer:
         if set(dict(layer.named_children())) != LAYER_PARTS:
             return False
         self._activation = _name_activation(self._function)
-        if any(type(getattr(layer.mlp, name, None)) is not nn.Linear for name in ("fc1", "fc2")):
+        if not all(is_plain_linear(getattr(layer.mlp, name, None)) for name in ("fc1", "fc2")):
             return False
         attention = set(layer.self_attn.modules()) - {layer.self_attn, layer.self_attn.out_proj}
         inner = [module for module in layer.modules() if module not in (layer, *attention)]
         self._hooks = HookMonitor(inner, ignored=[reads_shapes, captures_outputs])
         with torch.inference_mode(False), torch.no_grad():
-            width, dtype = layer.mlp.fc1.in_features, layer.mlp.fc1.weight.dtype
-            x = torch.sin(torch.arange(5.0 * width)).to(dtype).view(1, 5, width)
+            weight = layer.mlp.fc1.weight
+            x = make_probe(5, weight.shape[1], weight.dtype, SMALL)
             ours = self._run(x, None) if self._activation else None
             return ours is not None and is_close(ours, layer(x, None))
 
@@ -167,14 +157,12 @@ class TowerLayer:
         return original(hidden_states, attention_mask, **kwargs) if out is None else out
 
     def _run(self, x: Tensor, mask: Any) -> Tensor | None:
-        if not self._watch.unchanged():
-            self._plain, self._watch = self._read_layer(), WeightSnapshot([self.layer])
-            self._whole = self._prepare() if self._plain else None
-        layer, (first, second) = self.layer, self._norms
-        if not self._plain or first.weight.dtype != x.dtype:
+        weights, layer = self._weights.find(), self.layer
+        if weights is None or weights.matrix("o").dtype != x.dtype:
             return None
-        if self._whole is not None and is_prompt(x) and self._whole.supports(x, mask):
-            return self._run_at_once(self._whole, x, mask)
+        whole, (first, second) = self._weights.whole, weights.norms
+        if whole is not None and is_prompt(x) and whole.supports(x, mask):
+            return self._run_at_once(whole, x, mask)
         mixed = self._attention.mix(x, mask, first)
         if mixed is None:
             return None
@@ -182,8 +170,8 @@ class TowerLayer:
         active = self._multiply(layer.mlp.fc1, x, activation=self._activation, norm=second)
         return self._multiply(layer.mlp.fc2, active, x)
 
-    def _run_at_once(self, whole: PromptLayer, x: Tensor, mask: Any) -> Tensor:
-        """Run the layer in one C call; its hooks read only shapes."""
+    def _run_at_once(self, whole: PrefillLayer, x: Tensor, mask: Any) -> Tensor:
+        """Run the layer in one call; its hooks read only shapes."""
         attention, mlp = self.layer.self_attn, self.layer.mlp
         done = whole.run(x.contiguous(), None, mask, is_causal(attention, mask, {}))
         assert done.qkv is not None
@@ -195,48 +183,28 @@ class TowerLayer:
         show_result(mlp.fc2, done.active, done.out)
         return done.out
 
-    def _prepare(self) -> PromptLayer | None:
-        """The layer as one C call; None if its attention does not support that."""
-        attention, mlp = self.layer.self_attn, self.layer.mlp
-        inputs, dtype = inputs_of(attention), self._norms[0].weight.dtype
-        plain = all(type(linear) is nn.Linear and _fits(linear.weight) for linear in inputs)
-        if not plain or any(x.weight.dtype != dtype for x in inputs) or attention.head_dim % STEP:
-            return None
-        linears = [*inputs, attention.out_proj, mlp.fc1, mlp.fc2]
-        weights: dict[str, Any] = {}
-        for name, linear in zip(("q", "k", "v", "o", "up", "down"), linears, strict=True):
-            weights |= {name: linear.weight, f"{name}_bias": linear.bias}
-        return PromptLayer(
-            weights, self._norms, attention.head_dim, self._activation, attention.scale,
-            self._scratch,
-        )  # fmt: skip
-
-    def _read_layer(self) -> bool:
-        """Read the norms, and return whether the C code supports all parts."""
-        layer, mlp = self.layer, self.layer.mlp
+    def _read(self) -> PrefillWeights | None:
+        """The layer's present weights; None if its modules are no longer plain."""
+        layer, attention, mlp = self.layer, self.layer.self_attn, self.layer.mlp
         norms = [layer.layer_norm1, layer.layer_norm2]
         if mlp.activation_fn is not self._function or not all(map(_is_plain_norm, norms)):
-            return False
+            return None
+        linears = [*inputs_of(attention), attention.out_proj, mlp.fc1, mlp.fc2]
+        if not all(map(is_plain_linear, linears)):
+            return None
         first, second = (Norm(norm.weight, norm.eps, norm.bias) for norm in norms)
-        self._norms = first, second
-        linears = [layer.self_attn.out_proj, mlp.fc1, mlp.fc2]
-        if any(type(linear) is not nn.Linear for linear in linears):
-            return False
-        weights = [linear.weight for linear in linears]
-        if any(w.dtype != norm.weight.dtype for w in weights for norm in norms):
-            return False
-        return all(map(_fits, weights))
+        named = dict(zip(("q", "k", "v", "o", "up", "down"), linears, strict=True))
+        return PrefillWeights(
+            list_tensors(named), (first, second), attention.head_dim, self._activation,
+            attention.scale,
+        )  # fmt: skip
 
     def _multiply(
         self, linear: Any, x: Tensor, residual: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        out = self._products.linear(x, linear.weight, linear.bias, residual, **kwargs)
+        out = self._gemm.linear(x, linear.weight, linear.bias, residual, **kwargs)
         show_result(linear, x, out)
         return out
-
-
-def _fits(weight: Tensor) -> bool:
-    return weight.is_contiguous() and refuse_product(weight, TILES) is None
 
 
 def _is_plain_norm(norm: Any) -> bool:
@@ -246,7 +214,7 @@ def _is_plain_norm(norm: Any) -> bool:
 
 
 def _name_activation(function: Any) -> str:
-    """The name of an activation function that the C code supports; "" for any other."""
+    """The name of an activation function that the kernels support; "" for any other."""
     if type(function) is QuickGELUActivation:
         return "quick_gelu"
     return activation_name(function) or ""

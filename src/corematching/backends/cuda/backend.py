@@ -27,7 +27,7 @@ class CudaBackend(Backend):
         self.graph = GraphSteps(parts, sparse, make_recorder)
 
     @staticmethod
-    def supports(parts: ModelSpec) -> str | None:
+    def why_unsupported(parts: ModelSpec) -> str | None:
         """The reason if the layers are not all on one CUDA device, else None."""
         devices = {p.device for layer in parts.layers for p in layer.parameters()}
         on_one = len(devices) == 1 and next(iter(devices)).type == "cuda"

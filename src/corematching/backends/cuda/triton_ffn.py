@@ -81,7 +81,7 @@ class TritonKernel:
     traceable = True
     max_batch: int | None = None
 
-    def refuse(self, weights: FFNWeights) -> str | None:
+    def why_unsupported(self, weights: FFNWeights) -> str | None:
         """Why the kernel cannot run on these weights, in a few words; None if it can."""
         matrices = [w for w in (weights.up, weights.gate, weights.down_t) if w is not None]
         first = matrices[0]

@@ -11,36 +11,38 @@ Shapes: B samples, T tokens, F neurons.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from corematching.backends.cuda.triton_programs import INTERPRETED
+from corematching.backends.cuda.triton_rows import (
+    FLOATS,
+    LOWEST,
+    TINY,
+    WIDEST,
+    as_bits,
+    as_bytes,
+    is_reachable,
+    is_readable,
+    on_device,
+    size_row,
+)
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = {"values": 0, "sizes": 1, "unit squares": 2}
-INTEGERS = {2: torch.int16, 4: torch.int32}
 DIGITS = {2: ((0, 15),), 4: ((20, 11), (10, 10), (0, 10))}
 """By bytes of a float: the digits of its magnitude, highest first, as (shift, number of bits)."""
-WIDEST = 1 << 15
-"""The widest row that one program holds."""
-TINY = tl.constexpr(1e-24)
-LOWEST = tl.constexpr(-(1 << 31))
 
 
 def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
     """A sum over each sample's tokens; two launches for ``unit squares``, else one."""
-    if not _readable(values, *FLOATS, torch.bool):
+    if not is_readable(values, *FLOATS, torch.bool):
         return None
     batch, length, width = values.shape
-    values, tokens = _bytes(values), _bytes(tokens.contiguous())
+    values, tokens = as_bytes(values), as_bytes(tokens.contiguous())
     out = torch.empty(batch, width, dtype=torch.float32, device=values.device)
     factors = None
-    with _on(values):
+    with on_device(values):
         if what == "unit squares":
             factors = torch.empty(batch, length, dtype=torch.float32, device=values.device)
             _invert_squares_kernel[(batch * length,)](values, tokens, factors, width, BLOCK=1024)
@@ -50,31 +52,57 @@ def sum_rows(values: Tensor, tokens: Tensor, what: str) -> Tensor | None:
     return out
 
 
+def sum_both(values: Tensor, tokens: Tensor, valid: Tensor, out: Tensor) -> bool:
+    """Unit squares and values in parts, each over some tokens; one launch."""
+    if not is_readable(values, *FLOATS) or values.shape[-1] > WIDEST:
+        return False
+    batch, length, width = values.shape
+    parts = out.shape[1]
+    masks = as_bytes(tokens.contiguous()), as_bytes(valid.contiguous())
+    with on_device(values):
+        _sum_both_kernel[(parts, batch)](
+            values, *masks, out, length, width, triton.cdiv(length, parts), **size_row(width)
+        )
+    return True
+
+
 def weigh_marks(marks: Tensor, weights: Tensor) -> Tensor | None:
     """The sum of the marked entries' weights, for each token; one launch."""
-    if not _readable(marks, torch.bool):
+    if not is_readable(marks, torch.bool):
         return None
     batch, length, width = marks.shape
     out = torch.empty(batch, length, dtype=torch.float32, device=marks.device)
-    with _on(marks):
+    with on_device(marks):
         _weigh_marks_kernel[(batch * length,)](
-            _bytes(marks), weights.float().contiguous(), out, length, width, BLOCK=1024
+            as_bytes(marks), weights.float().contiguous(), out, length, width, BLOCK=1024
         )
     return out
 
 
-def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | None:
+def mark_highest(values: Tensor, counts: Tensor | int, absolute: bool) -> Tensor | None:
     """Mark each token's largest entries; one launch."""
-    if not _readable(values, *FLOATS) or values.shape[-1] > WIDEST:
+    if isinstance(counts, int):
+        return _mark(values, None, counts, absolute)
+    return _mark(values, counts.expand(*values.shape[:-1], 1).contiguous(), 0, absolute)
+
+
+def mark_top_positive(values: Tensor, ppm: int) -> Tensor | None:
+    """Mark each token's largest positive entries; one launch."""
+    return _mark(values, None, 0, False, ppm)
+
+
+def _mark(
+    values: Tensor, counts: Tensor | None, count: int, absolute: bool, ppm: int = 0
+) -> Tensor | None:
+    if not is_readable(values, *FLOATS) or values.shape[-1] > WIDEST:
         return None
     batch, length, width = values.shape
     marks = torch.empty(values.shape, dtype=torch.bool, device=values.device)
-    counts = counts.expand(batch, length, 1).contiguous()
     bits = 8 * values.element_size() - 1
-    with _on(values):
+    with on_device(values):
         _mark_highest_kernel[(batch * length,)](
-            _bits(values), counts, _bytes(marks), width, ABSOLUTE=absolute, BITS=bits,
-            MAGNITUDE=(1 << bits) - 1, **_row(width),
+            as_bits(values), counts, count, as_bytes(marks), width, PPM=ppm, ABSOLUTE=absolute,
+            BITS=bits, MAGNITUDE=(1 << bits) - 1, **size_row(width),
         )  # fmt: skip
     return marks
 
@@ -82,12 +110,12 @@ def mark_highest(values: Tensor, counts: Tensor, absolute: bool) -> Tensor | Non
 def pick_highest(scores: Tensor, count: int) -> Tensor | None:
     """The indices of each row's highest scores; one launch."""
     batch, width = scores.shape
-    if scores.dtype not in FLOATS or width > WIDEST or not _reachable(scores):
+    if scores.dtype not in FLOATS or width > WIDEST or not is_reachable(scores):
         return None
     indices = torch.empty(batch, count, dtype=torch.long, device=scores.device)
-    with _on(scores):
+    with on_device(scores):
         _pick_highest_kernel[(batch,)](
-            scores.float().contiguous(), indices, width, count, **_row(width)
+            scores.float().contiguous(), indices, width, count, **size_row(width)
         )
     return indices
 
@@ -96,49 +124,23 @@ def find_size(
     values: Tensor, tokens: Tensor, neurons: Tensor | None, ranks: Tensor
 ) -> Tensor | None:
     """The magnitude of a given rank; two launches for 16-bit floats, else six."""
-    if not _readable(values, *FLOATS):
+    if not is_readable(values, *FLOATS):
         return None
     batch, length, width = values.shape
-    bits, tokens = _bits(values), _bytes(tokens.contiguous())
+    bits, tokens = as_bits(values), as_bytes(tokens.contiguous())
     neurons = None if neurons is None else neurons.contiguous()
     listed = width if neurons is None else neurons.shape[1]
     known = torch.zeros(batch, dtype=torch.int32, device=values.device)
     missing = ranks.to(torch.int32)
     for shift, number in DIGITS[values.element_size()]:
         found = torch.zeros(batch, 1 << number, dtype=torch.int32, device=values.device)
-        with _on(values):
+        with on_device(values):
             _count_digits_kernel[(triton.cdiv(listed, 1024), length, batch)](
                 bits, tokens, neurons, known, found, width, listed, SHIFT=shift, NUMBER=number,
                 MAGNITUDE=(1 << 8 * values.element_size() - 1) - 1, BLOCK=1024,
             )  # fmt: skip
             _narrow_kernel[(batch,)](found, known, missing, NUMBER=number, num_warps=16)
     return known.to(bits.dtype).view(values.dtype).float()
-
-
-def _readable(values: Tensor, *dtypes: torch.dtype) -> bool:
-    return values.dtype in dtypes and values.is_contiguous() and _reachable(values)
-
-
-def _reachable(values: Tensor) -> bool:
-    return values.numel() > 0 and (values.is_cuda or INTERPRETED)
-
-
-def _bytes(values: Tensor) -> Tensor:
-    return values.view(torch.uint8) if values.dtype == torch.bool else values
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.view(INTEGERS[values.element_size()])
-
-
-def _row(width: int) -> dict[str, int]:
-    """Block size and warps of a program for one row."""
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": max(4, min(16, block // 1024))}
-
-
-def _on(values: Tensor) -> Any:
-    return torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit
@@ -193,6 +195,37 @@ def _sum_rows_kernel(
 
 
 @triton.jit
+def _sum_both_kernel(
+    values: tl.tensor, tokens: tl.tensor, valid: tl.tensor, out: tl.tensor, length: tl.tensor,
+    width: tl.tensor, each: tl.tensor, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """One part of one sample's sums, token by token."""
+    part = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    squares = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for step in range(each):
+        position = part * each + step
+        there = position < length
+        row = sample * length + position
+        counts = tl.load(tokens + row, mask=there, other=0) != 0
+        exists = tl.load(valid + row, mask=there, other=0) != 0
+        read = inside & (counts | exists)
+        value = tl.load(values + row * width + columns, mask=read, other=0).to(tl.float32)
+        square = value * value
+        norm = tl.maximum(tl.sum(square, axis=0), TINY)
+        squares += tl.where(counts, square / norm, 0.0)
+        total += tl.where(exists, value, 0.0)
+    samples = tl.num_programs(1)
+    start = (part * samples + sample) * width
+    tl.store(out + start + columns, squares, mask=inside)
+    start += tl.num_programs(0).to(tl.int64) * samples * width
+    tl.store(out + start + columns, total, mask=inside)
+
+
+@triton.jit
 def _weigh_marks_kernel(
     marks: tl.tensor,
     weights: tl.tensor,
@@ -215,8 +248,10 @@ def _weigh_marks_kernel(
 def _mark_highest_kernel(
     bits: tl.tensor,
     counts: tl.tensor,
+    count: tl.tensor,
     marks: tl.tensor,
     width: tl.tensor,
+    PPM: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     BITS: tl.constexpr,
     MAGNITUDE: tl.constexpr,
@@ -228,7 +263,11 @@ def _mark_highest_kernel(
     inside = columns < width
     own = tl.load(bits + row * width + columns, mask=inside, other=0).to(tl.int32)
     size = own & MAGNITUDE if ABSOLUTE else tl.maximum(own, 0)
-    count = tl.load(counts + row).to(tl.int32)
+    if counts is not None:
+        count = tl.load(counts + row).to(tl.int32)
+    if PPM > 0:
+        positive = tl.sum((own > 0).to(tl.int64), axis=0)
+        count = ((positive - 1) * PPM // 1000000 + 1).to(tl.int32)
     cut = tl.sum(tl.zeros([BLOCK], tl.int32), axis=0)
     for step in range(BITS):
         higher = cut | (1 << (BITS - 1 - step))

@@ -87,7 +87,7 @@ def find_disorder(indices: Tensor, width: int) -> Tensor:
 
 
 def refuse_order(width: int) -> InvalidTensorError:
-    """The error for indices that `find_disorder` finds fault with."""
+    """The error for indices that do not ascend in [0, width)."""
     return InvalidTensorError(
         f"neuron indices must ascend within [0, {width}), each at most once: sort them, and leave "
         "out what is given twice"
@@ -95,7 +95,7 @@ def refuse_order(width: int) -> InvalidTensorError:
 
 
 def describe(x: object) -> str:
-    """A tensor's shape, dtype, device and layout, in a few words; what else stands in its place."""
+    """A tensor's shape, dtype, device and layout in a few words; of other objects the type."""
     if not isinstance(x, Tensor):
         return f"a {type(x).__name__}"
     layout = "" if x.is_contiguous() else ", not contiguous"

@@ -1,4 +1,4 @@
-"""What a kernel gets and gives: an FFN's weights, the chosen neurons, and who computes them.
+"""The interface of kernels for FFNs over chosen neurons.
 
 Shapes: B rows of the batch, S sets of neurons, K neurons per set, C biases, d hidden size,
 F intermediate neurons. Consecutive rows share a set: row b computes set ``b // (B / S)``.
@@ -61,12 +61,12 @@ class IndexedKernel(Protocol):
     max_batch: int | None
     """The most rows that `run` takes; None: any number."""
 
-    def refuse(self, weights: FFNWeights) -> str | None:
+    def why_unsupported(self, weights: FFNWeights) -> str | None:
         """Why this kernel cannot run on these weights, in a few words; None if it can."""
         ...
 
     def prepare(self, weights: FFNWeights, sets: NeuronSets, previous: Any = None) -> Any:
-        """What depends on the choice and not on the token; ``previous`` may be reused in place."""
+        """All that depends on the choice, not on the token; may reuse ``previous`` in place."""
         ...
 
     def run(self, x: Tensor, weights: FFNWeights, prepared: Any) -> Tensor:

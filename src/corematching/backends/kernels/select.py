@@ -1,4 +1,4 @@
-"""Which kernel runs an FFN."""
+"""The choice of the kernel for an FFN."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find_kernel(weights: FFNWeights) -> IndexedKernel | None:
     Parameters
     ----------
     weights : FFNWeights
-        As they will be read.
+        The weights in the layout of the decode steps.
     """
     module = KERNELS.get(weights.up.device.type)
     if module is None:
@@ -33,7 +33,7 @@ def find_kernel(weights: FFNWeights) -> IndexedKernel | None:
     except (ImportError, AttributeError) as error:
         log.debug("no kernel from %s: %s", module, error)
         return None
-    reason = kernel.refuse(weights)
+    reason = kernel.why_unsupported(weights)
     if reason is not None:
         log.debug("%s kernel: %s", kernel.name, reason)
         return None

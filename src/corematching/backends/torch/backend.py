@@ -11,7 +11,7 @@ class TorchBackend(Backend):
     """Prompts and decode steps run through the model's own forwards and the sparse FFNs."""
 
     @staticmethod
-    def supports(parts: ModelSpec) -> str | None:
+    def why_unsupported(parts: ModelSpec) -> str | None:
         """None: every model runs in PyTorch."""
         return None
 

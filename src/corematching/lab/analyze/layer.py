@@ -61,7 +61,7 @@ class Neurons:
     core : int
         ``|C(s)|``, the sentence's core neurons.
     ever : int
-        Neurons that stand in the token-wise set of at least one token.
+        Neurons in the token-wise set of at least one token.
     activated : dict
         Mean of ``|Gamma(x)|`` over the tokens, by "image" and "text".
     inside : dict

@@ -1,4 +1,4 @@
-"""The frame of a page that needs nothing but itself."""
+"""The frame of a self-contained page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build_page(title: str, body: str, command: str, style: str = "") -> str:
     body : str
         HTML.
     command : str
-        What made the page, for its foot; empty to leave it out.
+        The command behind the page, for its foot; empty: none.
     style : str
         CSS beside `corematching.lab.analyze.style.STYLE`.
     """

@@ -36,7 +36,7 @@ class PictureAnalysis:
     layers : list of LayerFindings
         Ascending.
     answers : dict
-        What was answered, by the name of the way.
+        The answers, by the name of the method.
     """
 
     model: str
@@ -90,7 +90,7 @@ def analyze_picture(
         Whether the model turns the whole picture into one square of tokens, row by row, unless its
         processor says otherwise.
     progress : callable
-        Gets each layer when it is done.
+        Called with each layer when it is done.
 
     Raises
     ------
@@ -135,7 +135,7 @@ def find_grid(
     Parameters
     ----------
     inputs : mapping
-        What the processor gave; ``image_grid_thw`` is read where it is there.
+        The processor's output; ``image_grid_thw`` is read if present.
     processor : ProcessorMixin
         ``merge_size`` of its image processor says how many patches a token's side has.
     tokens : int

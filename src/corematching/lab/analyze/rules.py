@@ -28,7 +28,7 @@ class Rule:
     neuron_ratio : float
         Ratio of the neurons that are core.
     method : BaseMethod
-        Where all of this comes from.
+        The method with these policies.
     """
 
     name: str
@@ -69,8 +69,8 @@ class Rule:
 def default_rules() -> tuple[Rule, ...]:
     """The published rule and our default's scores.
 
-    What our default takes besides, tokens spread evenly and neurons token by token, no score chose:
-    here the scores choose all of the image tokens that are kept, and 60 % of the neurons.
+    Our default also keeps tokens spread evenly, and neurons token by token, without a score. Here
+    the scores choose all of the kept image tokens, and 60 % of the neurons.
     """
     return (
         Rule.of("paper", "Paper", CoreMatching.paper()),

@@ -62,7 +62,7 @@ def study_task(
     subject : Subject
         The model under study.
     task : Task
-        Where questions come from.
+        The source of the questions.
     rules : sequence of Rule
     plan : StudyPlan
     progress : callable
@@ -170,6 +170,6 @@ def _subtract(value: float | None, other: float | None) -> float | None:
 
 
 def _make_generator(*seeds: int) -> torch.Generator:
-    """A generator of its own for each question and layer, whatever ran before."""
+    """A separate generator for each question and layer, independent of earlier runs."""
     state = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state % 2**63)

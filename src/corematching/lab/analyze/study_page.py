@@ -101,7 +101,7 @@ def _rows(study: Mapping[str, Any], rule: str) -> list[tuple[str, dict[str, Any]
 
 
 def _list_answers(study: Mapping[str, Any]) -> str:
-    """One sentence for each rule and direction, whatever came out."""
+    """One sentence for each rule and direction."""
     items = []
     for rule in study["rules"]:
         mean = study["mean"][rule["name"]]

@@ -26,28 +26,28 @@ def watch_layers(
     """Run a prompt and show each of its layers, whole, as soon as it has run.
 
     A view holds what the layer's own modules computed: activations, attention rows and
-    contributions on request, hidden states and input embeddings. It is good for the length of the
-    call only.
+    contributions on request, hidden states and input embeddings. It is valid during the call
+    only.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Without a method on it.
+        A model without a method.
     inputs : mapping
-        What the processor gave: ``input_ids``, pixels and the rest.
+        The processor's output: ``input_ids``, pixels and the rest.
     look : callable
         Gets one view after the other.
     layers : collection of int, optional
-        Those to show, counted from 0. Default: all.
+        The layers to show, counted from 0. Default: all.
 
     Raises
     ------
     InputError
         The prompt holds no image token.
     ConfigError
-        A layer that the model does not have is asked for.
+        The model does not have one of the layers.
     AlreadyInstalledError
-        A method is on the model, and would drop what is to be watched.
+        A method is installed on the model, and would drop tokens.
     UnsupportedModelError
         The model's layers cannot be watched.
     """
@@ -90,7 +90,7 @@ class _Watcher:
         self.parts, self.valid, self.image, self.look = parts, valid, image, look
         self.memory: dict[type, Any] = {}
         self._patches = Patches()
-        self._probe: AttentionObserver | None = None
+        self._observer: AttentionObserver | None = None
         self._activations: Tensor | None = None
         self._embeddings: Tensor | None = None
 
@@ -106,16 +106,16 @@ class _Watcher:
 
     def remove(self) -> None:
         self._patches.undo()
-        if self._probe is not None:
-            self._probe.disarm()
-        self._probe = self._activations = self._embeddings = None
+        if self._observer is not None:
+            self._observer.disarm()
+        self._observer = self._activations = self._embeddings = None
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._embeddings = args[0] if args else kwargs["hidden_states"]
 
     def _arm(self, attention: nn.Module, *_: Any) -> None:
-        self._probe = AttentionObserver(attention)
-        self._probe.arm()
+        self._observer = AttentionObserver(attention)
+        self._observer.arm()
 
     def _keep(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._activations = args[0]
@@ -123,8 +123,8 @@ class _Watcher:
     def _show(self, index: int, _: nn.Module, args: Any, output: Any) -> None:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         valid, image = self.valid.to(hidden.device), self.image.to(hidden.device)
-        probe = self._probe
-        assert probe is not None
+        observer = self._observer
+        assert observer is not None
         view = PrefillView(
             layer=index,
             num_layers=len(self.parts.layers),
@@ -133,10 +133,10 @@ class _Watcher:
             activations=self._activations,
             hidden=hidden,
             embeddings=self._embeddings,
-            attention=functools.partial(probe.rows, valid=valid),
+            attention=functools.partial(observer.rows, valid=valid),
             down_proj=getattr(self.parts.down_projs[index], "weight", None),
             memory=self.memory,
         )
-        view.contributions = lambda: probe.contributions(view.last, valid)
+        view.contributions = lambda: observer.contributions(view.last, valid)
         self.look(view)
-        self._probe = self._activations = None
+        self._observer = self._activations = None

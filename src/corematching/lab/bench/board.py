@@ -31,7 +31,7 @@ def make_board(
     ceilings : Ceilings
     new_tokens, batch : int
     facts : dict
-        What was run and where; stands in the board as it is.
+        The settings of the run and the machine; copied to the board.
 
     Returns
     -------

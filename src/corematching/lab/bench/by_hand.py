@@ -32,12 +32,12 @@ def name_by_hand(
     layer : int or None
         Decoder layer after which tokens are dropped, from 0; default: `AFTER`.
     active_ratio : float or None
-        Ratio of these neurons that each decoded token goes on with; None: all.
+        Ratio of these neurons computed for each decoded token; None: all.
 
     Raises
     ------
     ConfigError
-        A ratio or a number is out of range, or ``layer`` stands alone.
+        A ratio or a number is out of range, or ``layer`` is given alone.
     """
     names = "--keep-ratio", "--keep-tokens"
     tokens: dict[str, Any] = {}

@@ -46,7 +46,7 @@ class Measurement:
 
 
 class Contender(Protocol):
-    """Something that answers requests."""
+    """An engine that answers requests."""
 
     name: str
     kind: str
@@ -67,12 +67,12 @@ class Contender(Protocol):
         ...
 
     def stop(self) -> None:
-        """Free what was taken."""
+        """Free all resources."""
         ...
 
 
 class MethodContender:
-    """A method of ours, left on an instance of the model that shares its weights with the others.
+    """A method of ours, installed on its own instance of the model; instances share weights.
 
     Parameters
     ----------
@@ -80,9 +80,9 @@ class MethodContender:
     method : BaseMethod
     workload : Workload
     new_tokens : int
-        Exactly so many are generated.
+        Number of generated tokens, exactly.
     engine : str
-        What may run decode steps and prompts, as `BaseMethod.install` has it.
+        Code for prompts and decode steps, as for `BaseMethod.install`.
     """
 
     kind = "ours"
@@ -167,7 +167,7 @@ class MethodContender:
 
 @torch.inference_mode()
 def generate_exactly(model: Any, inputs: dict[str, Any], new_tokens: int, **options: Any) -> Any:
-    """Generate so many tokens greedily, no fewer and no more."""
+    """Generate exactly this number of tokens, greedily."""
     pad = model.generation_config.pad_token_id
     return model.generate(
         **inputs,

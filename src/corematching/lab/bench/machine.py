@@ -1,4 +1,4 @@
-"""The machine: how busy it is, and what it can do at most."""
+"""The machine: its load and its highest speeds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Ceilings:
 
 
 class CpuMeter:
-    """Counts the processor time that others use, from its making on."""
+    """Counts the processor time of other programs since its creation."""
 
     def __init__(self) -> None:
         self._start = self._read()
@@ -84,7 +84,7 @@ def probe_others(seconds: float = PROBE_SECONDS) -> float:
 
 
 def require_quiet(probe: Callable[[], float] = probe_others, force: bool = False) -> float:
-    """Look whether the machine is quiet enough to compare times on.
+    """Check that the machine is quiet enough to compare times.
 
     Returns
     -------
@@ -161,6 +161,6 @@ def best_seconds(
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -66,7 +66,7 @@ class Adapter:
         return os.environ.get(INTERPRETER + self.name.upper(), sys.executable)
 
     def why_not(self, batch: int, random_weights: bool) -> str | None:
-        """Why it cannot take part; None if it can."""
+        """Why it cannot run here; None if it can."""
         missing = self.find_missing()
         if missing:
             return f"not installed ({', '.join(missing)} missing): {self.install}"
@@ -152,9 +152,9 @@ class PeerContender:
     ----------
     adapter : Adapter
     workload : Workload
-        Says what is asked.
+        The requests.
     new_tokens : int
-        Exactly so many are generated.
+        Number of generated tokens, exactly.
     options : dict
         For the adapter: ``checkpoint``, ``dtype``, ``device``, ``work`` (a folder for what it
         converts), ``threads``; for shapes ``shape``, ``batch`` and ``text_tokens``.

@@ -1,4 +1,4 @@
-"""The roofline: what was reached, under what the machine can do at most."""
+"""The roofline plot: measured speeds under the machine's ceilings."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from corematching.errors import unknown_name
 
 @dataclass(frozen=True)
 class Shape:
-    """An architecture and what one picture is in it.
+    """An architecture and its form of a picture.
 
     Attributes
     ----------
@@ -21,7 +21,7 @@ class Shape:
     model, config : str
         Class names in transformers.
     text, vision, whole : dict
-        What the parts of the configuration differ in from the classes' defaults.
+        The parts' settings other than the classes' defaults.
     image_tokens : int
         Of one picture.
     pixels : dict
@@ -66,7 +66,7 @@ class Shape:
 
     @property
     def image_id(self) -> int:
-        """The token id that stands for a piece of a picture."""
+        """The id of image placeholder tokens."""
         return self.whole.get("image_token_id", self.whole.get("image_token_index"))
 
 

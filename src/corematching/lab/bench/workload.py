@@ -31,7 +31,7 @@ class Workload(Protocol):
 
     @property
     def model(self) -> Any:
-        """The model that is asked."""
+        """The model behind the requests."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class Workload(Protocol):
         ...
 
     def prepare(self, opened: Any) -> dict[str, Any]:
-        """The model's inputs out of that; all of what counts as preprocessing."""
+        """The model's inputs for it; this is the preprocessing."""
         ...
 
     def describe(self, number: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A model with a method on it answers a batch of questions."""
+"""Answers of a model with a method to a batch of questions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Subject:
     Attributes
     ----------
     name : str
-        What the board calls it.
+        Its name on the board.
     model : PreTrainedModel
     processor : ProcessorMixin
         With a tokenizer and an image processor.
@@ -88,7 +88,7 @@ class Batch:
     logits : Tensor
         (B, V) float32, of the first token.
     report : Report
-        What was kept, dropped and saved.
+        The run's report.
     """
 
     texts: list[str]
@@ -125,7 +125,7 @@ def encode_batch(subject: Subject, task: Task[Any], questions: Sequence[Question
 
 
 def show_scenes(method: Any, task: Task[Any], questions: Sequence[Question]) -> None:
-    """Tell an oracle where the objects of the next batch are; other methods are told nothing."""
+    """Show an oracle the objects of the next batch; does nothing for other methods."""
     score = getattr(method.tokens, "score", None)
     if isinstance(score, BoxCoverage):
         sizes = [read_picture(question.image).size for question in questions]
@@ -140,11 +140,11 @@ def answer_batch(subject: Subject, run: Run, inputs: Any, max_new_tokens: int) -
     ----------
     subject : Subject
     run : Run
-        Of a method that is on the model.
+        The installed method's run.
     inputs : mapping
         From `encode_batch`.
     max_new_tokens : int
-        An answer stops here if the model does not stop before.
+        Longest answer.
     """
     settings = subject.model.generation_config
     pad = settings.pad_token_id

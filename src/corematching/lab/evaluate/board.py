@@ -1,4 +1,4 @@
-"""The board: what every method of a run keeps and what it loses."""
+"""The board: kept ratios and losses of every method of a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_board(
     questions : sequence of Question
         Those of the run.
     command : str
-        What gives the same run, but for its methods.
+        The command of the run, without its methods.
 
     Returns
     -------

@@ -73,7 +73,7 @@ class Answer:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Whether a field's value is one that an answer can have."""
+    """Whether a field's value is valid."""
     if name in ("text", "correct"):
         return type(value) is (str if name == "text" else bool)
     if name in FLOATS:
@@ -83,12 +83,12 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def read_answer(line: bytes) -> Answer:
-    """An answer out of its line of JSON.
+    """Read an answer from a line of JSON.
 
     Raises
     ------
     ValueError
-        The line is none.
+        The line holds no answer.
     """
     values = json.loads(line)
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""Several processes that answer at once, each with a copy of the model on one device."""
+"""Worker processes, each with a copy of the model on one device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Crew:
     count : int
         Processes.
     load : callable
-        Loads the model in a worker; what can be pickled.
+        Loads the model in a worker; must be picklable.
     task : Task
     methods : mapping
         By the text that names them, dense among them.
@@ -124,7 +124,7 @@ def _start(
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it does, however that ended."""
+    """End this process with its parent, however the parent ends."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

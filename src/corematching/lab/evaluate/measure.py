@@ -15,7 +15,7 @@ from torch import Tensor
 
 RESAMPLES = 2000
 SIZE = 1024
-"""Words of the vocabulary that are told apart in a first token's distribution."""
+"""Number of likeliest words kept of a first token's distribution."""
 
 
 @dataclass(frozen=True)

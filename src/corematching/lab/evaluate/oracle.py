@@ -1,4 +1,4 @@
-"""The upper bound: image tokens chosen by someone who knows where the objects are."""
+"""The upper bound: image tokens chosen by the objects' known boxes."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from corematching.backends.select import check_engine
 from corematching.errors import ConfigError
 
 DENSE = "dense"
-"""The text of the method that keeps all."""
+"""The text of the dense method."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Plan:
     max_new_tokens : int
         The longest answer.
     engine : str
-        What may run decode steps and prompts; see `corematching.runtime.attach`.
+        Code for prompts and decode steps; see `corematching.runtime.attach`.
     share : bool
         Compute once, for all methods, what they have in common of a batch's prompts: the layers up
         to a method's first cut. Answers are the same, but for rounding; prompts have no seconds.

@@ -1,4 +1,4 @@
-"""Puts batches of questions to methods, one after the other, on one copy of a model."""
+"""Runs batches of questions through methods, one by one, on one copy of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEPT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Assignment:
-    """A batch that a method is to answer.
+    """A batch for a method to answer.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class Reply:
 
 
 class Respondent:
-    """Answers assignments; a method stays on the model until another one is asked for.
+    """Answers assignments; a method stays installed until the next one is due.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class Respondent:
         self._room = 0 if subject.model.device.type == "cpu" else KEPT_BYTES
 
     def close(self) -> None:
-        """Take the method off the model, forget the prompts."""
+        """Remove the method from the model, forget the prompts."""
         self._take_off()
         self._recording, self._recorded = None, -1
 

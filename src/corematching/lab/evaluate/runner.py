@@ -63,8 +63,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run methods over a task and make the board.
 
-    Answers that the directory holds already are not asked for again; the board has every method
-    that was ever run to its end there.
+    Stored answers are reused; the board has every method with a complete run in the directory.
 
     Parameters
     ----------
@@ -72,7 +71,7 @@ def evaluate(
         The model.
     task : Task
     methods : mapping
-        By the text that names them; dense is run whether it is among them or not.
+        By the text that names them; dense always runs.
     directory : Path
         Where the answers are kept.
     plan : Plan
@@ -147,7 +146,7 @@ def list_settings(subject: Subject, task: Task[Any], plan: Plan, questions: int)
 
 
 def _ignore(text: str, done: int, total: int, accuracy: float) -> None:
-    """No one watches."""
+    """Report no progress."""
 
 
 class Survey:

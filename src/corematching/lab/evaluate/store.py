@@ -1,7 +1,7 @@
 """The run directory: every answer as it came, so that a run goes on where it stopped.
 
-``settings.json`` holds what the answers hang on, ``answers/*.jsonl`` one answer per line, a file
-for each method, and ``first-tokens.bin`` the dense model's distributions of the first token.
+``settings.json`` holds the settings behind the answers, ``answers/*.jsonl`` one answer per line, a
+file for each method, and ``first-tokens.bin`` the dense model's first-token distributions.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class RunDirectory:
     Parameters
     ----------
     path : Path
-        Made if it is not there.
+        Created if it does not exist.
     settings : mapping
-        What the answers hang on, JSON-able, one level deep.
+        The settings behind the answers, JSON-able, one level deep.
 
     Raises
     ------
@@ -76,7 +76,7 @@ class RunDirectory:
         Raises
         ------
         InputError
-            One is at work in it.
+            Another run uses the directory.
         """
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
@@ -97,7 +97,7 @@ class RunDirectory:
             self._write_settings()
 
     def answers(self, text: str) -> AnswerFile:
-        """The answers of a method that has been entered."""
+        """The answers of an entered method."""
         parameters = json.dumps(self.methods[text], sort_keys=True)
         digest = hashlib.sha256(parameters.encode()).hexdigest()[:8]
         slug = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")[:80]
@@ -123,7 +123,7 @@ class RunDirectory:
 
 
 def check_same(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to mix answers that were made under different settings.
+    """Check that stored answers have the same settings.
 
     Raises
     ------
@@ -166,7 +166,7 @@ class AnswerFile:
         return answers
 
     def append(self, answers: Iterable[Answer]) -> None:
-        """Write answers behind the others."""
+        """Append answers."""
         lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(lines)

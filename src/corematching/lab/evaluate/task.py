@@ -1,4 +1,4 @@
-"""Tasks: questions about pictures, and who says whether an answer is right."""
+"""Tasks: questions about pictures, and the grading of answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Task(Protocol[Q]):
     Attributes
     ----------
     name : str
-        What the board calls it.
+        Its name on the board.
     digest : str
         Changes when a question or an answer does.
     families : sequence of str
@@ -53,7 +53,7 @@ class Task(Protocol[Q]):
     questions: Sequence[Q]
 
     def prompt(self, question: Q) -> str:
-        """The text that the model is asked."""
+        """The prompt text for a question."""
         ...
 
     def is_correct(self, question: Q, answer: str) -> bool:
@@ -115,7 +115,7 @@ class SceneQA:
         return cls(name, digest.hexdigest()[:16], families, questions)
 
     def prompt(self, question: SceneQuestion) -> str:
-        """The question as it stands."""
+        """The question, unchanged."""
         return question.question
 
     def is_correct(self, question: SceneQuestion, answer: str) -> bool:

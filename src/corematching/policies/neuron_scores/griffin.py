@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from corematching.backends.kernels.statistics import sum_rows
+from corematching.backends.kernels.statistics import sum_both, sum_rows
 from corematching.policies.base import NeuronScore, read_activations
 from corematching.policies.passes import read_blocks
 from corematching.policies.tokens import check_token_set, select_tokens
@@ -24,12 +25,21 @@ class GriffinScore(NeuronScore, name="griffin"):
     GRIFFIN, arXiv:2404.01365.
     """
 
+    in_parts: ClassVar[bool] = True
+
     token_set: str = field(
         default="all", metadata={"help": "tokens that count: all | kept | text | question | image"}
     )
 
     def __post_init__(self) -> None:
         check_token_set(self.token_set)
+
+    def sum_parts(self, view: PrefillView, out: Tensor) -> bool:
+        tokens = select_tokens(view, self.token_set)
+        return sum_both(read_activations(view), tokens, view.valid, out)
+
+    def finish(self, total: Tensor) -> Tensor:
+        return total.sqrt()
 
     def score(self, view: PrefillView) -> Tensor:
         activations, tokens = read_activations(view), select_tokens(view, self.token_set)

@@ -16,7 +16,7 @@ from corematching.protocol import EMBEDDINGS, PrefillView
 
 @dataclass(frozen=True)
 class RandomTokens(TokenScore, name="random"):
-    """A random score that is another one for each picture and question, whatever the batch.
+    """A random score per picture and question, independent of the batch.
 
     It depends on the seed, the layer, the sample's `fingerprint` and the token's index among the
     image tokens: the same input always gets the same choice, alone, in any batch and in every beam.

@@ -1,4 +1,4 @@
-"""The control that looks at nothing: tokens at equal distances."""
+"""A control without scores: tokens at equal distances."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from corematching.backends.kernels.selection import weigh_rarity
 from corematching.policies.activated import activate_by_magnitude, activate_by_sign
 from corematching.policies.base import TokenScore, read_activations
 from corematching.policies.check import check_choice, check_number, check_ratio
@@ -65,6 +66,10 @@ class TextOverlap(TokenScore, name="text-overlap"):
     def score(self, view: PrefillView) -> Tensor:
         profiles = PROFILES[self.activated_by](read_activations(view), self.top_ratio)  # (B, T, F)
         chosen = select_tokens(view, self.token_set)
+        if self.rarity and self.normalize == "none":
+            weighed = weigh_rarity(profiles, chosen, view.image, self.rarity)
+            if weighed is not None:
+                return dot_tokens(profiles, weighed)
         target = sum_tokens(profiles, chosen)  # (B, F)
         weights = self._weigh(profiles, view.image)
         scores = dot_tokens(profiles, weights * target)

@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corematching import devices
 from corematching.backends.choice_checks import check_tokens
 from corematching.backends.sparse_ffn import SparseFFN
 from corematching.cache.layers import compact, is_fresh, widen_sliding_layers
-from corematching.cache.masks import shorten_mask, survivors, take, weigh_mask
+from corematching.cache.masks import take
 from corematching.cache.pruned_prompt import PrunedPrompt
+from corematching.errors import ALL_TOKENS, UnsupportedModelError
 from corematching.model.gate_store import GateRequest, make_gate_request
 from corematching.model.hooks import Reader, stay_eager
+from corematching.model.layer_inputs import find_cache, name_inputs, no_cache_error
+from corematching.model.linear import weight_of
 from corematching.model.patching import Patches
 from corematching.model.spec import ModelSpec
 from corematching.protocol import (
@@ -36,6 +40,10 @@ from corematching.protocol import (
     Method,
     PrefillView,
 )
+from corematching.runtime.prefill.between_layers import BetweenLayers
+from corematching.runtime.prefill.known import KnownTokens
+from corematching.runtime.prefill.layer_inputs import LayerInputs, Present
+from corematching.runtime.prefill.left import find_survivors
 from corematching.runtime.prefill.selection import Selection, Stage
 from corematching.runtime.prefill.tower import TowerObserver
 from corematching.runtime.prefill.view import AttentionObserver, FFNObserver
@@ -77,11 +85,13 @@ class Prefill:
         self.origin = torch.arange(self.length, device=valid.device).expand(batch, -1)
         self.selection = Selection()
         self.weights: Tensor | None = None
+        self.log_weights: Tensor | None = None
         self.shortened = False
         self.cache: Any = None
         depth = len(parts.layers)
         tokens = method.tokens
-        drops = tokens is not None and bool(image.any())
+        self.known = KnownTokens(valid, image)
+        drops = tokens is not None and not (devices.on_host(image) and not bool(image.any()))
         self.cuts: tuple[int, ...] = tokens.drop_after(depth) if tokens and drops else ()
         self.token_needs = tokens.needs if tokens and drops else frozenset()
         self.neuron_needs = method.neurons.needs if method.neurons else frozenset()
@@ -91,8 +101,10 @@ class Prefill:
         self._gate_requested: GateRequest | None = None
         self._waiting: list[tuple[Tensor, PrefillView]] = []
         self._embeddings: Tensor | None = None
-        self._probe: AttentionObserver | None = None
-        self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._observer: AttentionObserver | None = None
+        self._inputs = LayerInputs(parts, self.length)
+        self._between = BetweenLayers(parts, self.length)
+        self._left: Present | None = None
         self._patches = Patches()
 
     def install(self) -> None:
@@ -108,26 +120,27 @@ class Prefill:
                 down = self.parts.down_projs[index]
                 self._patches.add_pre_hook(down, reader)
             if {ATTENTION, CONTRIBUTIONS} & needs:
-                self._install_probe(index)
+                self._observe_attention(index)
             if {INPUTS, GATE} & needs:
-                self._install_ffn_probe(index)
-        if self.cuts and hasattr(self.parts.decoder, "_deepstack_process"):
-            self._wrap_deepstack()
+                self._observe_ffn(index)
+        if self.cuts:
+            self._between.install(self._patches, self._present)
 
     def remove(self) -> None:
         """Remove the hooks and release the tensors."""
         self._patches.undo()
-        if self._probe is not None:
-            self._probe.disarm()
-        self._probe = self._activations = self._embeddings = None
+        if self._observer is not None:
+            self._observer.disarm()
+        self._observer = self._activations = self._embeddings = None
         self._ffn = self._gate_requested = None
         self.parts.gates.forget()
         self._waiting.clear()
-        self._memo.clear()
+        self._inputs.forget()
+        self._left = None
 
-    def make_memory(self, record: int) -> PrunedPrompt:
-        """The cache's memory of this prefill; ``record`` is the number of its record."""
-        weights, chosen = self.weights, self.selection
+    def make_pruned_prompt(self, record: int) -> PrunedPrompt:
+        """The prompt for the cache; ``record`` is the number of its record."""
+        chosen = self.selection
         return PrunedPrompt(
             self.valid,
             self.length,
@@ -135,9 +148,37 @@ class Prefill:
             neurons=chosen.neurons,
             shortened=bool(chosen.stages),
             record=record,
-            log_counts=None if weights is None else weights.float().log(),
+            log_counts=self._log_counts(),
             origin=self.origin,
+            full=self.known.is_full,
         )
+
+    def cache_of(self, output: Any) -> Any:
+        """The KV cache of this prompt, from its layers or from the model's output; or None.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Tokens were dropped, but no layer showed the cache that holds them.
+        """
+        found = getattr(output, "past_key_values", None) if self.cache is None else self.cache
+        if self.shortened and self.cache is None and found is not None:
+            raise no_cache_error(self.parts.layers[0])
+        return found
+
+    def learn(self) -> bool:
+        """Find out what the host can know; returns whether the prompt has images to cut."""
+        self.known.read()
+        view = self.known.view
+        if view is not None and not any(view.image_counts):
+            self.cuts, self.token_needs = (), frozenset()
+        return bool(self.cuts)
+
+    def _log_counts(self) -> Tensor | None:
+        """(B, K) float32, the logarithms of the weights."""
+        if self.weights is None or self.log_weights is not None:
+            return self.log_weights
+        return self.weights.float().log()
 
     def _needs(self, index: int) -> frozenset[str]:
         """The parts of this layer's view that policies read, out of `NEEDS`."""
@@ -148,28 +189,33 @@ class Prefill:
             needs |= self.neuron_needs | {ACTIVATIONS}
         return needs
 
-    def _install_probe(self, index: int) -> None:
+    def _observe_attention(self, index: int) -> None:
         attention = self.parts.attentions[index]
 
         def arm(*_: Any) -> None:
-            self._probe = AttentionObserver(attention)
-            self._probe.arm()
+            self._observer = AttentionObserver(attention)
+            self._observer.arm()
 
         self._patches.add_pre_hook(attention, arm)
 
-    def _install_ffn_probe(self, index: int) -> None:
+    def _observe_ffn(self, index: int) -> None:
         ffn, wanted = self.parts.ffns[index], GATE in self._needs(index)
 
-        def begin(probe: FFNObserver) -> None:
-            self._ffn = probe
+        def begin(observer: FFNObserver) -> None:
+            self._ffn = observer
             self.parts.gates.ask(ffn, self._gate_request() if wanted else None)
 
-        probe = FFNObserver(ffn, self.parts.gates, begin)
-        self._patches.add_pre_hook(ffn, probe)
+        observer = FFNObserver(ffn, self.parts.gates, begin)
+        self._patches.add_pre_hook(ffn, observer)
+        activation = observer.activation
+        # a view that waits would keep all tokens' gates
+        seen = wanted and KEPT not in self.neuron_needs and not devices.on_host(self.valid)
+        if seen and activation is not None:
+            self._patches.add_hook(activation, observer.see)
 
     def _gate_request(self) -> GateRequest | None:
         """A request for the gates of the text tokens, which policies read; on a CPU only."""
-        if self.valid.device.type != "cpu":
+        if not devices.on_host(self.valid):
             return None
         if self._gate_requested is None:
             self._gate_requested = make_gate_request(self.valid & ~self.image)
@@ -180,31 +226,43 @@ class Prefill:
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Drop tokens if the previous layer is a cut; shorten the layer's inputs."""
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden, kwargs = name_inputs(layer, args, kwargs)
         if index == 0:
-            self._begin(hidden, kwargs)
+            self._begin(layer, hidden, kwargs)
         if hidden.device != self.valid.device:  # a model spread over several devices
             self.valid, self.image = self.valid.to(hidden.device), self.image.to(hidden.device)
             self.origin = self.origin.to(hidden.device)
             self.weights = None if self.weights is None else self.weights.to(hidden.device)
+            self._left = self.log_weights = None
+            self._inputs.forget()
+        if self.shortened:
+            hidden = self._between.gather(hidden, self.origin)
         if index - 1 in self.cuts:
             hidden = self._cut(index - 1, hidden)
         if self._ffn is not None:
             self._ffn.forget()
-        self._activations = self._probe = self._ffn = None
+        self._activations = self._observer = self._ffn = None
         if not self.shortened:
             return None
-        kwargs = dict(kwargs, position_ids=None)
-        if "attention_mask" in kwargs:
-            kwargs["attention_mask"] = self._mask(index, kwargs["attention_mask"], hidden)
-        if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = self._rotations(kwargs["position_embeddings"])
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, dict(kwargs, hidden_states=hidden)
+        present = self._present()
+        assert present is not None
+        return (hidden,), self._inputs.shorten(index, hidden, kwargs, present, self.cache)
 
-    def _begin(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+    def _present(self) -> Present | None:
+        """The tokens still present, or None before any is dropped."""
+        if self._left is None and self.shortened:
+            full = self.known.is_full
+            self._left = Present(self.origin, self.valid, full, self._log_counts())
+        return self._left
+
+    def _begin(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        self.learn()
+        if self.cuts and hidden.ndim != 3:
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} takes hidden states of {hidden.ndim} dimensions, whose "
+                f"tokens cannot be dropped: {ALL_TOKENS}"
+            )
+        cache = find_cache(kwargs)
         if cache is not None and is_fresh(cache, self.length):
             self.cache = cache
             if self.cuts:
@@ -243,12 +301,13 @@ class Prefill:
         self._waiting.clear()
 
     def _view(self, layer: int, hidden: Tensor | None, needs: frozenset[str]) -> PrefillView:
-        probe, valid = self._probe, self.valid
+        observer, valid = self._observer, self.valid
         view = PrefillView(layer, len(self.parts.layers), valid, self.image, hidden=hidden)
         view.memory, view.origin, view.weights = self.memory, self.origin, self.weights
+        view.host = self.known.view
         if ACTIVATIONS in needs and layer >= 0:
             view.activations = self._activations
-            view.down_proj = getattr(self.parts.down_projs[layer], "weight", None)
+            view.down_proj = weight_of(self.parts.down_projs[layer])
         if self._ffn is not None and self._activations is not None:
             view.inputs = self._ffn.inputs if INPUTS in needs else None
             view.gate = self._ffn.gate(self._activations) if GATE in needs else None
@@ -258,10 +317,10 @@ class Prefill:
             whole = not self.shortened
             shown = self._embeddings if whole else take(self._embeddings, self.origin)
             view.embeddings = shown.to(valid.device)
-        if ATTENTION in needs and probe is not None:
-            view.attention = functools.partial(probe.rows, valid=valid)
-        if CONTRIBUTIONS in needs and probe is not None:
-            view.contributions = lambda: probe.contributions(view.last, valid)
+        if ATTENTION in needs and observer is not None:
+            view.attention = functools.partial(observer.rows, valid=valid)
+        if CONTRIBUTIONS in needs and observer is not None:
+            view.contributions = lambda: observer.contributions(view.last, valid)
         return view
 
     @torch.no_grad()
@@ -270,66 +329,22 @@ class Prefill:
         assert self.method.tokens is not None
         choice = self.method.tokens.choose(self._view(layer, hidden, self.token_needs))
         check_tokens(choice, self.valid, hidden, layer)
-        keep = (choice.keep & self.valid) | (self.valid & ~self.image)
-        weights = choice.weights
-        if weights is not None and not can_weigh(self.parts.config):
-            weights = None
+        if choice.weights is not None and not can_weigh(self.parts.config):
+            choice = replace(choice, weights=None)
         merged = hidden if choice.hidden is None else choice.hidden.to(hidden)
-        choice = replace(choice, keep=keep, weights=weights, hidden=None)
+        weights = self.weights if choice.weights is None else choice.weights
+        most = self.known.follow(choice, self.image)
+        left = find_survivors(choice.keep, self.valid, self.image, self.origin, weights, most)
+        choice = replace(choice, keep=left.keep, hidden=None)
         self.selection.stages.append(Stage(layer, self.origin, self.valid, choice))
-        order, valid = survivors(keep)
-        self.origin = self.origin.gather(1, order)
-        self.image, self.valid = self.image.gather(1, order) & valid, valid
-        weights = self.weights if weights is None else weights
-        self.weights = None if weights is None else weights.gather(1, order)
+        order, self.origin = left.order, left.origin
+        self.image, self.valid = left.image, left.valid
+        self.weights, self.log_weights = left.weights, left.log_weights
         compact(self.cache, layer + 1, order)
         self.shortened = True
         if self._waiting and layer == self.cuts[-1]:
             self._choose_waiting()
-        self._memo.clear()
+        self._inputs.forget()
+        self._left = None
         self._gate_requested = None
         return take(merged, order)
-
-    def _mask(self, index: int, mask: Any, hidden: Tensor) -> Any:
-        count = stored = self.valid.shape[1]
-        if self.cache is not None:
-            stored = self.cache.layers[index].get_mask_sizes(count)[0]
-        key = (id(mask), stored)
-        if key not in self._memo:
-            config = self.parts.config
-            causal = getattr(self.parts.attentions[index], "is_causal", True)
-            origin, valid = self.origin, self.valid
-            # without a mask, attention reads the first `count` keys only
-            kv_length = count if mask is None and bool(valid.all()) else stored
-            how = (causal, config._attn_implementation, hidden.dtype)
-            short = shorten_mask(mask, origin, valid, kv_length, *how)
-            if self.weights is not None:
-                log_counts = self.weights.float().log()[:, None, None]
-                short = weigh_mask(short, log_counts, valid, stored, causal, hidden.dtype)
-            self._memo[key] = (mask, short)
-        return self._memo[key][1]
-
-    def _rotations(self, rotations: Any) -> Any:
-        """Gather cosines and sines, (..., B or 1, T, D) each."""
-        pair = rotations if isinstance(rotations, tuple) else (rotations,)
-        key = (id(pair[0]), -1)
-        if key not in self._memo:
-            short = tuple(take(x, self.origin, -3, -2) for x in pair)
-            self._memo[key] = (pair, short)
-        short = self._memo[key][1]
-        return short if isinstance(rotations, tuple) else short[0]
-
-    def _wrap_deepstack(self) -> None:
-        """Make Qwen3-VL add its visual features to the present tokens only."""
-
-        def process(original: Any, hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
-            if not self.shortened:
-                return original(hidden, masks, features)
-            rows = torch.zeros(masks.shape, dtype=torch.long, device=masks.device)
-            rows[masks] = torch.arange(int(masks.sum()), device=masks.device)
-            origin = self.origin.to(masks.device)
-            present = masks.gather(1, origin) & self.valid.to(masks.device)
-            picked = rows.gather(1, origin)[present]
-            return original(hidden, present, features[picked.to(features.device)])
-
-        self._patches.wrap(self.parts.decoder, "_deepstack_process", process)

@@ -54,12 +54,13 @@ def read_prompt(
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     x: Any = ids if ids is not None else embeds
     valid = padding_of(kwargs.get("attention_mask"), x.shape[0], length, x.device)
-    image = torch.zeros_like(valid)
+    image: Tensor | None = None
     for token in image_ids:
-        if ids is not None:
-            image |= ids == token
-        else:
-            image |= (x == _placeholder(model, token)).all(dim=-1)
+        wanted = token if ids is not None else _placeholder(model, token)
+        found = x == wanted
+        found = found if ids is not None else found.all(dim=-1)
+        image = found if image is None else image | found
+    image = torch.zeros_like(valid) if image is None else image
     if ids is None and image_ids and not image.any():
         logger.warning(
             "inputs_embeds hold no image placeholder, so no token is dropped: pass input_ids, "

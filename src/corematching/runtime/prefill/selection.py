@@ -49,6 +49,13 @@ class Selection:
     stages: list[Stage] = field(default_factory=list)
     neurons: dict[int, NeuronChoice] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Run the checks that the token choices put off, each once."""
+        for stage in self.stages:
+            check, stage.choice.check = stage.choice.check, None
+            if check is not None:
+                check()
+
     def forget_neurons(self) -> None:
         """Release the neuron choices; a cache that decodes with them holds its own dict."""
         self.neurons = {}

@@ -53,23 +53,23 @@ class TowerObserver:
                 f"vision_layer={layer}: the vision tower has {len(attentions)} attention layers, "
                 f"give one from {-len(attentions)} to -1"
             )
-        self._probe = AttentionObserver(attentions[layer])
+        self._observer = AttentionObserver(attentions[layer])
         self._features: Tensor | None = None
 
     def install(self, patches: Patches) -> None:
         """Put hooks on the tower's layer and on the projector."""
         patches.then(self.clear)
-        patches.add_pre_hook(self._probe.module, self._probe.arm)
+        patches.add_pre_hook(self._observer.module, self._observer.arm)
         patches.add_pre_hook(self._projector, self._see_features)
 
     def disarm(self) -> None:
         """Restore the tower's attention function if the tower has not run."""
-        self._probe.disarm()
+        self._observer.disarm()
 
     def clear(self) -> None:
         """Forget the last images."""
-        self._probe.disarm()
-        self._probe.query = self._probe.key = self._probe.value = self._features = None
+        self._observer.disarm()
+        self._observer.query = self._observer.key = self._observer.value = self._features = None
 
     def show(self, image: Tensor) -> VisionView:
         """The tower's tensors for the images of a batch.
@@ -86,14 +86,14 @@ class TowerObserver:
         UnsupportedModelError
             The patches do not match the image tokens.
         """
-        probe, features = self._probe, self._features
-        if probe.query is None or probe.key is None or features is None:
+        observer, features = self._observer, self._features
+        if observer.query is None or observer.key is None or features is None:
             raise InputError(
                 "the method reads the vision tower, which has not run for this prompt: pass "
                 "pixel_values with it"
             )
         images, patches = features.shape[:2]
-        classes = probe.key.shape[2] - patches
+        classes = observer.key.shape[2] - patches
         counts = image.sum(1)  # (B,)
         total, seen = int(counts.sum()), images * patches
         if classes not in (0, 1) or total % seen or bool((counts % patches).any()):
@@ -104,9 +104,9 @@ class TowerObserver:
             )
         order = _repeat_images((counts // patches).tolist(), total // seen).to(features.device)
         return VisionView(
-            queries=probe.query[order],
-            keys=probe.key[order],
-            scaling=probe.options.get("scaling") or probe.query.shape[-1] ** -0.5,
+            queries=observer.query[order],
+            keys=observer.key[order],
+            scaling=observer.options.get("scaling") or observer.query.shape[-1] ** -0.5,
             classes=classes,
             features=features[order],
             project=self._projector.forward,

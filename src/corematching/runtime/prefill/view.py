@@ -9,6 +9,7 @@ d hidden size, F intermediate neurons.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from corematching.model.attention import output_projection
 from corematching.model.ffn import find_activation
 from corematching.model.gate_store import GateStore
 
-PROBE = "corematching_probe"
+OBSERVED = "corematching_observed"
 _armed = threading.local()
 
 
@@ -60,8 +61,8 @@ class AttentionObserver:
     def arm(self, *_: Any) -> None:
         """Route the module's next attention call through `run`; a forward pre-hook."""
         self._implementation = self._config._attn_implementation_internal
-        self._config._attn_implementation_internal = PROBE
-        _armed.probe = self
+        self._config._attn_implementation_internal = OBSERVED
+        _armed.observer = self
 
     def disarm(self) -> None:
         """Restore the module's own attention function."""
@@ -190,6 +191,7 @@ class FFNObserver:
         self._mlp, self._gates, self._begin = mlp, gates, begin
         self._source: Tensor | None = None
         self._make: Callable[[], Tensor] | None = None
+        self._seen: Tensor | None = None
         self._activation: Any = find_activation(mlp)
         found = (getattr(mlp, name, None) for name in ("gate_proj", "gate_up_proj"))
         self._gate: Any = next((gate for gate in found if gate is not None), None)
@@ -201,8 +203,18 @@ class FFNObserver:
 
     def promise(self, source: Tensor, make: Callable[[], Tensor]) -> None:
         """Keep a deferred input: ``make()`` computes it from ``source``."""
-        self._source, self._make = source, make
+        self._source, self._make, self._seen = source, make, None
         self._begin(self)
+
+    @property
+    def activation(self) -> nn.Module | None:
+        """The module whose output is the gate, for `see`; None where there is none."""
+        found = self._activation if self._gate is not None else None
+        return found if isinstance(found, nn.Module) else None
+
+    def see(self, _: nn.Module, __: tuple[Any, ...], gate: Tensor) -> None:
+        """Keep the gate of all tokens, (B, T, F), until the call ends; a forward hook."""
+        self._seen = gate
 
     @property
     def inputs(self) -> Tensor | None:
@@ -210,8 +222,8 @@ class FFNObserver:
         return None if self._make is None else self._make()
 
     def forget(self) -> None:
-        """Release the FFN's input."""
-        self._source = self._make = None
+        """Release the FFN's input and gate."""
+        self._source = self._make = self._seen = None
 
     def gate(self, activations: Tensor) -> Callable[[Tensor], Tensor]:
         """A function for the gate of the call with these ``activations`` (B, T, F).
@@ -219,6 +231,9 @@ class FFNObserver:
         The gate was kept during that call, or is recomputed without hooks on the gate's module.
         """
         source, make, width = self._source, self._make, activations.shape[-1]
+        seen = self._seen
+        if seen is not None and seen.shape == activations.shape:
+            return functools.partial(take, seen)
 
         def compute(rows: Tensor) -> Tensor:  # (B, R) to (B, R, F)
             if self._gate is None or make is None:
@@ -232,8 +247,8 @@ class FFNObserver:
         return compute
 
 
-def _probe_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _armed.probe.run(module, *args, **kwargs)
+def _observe_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _armed.observer.run(module, *args, **kwargs)
 
 
-ALL_ATTENTION_FUNCTIONS.register(PROBE, _probe_attention)
+ALL_ATTENTION_FUNCTIONS.register(OBSERVED, _observe_attention)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from corematching.model.hooks import ShapeReader
+from corematching.model.linear import is_linear, linear_shape
 from corematching.model.patching import Patches
 from corematching.runtime.record import Mark, mark
 
@@ -40,7 +41,7 @@ class VisionMeter:
         patches.add_hook(self.tower, self._after)
         count = ShapeReader(self._count)
         for module in self.tower.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            if is_linear(module) or isinstance(module, (nn.Conv2d, nn.Conv3d)):
                 patches.add_hook(module, count)
 
     def take(self) -> tuple[list[tuple[Mark, Mark]], int]:
@@ -60,9 +61,6 @@ class VisionMeter:
     def _count(self, module: nn.Module, _: Any, output: Tensor) -> None:
         if torch.compiler.is_compiling():
             return
-        if isinstance(module, nn.Linear):
-            inputs = module.in_features
-        else:
-            weight: Any = module.weight
-            inputs = weight[0].numel()
+        kernel: Any = getattr(module, "weight", None)
+        inputs = linear_shape(module)[0] if is_linear(module) else kernel[0].numel()
         self.macs += output.numel() * inputs

@@ -1,69 +1,69 @@
-"""The kernels in C for CPUs; compiled on first use."""
+"""The compiled kernels for CPUs, behind checks of what they are handed."""
 
-from corematching.backends.cpu.native.attention import TiledAttention, refuse_attention
-from corematching.backends.cpu.native.build import find_library
+from corematching.backends.cpu.native.attention import (
+    HEAD_DIM_STEP,
+    PrefillAttention,
+    why_unsupported_attention,
+)
+from corematching.backends.cpu.native.gemm import Gemm, why_unsupported_gemm
 from corematching.backends.cpu.native.kernel import (
     KERNEL,
     NativeKernel,
     Plan,
     linear,
-    refuse_matrix,
+    why_unsupported_matrix,
+)
+from corematching.backends.cpu.native.library import (
+    INSTALL_HINT,
+    MAX_BATCH,
+    find_kernels,
+    prefers_native,
+    supported_isas,
+    use_isa,
 )
 from corematching.backends.cpu.native.pages import leave_file, use_large_pages
-from corematching.backends.cpu.native.products import (
-    STEP,
-    TILES,
-    VECTORS,
-    Products,
-    Scratch,
-    find_unit,
-    has_tiles,
-    list_dtypes,
-    refuse_product,
-)
-from corematching.backends.cpu.native.prompt import (
+from corematching.backends.cpu.native.prefill_layer import PrefillLayer
+from corematching.backends.cpu.native.rows import Norm, apply_rope, normalize
+from corematching.backends.cpu.native.scratch import Scratch
+from corematching.backends.cpu.native.selection import (
     find_size,
     mark_highest,
     pick_highest,
     sum_rows,
     weigh_marks,
 )
-from corematching.backends.cpu.native.prompt_layer import PromptLayer
-from corematching.backends.cpu.native.rows import Norm, normalise, rotate_apart
 from corematching.backends.cpu.native.step import DecodeStep, LayerWeights, Shape
-from corematching.backends.cpu.native.structs import MAX_BATCH
 
 __all__ = [
+    "HEAD_DIM_STEP",
+    "INSTALL_HINT",
     "KERNEL",
     "MAX_BATCH",
-    "STEP",
-    "TILES",
-    "VECTORS",
     "DecodeStep",
+    "Gemm",
     "LayerWeights",
     "NativeKernel",
     "Norm",
     "Plan",
-    "Products",
-    "PromptLayer",
+    "PrefillAttention",
+    "PrefillLayer",
     "Scratch",
     "Shape",
-    "TiledAttention",
-    "find_library",
+    "apply_rope",
+    "find_kernels",
     "find_size",
-    "find_unit",
-    "has_tiles",
     "leave_file",
     "linear",
-    "list_dtypes",
     "mark_highest",
-    "normalise",
+    "normalize",
     "pick_highest",
-    "refuse_attention",
-    "refuse_matrix",
-    "refuse_product",
-    "rotate_apart",
+    "prefers_native",
     "sum_rows",
+    "supported_isas",
+    "use_isa",
     "use_large_pages",
     "weigh_marks",
+    "why_unsupported_attention",
+    "why_unsupported_gemm",
+    "why_unsupported_matrix",
 ]

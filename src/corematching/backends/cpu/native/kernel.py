@@ -1,14 +1,22 @@
-"""The indexed FFN on CPUs, and single linear layers, in C."""
+"""The indexed FFN on CPUs, and single linear layers, compiled."""
 
 from __future__ import annotations
 
-import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from corematching.backends.cpu.native.build import find_library
-from corematching.backends.cpu.native.structs import ACTIVATION_NUMBERS, MAX_BATCH, FFNStruct
+from corematching.backends.cpu.native.library import (
+    ACTIVATION_CODES,
+    DTYPE_CODES,
+    DTYPES,
+    INSTALL_HINT,
+    MAX_BATCH,
+    address,
+    compiled,
+    find_kernels,
+)
 from corematching.backends.kernels.check import (
     check_dims,
     check_optional,
@@ -20,16 +28,9 @@ from corematching.backends.kernels.interface import NeuronSets, Thresholds
 from corematching.errors import InvalidTensorError
 from corematching.model.ffn_weights import ACTIVATIONS, FFNWeights
 
-DTYPES = (torch.float32, torch.bfloat16)
 
-
-def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers lie; None for None."""
-    return None if tensor is None else tensor.data_ptr()
-
-
-def refuse_matrix(weight: Tensor) -> str | None:
-    """Why the C code cannot read this matrix row by row; None if it can."""
+def why_unsupported_matrix(weight: Tensor) -> str | None:
+    """Why the kernels cannot read this matrix row by row; None if they can."""
     if weight.device.type != "cpu":
         return f"it is on {weight.device}"
     if weight.dtype not in DTYPES:
@@ -66,7 +67,7 @@ class Plan:
         with torch.inference_mode(False):
             fresh = torch.zeros(3, dtype=torch.long)
         self.rows_read: Tensor = fresh if previous is None else previous.rows_read
-        self._structs: dict[int, FFNStruct] = {}
+        self._structs: dict[int, Any] = {}
         self._kept: list[Tensor | None] = []
 
     @property
@@ -74,8 +75,8 @@ class Plan:
         """d."""
         return self.weights.up.shape[1]
 
-    def fit(self, batch: int) -> FFNStruct:
-        """The struct for ``batch`` rows, which is not to be changed.
+    def fit(self, batch: int) -> Any:
+        """The `Ffn` struct for ``batch`` rows, which is not to be changed.
 
         Raises
         ------
@@ -104,11 +105,11 @@ class Plan:
         check_tensor("down", self.down, (width, hidden) if by_neuron else (hidden, width), dtype)
         biases = 1 if self.bias is None else self.bias.numel() // hidden
         check_optional("the bias", self.bias, (biases, hidden), dtype)
-        if weights.activation not in ACTIVATION_NUMBERS or not width * hidden * biases:
+        if weights.activation not in ACTIVATION_CODES or not width * hidden * biases:
             raise InvalidTensorError(
                 f"an FFN with up {describe(weights.up)}, {biases} biases and the activation "
                 f"'{weights.activation}' cannot be computed: nothing may be empty, and the "
-                f"activation must be one of {', '.join(ACTIVATION_NUMBERS)}"
+                f"activation must be one of {', '.join(ACTIVATION_CODES)}"
             )
         if self.sets is None:
             return
@@ -118,7 +119,7 @@ class Plan:
         for name, limits in vars(self.sets.thresholds).items():
             check_optional(f"the {name} thresholds", limits, (count,), torch.float32)
 
-    def _lay_out(self, batch: int) -> FFNStruct:
+    def _lay_out(self, batch: int) -> Any:
         weights, sets, bias = self.weights, self.sets, self.bias
         count, biases = 1 if sets is None else len(sets.indices), 1 if bias is None else len(bias)
         if not 0 < batch <= MAX_BATCH or not count or batch % count or batch % biases:
@@ -127,7 +128,7 @@ class Plan:
                 f"{MAX_BATCH} rows, a multiple of both"
             )
         width = weights.up.shape[0]
-        struct = FFNStruct(
+        struct = compiled.Ffn().set(
             up=address(weights.up),
             gate=address(weights.gate),
             up_bias=address(weights.up_bias),
@@ -138,52 +139,53 @@ class Plan:
             width=width,
             count=width,
             biases=biases,
-            activation=ACTIVATION_NUMBERS[weights.activation],
-            by_neuron=int(self.down is weights.down_t),
+            activation=ACTIVATION_CODES[weights.activation],
+            by_neuron=self.down is weights.down_t,
         )
         if sets is not None:
             self._unite(struct, sets, batch)
         return struct
 
-    def _unite(self, struct: FFNStruct, sets: NeuronSets, batch: int) -> None:
+    def _unite(self, struct: Any, sets: NeuronSets, batch: int) -> None:
         """List the neurons that some row computes, each with the rows that do."""
-        library, width = find_library(), struct.width
-        assert library is not None
+        kernels, width = find_kernels(), struct.width
         count, size = sets.indices.shape
-        rows, members, marks = torch.zeros(3, width, dtype=torch.int32).unbind()
-        struct.count = library.cm_unite(
+        neurons, members, marks = torch.zeros(3, width, dtype=torch.int32).unbind()
+        found = kernels.unite(
             sets.indices.data_ptr(), count, size, batch // count, width,
-            rows.data_ptr(), members.data_ptr(), marks.data_ptr(),
+            neurons.data_ptr(), members.data_ptr(), marks.data_ptr(),
         )  # fmt: skip
-        if struct.count < 0:
+        if found < 0:
             raise refuse_order(width)
-        struct.rows = rows.data_ptr()
-        struct.members = members.data_ptr() if count > 1 else None
         limits = _expand(sets.thresholds, batch)
-        struct.input_threshold, struct.gate_threshold, struct.output_threshold = map(
-            address, limits
+        names = ("input_threshold", "gate_threshold", "output_threshold")
+        struct.set(
+            count=found,
+            neurons=neurons.data_ptr(),
+            members=members.data_ptr() if count > 1 else None,
+            **dict(zip(names, map(address, limits), strict=True)),
         )
-        self._kept += [rows, members, *limits]
+        self._kept += [neurons, members, *limits]
 
 
 class NativeKernel:
-    """The indexed FFN in C, for float32 and bfloat16 weights on a CPU."""
+    """The indexed FFN in compiled code, for float32 and bfloat16 weights on a CPU."""
 
     name = "native"
     traceable = False
     max_batch = MAX_BATCH
 
-    def refuse(self, weights: FFNWeights) -> str | None:
-        """Why the C code cannot run on these weights, in a few words; None if it can."""
+    def why_unsupported(self, weights: FFNWeights) -> str | None:
+        """Why the kernels cannot run on these weights, in a few words; None if they can."""
         if weights.activation not in ACTIVATIONS:
             return f"it does not know the activation '{weights.activation}'"
         matrices = [weights.up, weights.down_t]
         if weights.gate is not None:
             matrices.append(weights.gate)
-        reasons = (refuse_matrix(weight) for weight in matrices)
+        reasons = (why_unsupported_matrix(weight) for weight in matrices)
         reason = next((reason for reason in reasons if reason), None)
-        if reason is None and find_library() is None:
-            return "there is no compiled library"
+        if reason is None and find_kernels() is None:
+            return f"there are no compiled kernels: {INSTALL_HINT}"
         return reason
 
     def prepare(self, weights: FFNWeights, sets: NeuronSets, previous: Plan | None = None) -> Plan:
@@ -207,19 +209,19 @@ class NativeKernel:
         InvalidTensorError
             x is not such, or not of the weights' dtype.
         """
-        library = find_library()
-        assert library is not None
+        kernels = find_kernels()
         check_dims("x", x, 2)
         x, hidden = x.contiguous(), prepared.hidden
         batch = len(x)
         check_tensor("x", x, (batch, hidden), prepared.weights.up.dtype)
-        struct, threads, out = prepared.fit(batch), torch.get_num_threads(), torch.empty_like(x)
-        size = library.cm_ffn_scratch(batch, hidden, struct.width, threads)
+        ffn, threads, out = prepared.fit(batch), torch.get_num_threads(), torch.empty_like(x)
+        size = kernels.ffn_scratch(batch, hidden, ffn.width, threads)
         scratch = torch.empty(size, dtype=torch.float32)
-        library.cm_ffn(
-            ctypes.byref(struct), x.data_ptr(), out.data_ptr(), batch, hidden, threads,
-            scratch.data_ptr(), int(x.dtype == torch.bfloat16),
+        call = compiled.FfnCall().set(
+            ffn=ffn, x=x.data_ptr(), out=out.data_ptr(), scratch=scratch.data_ptr(), batch=batch,
+            hidden=hidden, threads=threads, dtype=DTYPE_CODES[x.dtype],
         )  # fmt: skip
+        kernels.ffn(call)
         return out
 
 
@@ -231,8 +233,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     InvalidTensorError
         The three are of different sizes or dtypes, not contiguous, or x has too many rows.
     """
-    library = find_library()
-    assert library is not None
+    kernels = find_kernels()
     x = x.contiguous()
     check_dims("the weight", weight, 2)
     check_dims("x", x, 2)
@@ -247,10 +248,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         )
     out = torch.empty(batch, outputs, dtype=x.dtype)
     scratch = torch.empty(batch * (inputs + outputs), dtype=torch.float32)
-    library.cm_linear(
-        weight.data_ptr(), address(bias), x.data_ptr(), out.data_ptr(), batch, inputs, outputs,
-        torch.get_num_threads(), scratch.data_ptr(), int(x.dtype == torch.bfloat16),
+    call = compiled.LinearCall().set(
+        weight=weight.data_ptr(), bias=address(bias), x=x.data_ptr(), out=out.data_ptr(),
+        scratch=scratch.data_ptr(), batch=batch, inputs=inputs, outputs=outputs,
+        threads=torch.get_num_threads(), dtype=DTYPE_CODES[x.dtype],
     )  # fmt: skip
+    kernels.linear(call)
     return out
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from corematching.backends.cpu.native.build import find_library
+from corematching.backends.cpu.native.library import compiled, find_kernels
 
 GAP = 1 << 16
 """Bytes between two tensors that still count as one range; allocators leave headers and padding."""
@@ -26,17 +26,16 @@ def use_large_pages(tensors: Iterable[Tensor]) -> int:
     int
         Bytes that now lie on large pages; 0 where the system knows none.
     """
-    library = find_library()
-    if library is None:
+    if find_kernels() is None:
         return 0
     spans = sorted({(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.nbytes >= GAP})
     total, start, end = 0, 0, 0
     for first, last in spans:
         if first - end > GAP:
-            total += library.cm_use_large_pages(start, end)
+            total += compiled.use_large_pages(start, end)
             start = first
         end = max(end, last)
-    return total + library.cm_use_large_pages(start, end)
+    return total + compiled.use_large_pages(start, end)
 
 
 def leave_file(parameters: Iterable[Parameter]) -> int:

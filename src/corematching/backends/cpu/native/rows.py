@@ -1,4 +1,4 @@
-"""Norms and rotations of the rows of prompts."""
+"""Norms and rotary embedding of the rows of prompts."""
 
 from __future__ import annotations
 
@@ -7,31 +7,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from corematching.backends.cpu.native.build import find_library
-from corematching.backends.cpu.native.kernel import DTYPES, address
+from corematching.backends.cpu.native.library import (
+    DTYPE_CODES,
+    DTYPES,
+    address,
+    compiled,
+    find_kernels,
+)
 from corematching.backends.kernels.check import check_dims, check_optional, check_tensor, describe
 from corematching.errors import InvalidTensorError
 
 
 class Norm(NamedTuple):
-    """An RMSNorm of Llama's form or, with a shift, PyTorch's LayerNorm.
+    """An RMSNorm of Llama's form or, with a bias, PyTorch's LayerNorm.
 
     Attributes
     ----------
     weight : Tensor
         (d,), of x's dtype.
     epsilon : float
-    shift : Tensor or None
-        (d,), the LayerNorm's bias.
+    bias : Tensor or None
+        (d,), the LayerNorm's.
     """
 
     weight: Tensor
     epsilon: float
-    shift: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def check_rows(x: Tensor) -> Tensor:
-    """x as the C code reads it."""
+    """x as the kernels read it."""
     x = x.contiguous()
     check_tensor("x", x, tuple(x.shape), *DTYPES)
     return x
@@ -40,10 +45,10 @@ def check_rows(x: Tensor) -> Tensor:
 def check_norm(x: Tensor, norm: Norm) -> None:
     """Refuse a norm that is not for rows of x's size and dtype."""
     check_tensor("the norm's weight", norm.weight, tuple(x.shape[-1:]), x.dtype)
-    check_optional("the norm's shift", norm.shift, tuple(x.shape[-1:]), x.dtype)
+    check_optional("the norm's bias", norm.bias, tuple(x.shape[-1:]), x.dtype)
 
 
-def normalise(x: Tensor, norm: Norm) -> Tensor:
+def normalize(x: Tensor, norm: Norm) -> Tensor:
     """The norm of every row: (..., d) to (..., d), float32 or bfloat16.
 
     Raises
@@ -51,31 +56,31 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     InvalidTensorError
         The norm is of another size or dtype.
     """
-    library = find_library()
-    assert library is not None
+    kernels = find_kernels()
     x = check_rows(x)
     check_norm(x, norm)
     if not x.numel():
         return torch.empty_like(x)
     out = torch.empty_like(x)
     width = x.shape[-1]
-    library.cm_normalise(
-        x.data_ptr(), norm.weight.data_ptr(), address(norm.shift), out.data_ptr(),
-        x.numel() // width, width, norm.epsilon, torch.get_num_threads(),
-        x.dtype == torch.bfloat16,
+    call = compiled.Normalize().set(
+        x=x.data_ptr(), norm=norm.weight.data_ptr(), norm_bias=address(norm.bias),
+        out=out.data_ptr(), rows=x.numel() // width, width=width, epsilon=norm.epsilon,
+        threads=torch.get_num_threads(), dtype=DTYPE_CODES[x.dtype],
     )  # fmt: skip
+    kernels.normalize(call)
     return out
 
 
-def check_angles(x: Tensor, cos: Tensor, sin: Tensor, size: int) -> None:
+def check_rope(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
     """Refuse cosines and sines that are not (B or 1, T, D), contiguous, for x, (B, T, ...)."""
     check_dims("the cosines", cos, 3)
-    shape = (cos.shape[0] if cos.shape[0] == 1 else x.shape[0], x.shape[1], size)
+    shape = (cos.shape[0] if cos.shape[0] == 1 else x.shape[0], x.shape[1], head_dim)
     check_tensor("the cosines", cos, shape, x.dtype)
     check_tensor("the sines", sin, shape, x.dtype)
 
 
-def rotate_apart(x: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rotary embedding of queries and keys, and each where attention and caches want it.
 
     Parameters
@@ -84,7 +89,7 @@ def rotate_apart(x: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tens
         (B, T, H + 2G, D), queries, keys and values, contiguous; the queries are rotated in place.
     cos, sin : Tensor
         (B or 1, T, D), of x's dtype.
-    groups : int
+    kv_heads : int
         G, heads of keys and of values.
 
     Returns
@@ -99,22 +104,23 @@ def rotate_apart(x: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tens
     InvalidTensorError
         Something is of another shape or dtype, x is not contiguous, or D is odd.
     """
-    library = find_library()
-    assert library is not None
-    if x.ndim != 4 or not 0 < 2 * groups < x.shape[2] or x.shape[3] % 2:
+    kernels = find_kernels()
+    if x.ndim != 4 or not 0 < 2 * kv_heads < x.shape[2] or x.shape[3] % 2:
         raise InvalidTensorError(
-            f"{describe(x)} is no (B, T, H + 2G, D) with {groups} groups and an even D: pass such x"
+            f"{describe(x)} is no (B, T, H + 2G, D) with {kv_heads} key-value heads and an even D: "
+            "pass such x"
         )
-    batch, length, total, size = x.shape
-    heads, cos, sin = total - 2 * groups, cos.contiguous(), sin.contiguous()
-    check_tensor("x", x, (batch, length, total, size), *DTYPES)
-    check_angles(x, cos, sin, size)
-    key, value = x.new_empty(2, batch, groups, length, size).unbind()
-    if not x.numel():
-        return x[:, :, :heads].transpose(1, 2), key, value
-    library.cm_rotate_apart(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), key.data_ptr(), value.data_ptr(),
-        batch, length, heads, groups, size, cos.shape[0] * length,
-        torch.get_num_threads(), x.dtype == torch.bfloat16,
-    )  # fmt: skip
+    batch, length, total, head_dim = x.shape
+    heads, cos, sin = total - 2 * kv_heads, cos.contiguous(), sin.contiguous()
+    check_tensor("x", x, (batch, length, total, head_dim), *DTYPES)
+    check_rope(x, cos, sin, head_dim)
+    key, value = x.new_empty(2, batch, kv_heads, length, head_dim).unbind()
+    if x.numel():
+        call = compiled.Rope().set(
+            x=x.data_ptr(), cos=cos.data_ptr(), sin=sin.data_ptr(), keys=key.data_ptr(),
+            values=value.data_ptr(), batch=batch, length=length, heads=heads, kv_heads=kv_heads,
+            head_dim=head_dim, rope_rows=cos.shape[0] * length, threads=torch.get_num_threads(),
+            dtype=DTYPE_CODES[x.dtype],
+        )  # fmt: skip
+        kernels.rope(call)
     return x[:, :, :heads].transpose(1, 2), key, value

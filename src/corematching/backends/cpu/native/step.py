@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from corematching.backends.cpu.native.build import find_library
-from corematching.backends.cpu.native.kernel import DTYPES, Plan, address
-from corematching.backends.cpu.native.structs import LayerStruct, StepStruct
-from corematching.backends.kernels.check import check_dims, check_optional, check_tensor, describe
+from corematching.backends.cpu.native.kernel import Plan
+from corematching.backends.cpu.native.library import (
+    DTYPE_CODES,
+    DTYPES,
+    address,
+    compiled,
+    find_kernels,
+)
+from corematching.backends.kernels.check import check_dims, check_tensor, describe
 from corematching.errors import InvalidTensorError
 
 
@@ -90,19 +94,17 @@ class DecodeStep:
         self._plans: list[Plan | None] = [None] * len(layers)
         self._buffer: Tensor | None = None
         self._scratch = torch.empty(0)
-        self._need: tuple[int, ...] = ()
-        self._is_bf16 = int(final_norm.dtype == torch.bfloat16)
-        self._layers = (LayerStruct * len(layers))()
-        for struct, weights in zip(self._layers, layers, strict=True):
-            for name, tensor in vars(weights).items():
-                setattr(struct, name, address(tensor))
-        self._struct = StepStruct(
-            layers=self._layers,
+        self._layers = compiled.DecoderLayers(len(layers))
+        for index, weights in enumerate(layers):
+            pointers = {name: address(tensor) for name, tensor in vars(weights).items()}
+            self._layers[index].set(**pointers)
+        self._struct = compiled.DecodeStep().set(
             final_norm=address(final_norm),
-            num_layers=len(layers),
             hidden=final_norm.shape[0],
+            dtype=DTYPE_CODES[final_norm.dtype],
             **vars(shape),
         )
+        self._struct.set_layers(self._layers)
 
     def set_plans(self, plans: list[Plan], batch: int) -> None:
         """Which neurons each layer's FFN computes.
@@ -120,8 +122,8 @@ class DecodeStep:
             up = plan.weights.up
             check_tensor("up", up, (up.shape[0], final.shape[0]), final.dtype)
         fitted = [plan.fit(batch) for plan in plans]
-        for struct, ffn in zip(self._layers, fitted, strict=True):
-            struct.ffn = ffn
+        for index, ffn in enumerate(fitted):
+            self._layers[index].ffn = ffn
         self._plans = list(plans)
         self._struct.batch = batch
 
@@ -140,8 +142,9 @@ class DecodeStep:
         sizes = (2 * len(self._layers), batch, shape.kv_heads, buffer.shape[3], shape.head_dim)
         check_tensor("the buffer", buffer, sizes, self._kept[1].dtype)
         start, size = buffer.data_ptr(), buffer.stride(0) * buffer.element_size()
-        for index, struct in enumerate(self._layers):
-            struct.keys, struct.values = start + 2 * index * size, start + (2 * index + 1) * size
+        for index in range(len(self._layers)):
+            keys = start + 2 * index * size
+            self._layers[index].set(keys=keys, values=keys + size)
         self._struct.capacity = buffer.shape[3]
         self._buffer = buffer
 
@@ -151,7 +154,7 @@ class DecodeStep:
         cos: Tensor,
         sin: Tensor,
         valid: Tensor | None,
-        length: int,
+        length: int | Tensor,
         log_counts: Tensor | None = None,
     ) -> Tensor:
         """One step.
@@ -163,9 +166,11 @@ class DecodeStep:
         cos, sin : Tensor
             (B, head_dim), contiguous, float32.
         valid : Tensor or None
-            (B, length), contiguous, uint8: which columns of the cache are seen.
-        length : int
-            Columns of the cache, this token's included; its keys and values are stored in the last.
+            (B, S) uint8, each row contiguous: which columns of the cache are seen. S is the
+            length or, with a length for each row, at least the largest one.
+        length : int or Tensor
+            Columns of the cache, this token's included, whose keys and values are stored in the
+            last of them; a tensor (B,) long gives each row its own.
         log_counts : Tensor or None
             (B, columns), contiguous, float32: what is added to the scores of the first columns.
 
@@ -179,20 +184,25 @@ class DecodeStep:
         InvalidTensorError
             Something is of another shape, dtype or layout, or longer than the buffer.
         """
-        library = find_library()
-        assert library is not None
-        self._check(x, cos, sin, valid, length, log_counts)
-        struct, out = self._struct, torch.empty_like(x)
-        struct.x, struct.out = x.data_ptr(), out.data_ptr()
-        struct.cos, struct.sin, struct.valid = cos.data_ptr(), sin.data_ptr(), address(valid)
-        struct.log_counts = address(log_counts)
-        struct.weighed = 0 if log_counts is None else log_counts.shape[1]
-        struct.length, struct.threads = length, torch.get_num_threads()
-        need = (struct.batch, struct.capacity, struct.threads)
-        if need != self._need:
-            self._scratch = torch.empty(library.cm_step_scratch(ctypes.byref(struct)))
-            struct.scratch, self._need = self._scratch.data_ptr(), need
-        library.cm_step(ctypes.byref(struct), self._is_bf16)
+        struct = self._struct
+        if isinstance(length, Tensor):
+            lengths, exact = length, False
+        else:
+            lengths, exact = torch.full((struct.batch,), length), True
+        self._check(x, cos, sin, valid, lengths, exact, log_counts)
+        kernels, out = find_kernels(), torch.empty_like(x)
+        struct.set(
+            x=x.data_ptr(), out=out.data_ptr(), cos=cos.data_ptr(), sin=sin.data_ptr(),
+            lengths=lengths.data_ptr(), valid=address(valid),
+            valid_stride=0 if valid is None else valid.stride(0), log_counts=address(log_counts),
+            counted=0 if log_counts is None else log_counts.shape[1],
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        need = kernels.decode_scratch(struct)
+        if need > self._scratch.numel():
+            self._scratch = torch.empty(need, dtype=torch.float32)
+        struct.scratch = self._scratch.data_ptr()
+        kernels.decode_step(struct)
         return out
 
     def _check(
@@ -201,25 +211,42 @@ class DecodeStep:
         cos: Tensor,
         sin: Tensor,
         valid: Tensor | None,
-        length: int,
+        lengths: Tensor,
+        exact: bool,
         log_counts: Tensor | None,
     ) -> None:
         struct, buffer = self._struct, self._buffer
         batch = struct.batch
-        if buffer is None or buffer.shape[1] != batch or not 0 < length <= struct.capacity:
+        check_tensor("the lengths", lengths, (batch,), torch.long)
+        known = lengths.tolist()
+        longest = max(known, default=0)
+        fits = min(known, default=0) > 0 and longest <= struct.capacity
+        if buffer is None or buffer.shape[1] != batch or not fits:
             raise InvalidTensorError(
-                f"a step of {batch} rows at length {length} does not fit a buffer of "
+                f"a step of {batch} rows at lengths {known} does not fit a buffer of "
                 f"{'nothing' if buffer is None else tuple(buffer.shape)}: set plans and a buffer "
                 "of that many rows, with room for the token"
             )
         check_tensor("x", x, (batch, struct.hidden), buffer.dtype)
         check_tensor("the cosines", cos, (batch, struct.head_dim), torch.float32)
         check_tensor("the sines", sin, (batch, struct.head_dim), torch.float32)
-        check_optional("the valid columns", valid, (batch, length), torch.uint8)
+        if valid is not None:
+            _check_valid(valid, batch, longest, exact)
         if log_counts is not None:
             check_dims("the log_counts", log_counts, 2)
             columns = log_counts.shape[-1]
             check_tensor("the log_counts", log_counts, (batch, columns), torch.float32)
+
+
+def _check_valid(valid: Tensor, batch: int, longest: int, exact: bool) -> None:
+    """Refuse valid columns that are fewer than the cache's or, if ``exact``, more."""
+    if exact:
+        check_tensor("the valid columns", valid, (batch, longest), torch.uint8)
+        return
+    check_dims("the valid columns", valid, 2)
+    row = valid[0] if len(valid) == batch else valid
+    columns = max(longest, valid.shape[1])
+    check_tensor("each row of valid columns", row, (columns,), torch.uint8)
 
 
 def _is(a: object, b: object) -> bool:

@@ -1,4 +1,4 @@
-"""A model with a method on it answers chat requests in batches."""
+"""Answers of a model with a method to chat requests, in batches."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Responder:
     processor : ProcessorMixin
         With a tokenizer.
     method : BaseMethod
-        Put on the model for each batch.
+        Installed on the model for each batch.
     """
 
     def __init__(self, model: Any, processor: Any, method: BaseMethod) -> None:

@@ -1,0 +1,3 @@
+from corematching.cli.entry import main
+
+main()

@@ -1,0 +1,3 @@
+"""Fixtures of the kernels' tests."""
+
+from tests.isas import isa, native_prompts  # noqa: F401
