@@ -111,7 +111,18 @@ class NeuronScore(Component, kind="neuron score"):
         return False
 
     def finish(self, total: Tensor) -> Tensor:
-        """Scores (..., F) from the sums (..., F) that `sum_parts` wrote parts of."""
+        """Make scores of sums.
+
+        Parameters
+        ----------
+        total : Tensor
+            (..., F), the sums that `sum_parts` wrote parts of.
+
+        Returns
+        -------
+        Tensor
+            (..., F) scores.
+        """
         return total
 
     def __call__(self, view: PrefillView) -> Tensor:

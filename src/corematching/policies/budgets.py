@@ -95,7 +95,18 @@ class Budget(Component, kind="budget"):
         raise NotImplementedError
 
     def known_count(self, total: int) -> int | None:
-        """`count` for one sample of ``total`` >= 1 image tokens; None where scores decide."""
+        """`count` for one sample, where it needs no scores.
+
+        Parameters
+        ----------
+        total : int
+            Image tokens of the sample, at least 1.
+
+        Returns
+        -------
+        int or None
+            The number of tokens to keep; None where scores decide it.
+        """
         return None
 
     def __call__(self, scores: Tensor, image: Tensor, picture: Picture | None = None) -> Tensor:
