@@ -12,9 +12,8 @@ from corematching.policies.budgets import (
     Knee,
     Ratio,
     measure_chord_distance,
-    spread_among,
-    spread_evenly,
 )
+from corematching.policies.spread import spread_among, spread_evenly
 
 NAN = float("nan")
 whole_scores = st.lists(st.integers(-20, 20), min_size=1, max_size=40)

@@ -14,7 +14,7 @@ from corematching.methods.base import BaseMethod
 from corematching.policies.amounts import layers_of
 from corematching.policies.base import NeuronScore, TokenScore, read_activations
 from corematching.policies.broken import report_later
-from corematching.policies.budgets import ADVICE, Budget, Picture, find_broken
+from corematching.policies.budgets import ADVICE, Budget, find_broken
 from corematching.policies.check import check_bool, check_depth
 from corematching.policies.compensation import average_dropped
 from corematching.policies.component import REGISTRY, Component
@@ -24,6 +24,7 @@ from corematching.policies.passes import sum_tokens
 from corematching.policies.proportional import count_alike
 from corematching.policies.ranking import rank_later
 from corematching.policies.schedules import Schedule
+from corematching.policies.spread import Picture
 from corematching.protocol import (
     ACTIVATIONS,
     EMBEDDINGS,

@@ -12,7 +12,8 @@ from torch import Tensor
 from corematching.errors import ConfigError
 from corematching.methods.sparsifier import TokenDropper, TokenRule
 from corematching.policies.base import TokenScore
-from corematching.policies.budgets import Budget, Count, Picture, Ratio, budget_of
+from corematching.policies.budgets import Budget, Count, Ratio, budget_of
+from corematching.policies.spread import Picture
 from corematching.protocol import PrefillView, TokenChoice
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from corematching import devices
 from corematching.backends.kernels.selection import Kept, credit_nearest, keep_highest
 from corematching.policies.broken import report_later
-from corematching.policies.budgets import ADVICE, Budget, Count, Picture, Ratio, spread
+from corematching.policies.budgets import ADVICE, Budget, Count, Ratio
 from corematching.policies.proportional import CHUNK, count_alike
+from corematching.policies.spread import Picture, spread
 from corematching.policies.tokens import take_rows, upload
 from corematching.protocol import PrefillView, TokenChoice
 
