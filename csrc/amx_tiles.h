@@ -90,8 +90,7 @@ CM_INLINE Words narrow_pair(Vec low, Vec high) {
 
 // Two numbers of 16 rows, rounded, side by side in every word.
 CM_INLINE Words interleave_pair(Vec even, Vec odd) {
-  Words low = __builtin_convertvector(narrow(even), Words);
-  return low | __builtin_convertvector(narrow(odd), Words) << 16;
+  return to_words(narrow(even)) | to_words(narrow(odd)) << 16;
 }
 
 // 32 rounded numbers and 32 more that lie at `more`.

@@ -25,7 +25,7 @@ constexpr float kLogUnit = sizeof(T) == sizeof(float) ? 1.0f : 1.44269504f;
 template <class T>
 CM_INLINE Vec weight_of(Vec score) {
   if constexpr (sizeof(T) == sizeof(float))
-    return exp(score);
+    return exp<float>(score);
   else
     return exp2_coarse(score);
 }

@@ -13,8 +13,8 @@ CM_INLINE void softmax(float* scores, const uint8_t* valid, int64_t n) {
   for (int64_t i = 0; valid && i < n; i++) scores[i] = valid[i] ? scores[i] : -INFINITY;
   for (int64_t i = 0; i < n; i++) most = scores[i] > most ? scores[i] : most;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(scores + i, exp(load(scores + i) - most));
-  if (i < n) store_first(scores + i, exp(load_first(scores + i, n - i) - most), n - i);
+  for (; i + kLanes <= n; i += kLanes) store(scores + i, exp<float>(load(scores + i) - most));
+  if (i < n) store_first(scores + i, exp<float>(load_first(scores + i, n - i) - most), n - i);
   for (i = 0; valid && i < n; i++) scores[i] = valid[i] ? scores[i] : 0.0f;
   float scale = 1.0f / sum(scores, n);
   for (i = 0; i < n; i++) scores[i] *= scale;

@@ -1,7 +1,7 @@
 // Products of a prompt's rows with matrices, on vectors, with epilogues.
 //
 // A task is a group of up to 4 panels (columns of the output) times a chunk of rows. Its weights
-// are packed, up to kDepth cells of the inputs at a time, into memory that stays in the second-
+// are packed, up to kMaxDepth cells of the inputs at a time, into memory that stays in the second-
 // level cache; then blocks of kMaxRows rows run over the panels. Sums are float32, and those of a
 // row do not depend on the other rows.
 #pragma once
@@ -12,11 +12,12 @@
 
 namespace corematching::COREMATCHING_ISA {
 
-constexpr int64_t kGroup = 4;     // most panels that are packed at a time,
-constexpr int64_t kDepth = 384;   // and most of their cells
-constexpr int64_t kChunkRows = 384;
-constexpr int64_t kGroupCells = kGroup * kPanel;
-constexpr int64_t kThreadCells = (kDepth + kChunkRows) * kGroupCells;
+constexpr int64_t kMaxPanels = 4;            // that are packed at a time
+constexpr int64_t kMaxDepth = 768;           // cells of a panel's inputs that are
+constexpr int64_t kMaxRowsOfChunk = 768;     // rows whose sums wait for further inputs
+constexpr int64_t kMaxWidth = 64;            // columns of their sums
+constexpr int64_t kPackedCells = kMaxDepth * kMaxWidth;
+constexpr int64_t kThreadCells = kPackedCells + kMaxRowsOfChunk * kMaxWidth;
 
 template <class T>
 CM_INLINE const T* typed(const void* p) {
@@ -51,16 +52,23 @@ static void prepare_row(const Gemm& g, const T* x, char* out, T* normed) {
   }
 }
 
-// How the output is dealt to threads: groups of panels, times chunks of rows.
+// How the output is dealt to threads: groups of panels, times chunks of rows. Their inputs come
+// `depth` at a time.
 struct Tasks {
-  int64_t panels, groups, chunks, chunk_rows;
+  int64_t panels, groups, chunks, chunk_rows, depth;
 };
 
+template <class T>
 static Tasks deal(const Gemm& g, int64_t threads) {
-  Tasks tasks = {ceil_div(g.outputs, kPanel), 0, 0, 0};
-  int64_t most = g.gate ? kGroup / 2 : kGroup;
+  Tasks tasks = {};
+  int64_t parts = ceil_div(g.inputs, kMaxDepth * kInputsPerCell<T>);
+  tasks.depth = round_up(ceil_div(g.inputs, parts), kPanel);
+  int64_t width = parts > 1 ? kMaxWidth : kMaxPanels * kPanel;
+  int64_t most = min(kPackedCells * kInputsPerCell<T> / tasks.depth, width) / kPanel;
+  most = min(most, kMaxPanels) / (g.gate ? 2 : 1);
+  tasks.panels = ceil_div(g.outputs, kPanel);
   tasks.groups = min(ceil_div(ceil_div(tasks.panels, most), threads) * threads, tasks.panels);
-  int64_t chunks = max(ceil_div(g.rows, kChunkRows), threads / tasks.groups);
+  int64_t chunks = max(ceil_div(g.rows, kMaxRowsOfChunk), threads / tasks.groups);
   tasks.chunk_rows = ceil_div(g.rows, chunks * kMaxRows) * kMaxRows;
   tasks.chunks = ceil_div(g.rows, tasks.chunk_rows);
   return tasks;
@@ -146,16 +154,15 @@ static void run_task(const Gemm& g, Rows x, const Tasks& tasks, int64_t task, ui
   Group group(g, tasks, task % tasks.groups);
   int64_t start = task / tasks.groups * tasks.chunk_rows;
   int64_t rows = min(g.rows - start, tasks.chunk_rows), panels = (g.gate ? 2 : 1) * group.panels;
-  int64_t width = panels * kPanel, parts = ceil_div(g.inputs, kDepth * kInputsPerCell<T>);
-  int64_t depth = round_up(ceil_div(g.inputs, parts), kPanel);
-  auto* sums = reinterpret_cast<float*>(memory + kDepth * kGroupCells);
-  for (int64_t k = 0; k < g.inputs; k += depth) {
-    int64_t inputs = min(g.inputs - k, depth), cells = ceil_div(inputs, kInputsPerCell<T>);
+  int64_t width = panels * kPanel;
+  auto* sums = reinterpret_cast<float*>(memory + kPackedCells);
+  for (int64_t k = 0; k < g.inputs; k += tasks.depth) {
+    int64_t inputs = min(g.inputs - k, tasks.depth), cells = ceil_div(inputs, kInputsPerCell<T>);
     bool last = k + inputs == g.inputs;
     pack_group<T>(g, group, k, inputs, memory);
     for (int64_t row = 0; row < rows; row += kMaxRows) {
       int64_t some = min(rows - row, kMaxRows);
-      float* own = sums + (parts > 1 ? row * width : 0);
+      float* own = sums + (tasks.depth < g.inputs ? row * width : 0);
       Rows left = {x.data + (start + row) * x.row_bytes + k / kInputsPerCell<T> * kCell,
                    x.row_bytes};
       for (int64_t i = 0; i < panels; i++)
@@ -199,7 +206,7 @@ static void vector_gemm(const Gemm* gemms, int count) {
                     reinterpret_cast<T*>(own));
     }
     for (int i = 0; i < count; i++) {
-      Tasks tasks = deal(gemms[i], thread_count());
+      Tasks tasks = deal<T>(gemms[i], thread_count());
 #pragma omp for schedule(dynamic) nowait
       for (int64_t task = 0; task < tasks.groups * tasks.chunks; task++)
         run_task<T>(gemms[i], x, tasks, task, memory);

@@ -222,7 +222,7 @@ CM_INLINE Words interleave(const T* row, const T* next) {
     Halves low, high = {};
     std::memcpy(&low, row, sizeof low);
     if (next) std::memcpy(&high, next, sizeof high);
-    return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+    return to_words(low) | to_words(high) << 16;
   } else {
     return (Words)load(row);
   }

@@ -95,18 +95,29 @@ CM_INLINE Vec load(const float* p) {
   return v;
 }
 
-CM_INLINE Vec load(const bf16* p) {
+// Zero-extended, and cut to the lower half; compilers split what __builtin_convertvector widens.
+CM_INLINE Words to_words(Halves h) {
 #if defined(__AVX512F__)
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-  return (Vec)_mm512_slli_epi32(wide, 16);
+  return (Words)_mm512_cvtepu16_epi32((__m256i)h);
 #elif defined(__AVX2__)
-  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
-  return (Vec)_mm256_slli_epi32(wide, 16);
+  return (Words)_mm256_cvtepu16_epi32((__m128i)h);
 #else
+  return __builtin_convertvector(h, Words);
+#endif
+}
+
+CM_INLINE Halves to_halves(Words w) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)w);
+#else
+  return __builtin_convertvector(w, Halves);
+#endif
+}
+
+CM_INLINE Vec load(const bf16* p) {
   Halves v;
   std::memcpy(&v, p, sizeof v);
-  return (Vec)(__builtin_convertvector(v, Words) << 16);
-#endif
+  return (Vec)(to_words(v) << 16);
 }
 
 CM_INLINE Halves narrow(Vec v) {
@@ -115,7 +126,7 @@ CM_INLINE Halves narrow(Vec v) {
 #else
   Words bits = (Words)v, nan = (Words)(v != v);
   Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+  return to_halves((rounded & ~nan) | (nan & 0x7fc0));
 #endif
 }
 
@@ -148,7 +159,7 @@ CM_INLINE Vec round_to(Vec v) {
     return v;
   } else {
     Halves narrowed = narrow(v);
-    return (Vec)(__builtin_convertvector(narrowed, Words) << 16);
+    return (Vec)(to_words(narrowed) << 16);
   }
 }
 
