@@ -27,12 +27,11 @@ CM_INLINE bool takes_tiles(const Gemm* gemms, int count) {
 
 template <class T>
 static int64_t gemm_scratch_of(const Gemm& g) {
-  int64_t bytes = vector_gemm_scratch<T>(g);
 #if defined(COREMATCHING_TILES)
   if constexpr (sizeof(T) == sizeof(bf16))
-    if (fits_tiles(g)) bytes = max(bytes, tiled_gemm_scratch(g));
+    if (fits_tiles(g)) return tiled_gemm_scratch(g);
 #endif
-  return bytes;
+  return vector_gemm_scratch<T>(g);
 }
 
 template <class T>

@@ -118,13 +118,14 @@ class Peer:
             )
         seconds = time.perf_counter() - start
         for result in results:
-            check(result.perf_metrics, request)
+            check(result.perf_metrics, request, self.batch)
         return seconds
 
 
-def check(metrics, request):
-    """Refuse an answer or a prompt of another length."""
-    made, read = metrics.get_num_generated_tokens(), metrics.get_num_input_tokens()
+def check(metrics, request, batch):
+    """Refuse an answer or a prompt of another length; a batch's metrics are those of all of it."""
+    made = metrics.get_num_generated_tokens() / batch
+    read = metrics.get_num_input_tokens() / batch
     if made != request["new_tokens"]:
         raise RuntimeError(f"{made} tokens instead of {request['new_tokens']}")
     if abs(read - request["prompt_tokens"]) > MOST_EXTRA_TOKENS:
