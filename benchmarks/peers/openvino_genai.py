@@ -123,9 +123,8 @@ class Peer:
 
 
 def check(metrics, request, batch):
-    """Refuse an answer or a prompt of another length; a batch's metrics are those of all of it."""
-    made = metrics.get_num_generated_tokens() / batch
-    read = metrics.get_num_input_tokens() / batch
+    """Refuse an answer or a prompt of another length; answers are counted over the whole batch."""
+    made, read = metrics.get_num_generated_tokens() / batch, metrics.get_num_input_tokens()
     if made != request["new_tokens"]:
         raise RuntimeError(f"{made} tokens instead of {request['new_tokens']}")
     if abs(read - request["prompt_tokens"]) > MOST_EXTRA_TOKENS:
