@@ -41,7 +41,7 @@ def write_markdown(board: dict[str, Any]) -> str:
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
     if board.get("command"):
-        parts.append(f"```\n{board['command']}\n```")
+        parts.append(f"```text\n{board['command']}\n```")
     return "\n\n".join(parts) + "\n"
 
 
