@@ -135,7 +135,8 @@ def test_cancelling_frees_the_row(tiny):
         stream = tiny.chat(ask("What?"), max_tokens=400)
         async for _ in stream:
             break
-        assert tiny.running == 1
+        while tiny.running < 1:  # the first token comes before its row decodes
+            await asyncio.sleep(0.005)
         await stream.aclose()
         waiting = [asyncio.create_task(answer(tiny, max_tokens=400)) for _ in range(6)]
         while tiny.running < 4:
