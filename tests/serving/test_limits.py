@@ -11,6 +11,7 @@ from corematching import CoreMatching, Dense
 from corematching.errors import ConfigError, EngineClosedError, InputError, QueueFullError
 from corematching.runtime import is_attached
 from corematching.serving import Engine
+from corematching.serving.observer import Observer
 from tests.serving.conftest import ask
 from tests.serving.test_engine import answer, gather, run, wait_until_idle
 
@@ -32,17 +33,23 @@ def test_admission_is_by_bytes(tiny_vlm):
     with Engine.from_pretrained(str(tiny_vlm), Dense(), device="cpu") as engine:
         each = engine._scheduler.token_bytes
     memory = 2 * 64 * each
-    most = []
+    running, taken = [], []
+
+    class Watch(Observer):
+        def on_token(self, seconds, first):  # in the engine's thread, so that no step is missed
+            running.append(engine.running)
+            taken.append(engine.kv_bytes)
+
     with Engine.from_pretrained(
-        str(tiny_vlm), CoreMatching(0.5), kv_memory=memory, device="cpu"
+        str(tiny_vlm), CoreMatching(0.5), kv_memory=memory, device="cpu", observer=Watch()
     ) as engine:
 
         async def several():
-            return await gather(*(watch(engine, most) for _ in range(5)))
+            return await gather(*(answer(engine, "Hi?", max_tokens=24) for _ in range(5)))
 
         results = run(several())
         assert all(result.answers[0].finish_reason == "length" for result in results)
-        assert max(most) == 2 and engine.kv_bytes == 0
+        assert max(running) == 2 and max(taken) <= memory and engine.kv_bytes == 0
         with pytest.raises(InputError, match="kv_memory"):
             run(answer(engine, max_tokens=130))
         with pytest.raises(ConfigError, match="n=16"):
@@ -52,18 +59,6 @@ def test_admission_is_by_bytes(tiny_vlm):
 def small_batch(engine):
     engine._scheduler.max_batch = 2
     return engine
-
-
-async def watch(engine, most):
-    stream = engine.chat(ask("Hi?"), max_tokens=12)
-    chunks = []
-    async for chunk in stream:
-        most.append(engine.running)
-        assert engine.kv_bytes <= engine.kv_memory
-        chunks.append(chunk)
-    result = type("R", (), {})()
-    result.answers = [chunks[-1]]
-    return result
 
 
 @pytest.mark.parametrize(
