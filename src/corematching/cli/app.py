@@ -52,7 +52,7 @@ def run(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     engine: options.Engine = "auto",
-    memory: options.PrunedPrompt = None,
+    memory: options.Memory = None,
     method: options.MethodName = "corematching",
     score: options.Score = None,
     keep_ratio: options.KeepRatio = None,

@@ -40,7 +40,7 @@ Engine = Annotated[
         help="What runs the model: auto (compiled kernels where they fit), torch or native."
     ),
 ]
-PrunedPrompt = Annotated[
+Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",

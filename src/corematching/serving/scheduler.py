@@ -96,8 +96,7 @@ class Scheduler:
     @property
     def kv_bytes(self) -> int:
         """Bytes that the running answers' keys and values may come to take."""
-        groups = [group for several in list(self.groups.values()) for group in several]
-        return self.token_bytes * sum(group.columns_with() for group in groups)
+        return self.token_bytes * sum(group.columns_with() for group in self._list_groups())
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never be admitted.
@@ -189,7 +188,7 @@ class Scheduler:
         count = request.options.n
         if len(self.answers) + count > self.max_batch:
             return False
-        groups = [group for several in self.groups.values() for group in several]
+        groups = self._list_groups()
         there = sum(group.columns_with() for group in groups)
         more = [g.columns_with(request.most, count) - g.columns_with() for g in groups]
         more.append(SlotGroup(None).columns_with(request.most, count))
@@ -216,6 +215,10 @@ class Scheduler:
                 self._place(answer.row, prompt)
                 self.answers[answer.row] = answer
 
+    def _list_groups(self) -> list[Group]:
+        """All groups as they are now; from any thread."""
+        return [group for several in list(self.groups.values()) for group in several]
+
     def _place(self, row: Row, prompt: Prompt) -> None:
         """Put a row into a group whose rows it can decode with."""
         key = ChoiceForm.key(row.choices) if prompt.is_plain else None
@@ -229,7 +232,7 @@ class Scheduler:
 
     def _step(self) -> None:
         """One decode step of every group."""
-        for group in [group for several in list(self.groups.values()) for group in several]:
+        for group in self._list_groups():
             rows = group.rows
             if not group.together or not self._step_rows(group, rows):
                 for row in rows:

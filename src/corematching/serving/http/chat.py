@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -50,15 +50,8 @@ class ChatRoute:
         reply = Reply(request.state.id, self.engine, logprobs=bool(body.logprobs))
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = self._stream(stream, reply, with_usage, started)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-            )
-        completion = await collect_while_connected(stream, request)
-        if completion is None:
-            return Response(status_code=CLIENT_GONE)
-        note(reply.id, completion.usage, started)
-        return JSONResponse(reply.whole(completion))
+            return respond_with_events(self._stream(stream, reply, with_usage, started))
+        return await respond_whole(stream, reply, request, started)
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name; none means ours."""
@@ -228,6 +221,33 @@ def note(response_id: str, usage: Usage | None, started: float) -> None:
         usage.completion_tokens,
         time.perf_counter() - started,
     )
+
+
+class WholeReply(Protocol):
+    """What makes the JSON of a whole answer."""
+
+    id: str
+
+    def whole(self, completion: Completion) -> dict[str, Any]:
+        """The response object."""
+        ...
+
+
+def respond_with_events(events: AsyncIterator[str]) -> Response:
+    """The response that server-sent events make."""
+    headers = {"Cache-Control": "no-cache"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def respond_whole(
+    stream: AnswerStream, reply: WholeReply, request: Request, started: float
+) -> Response:
+    """The response with the whole answer, unless the client goes before it is there."""
+    completion = await collect_while_connected(stream, request)
+    if completion is None:
+        return Response(status_code=CLIENT_GONE)
+    note(reply.id, completion.usage, started)
+    return JSONResponse(reply.whole(completion))
 
 
 async def collect_while_connected(stream: AnswerStream, request: Request) -> Completion | None:

@@ -8,18 +8,18 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from corematching.errors import InputError
 from corematching.serving.answers import AnswerStream, Completion
 from corematching.serving.http import schema
 from corematching.serving.http.chat import (
-    CLIENT_GONE,
     ChatRoute,
-    collect_while_connected,
     describe_usage,
     note,
+    respond_whole,
+    respond_with_events,
 )
 from corematching.serving.http.errors import ApiError, explain
 from corematching.serving.params import AnswerOptions, FieldError
@@ -140,16 +140,8 @@ class ResponseRoute:
             raise ApiError(422, str(error), "input", "unprocessable") from error
         reply = ResponseReply(request.state.id, body, self.engine.name)
         if body.stream:
-            return StreamingResponse(
-                _stream(stream, reply, started),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache"},
-            )
-        completion = await collect_while_connected(stream, request)
-        if completion is None:
-            return Response(status_code=CLIENT_GONE)
-        note(reply.id, completion.usage, started)
-        return JSONResponse(reply.whole(completion))
+            return respond_with_events(_stream(stream, reply, started))
+        return await respond_whole(stream, reply, request, started)
 
 
 class ResponseReply:

@@ -73,7 +73,7 @@ class Gemm:
                 "a weight stored by input goes with no activation and no norm: store it by output"
             )
         if activation is not None:
-            _check_activation(activation)
+            check_activation(activation)
         residual = None if residual is None else residual.contiguous()
         rows, outputs = _check_gemm(x, weight, bias)
         check_optional("the residual", residual, (*x.shape[:-1], outputs), weight.dtype)
@@ -106,7 +106,7 @@ class Gemm:
         number the row's ``act(gate(x))`` is put; -1 for a row that is not wanted.
         With a ``norm``, x is normalized first.
         """
-        _check_activation(activation)
+        check_activation(activation)
         check_tensor("gate", gate, tuple(up.shape), x.dtype)
         check_tensor("up", up, tuple(up.shape), x.dtype)
         rows, outputs = _check_gemm(x, up, up_bias)
@@ -210,7 +210,8 @@ def check_kept(
         )
 
 
-def _check_activation(name: str) -> None:
+def check_activation(name: str) -> None:
+    """Refuse an activation that the kernels do not know."""
     if name not in ACTIVATION_CODES:
         known = ", ".join(ACTIVATION_CODES)
         raise InvalidTensorError(f"unknown activation '{name}': known: {known}")

@@ -13,7 +13,7 @@ from corematching.backends.cpu.native.attention import (
     describe_mask,
     why_unsupported_mask,
 )
-from corematching.backends.cpu.native.gemm import check_kept, why_unsupported_gemm
+from corematching.backends.cpu.native.gemm import check_activation, check_kept, why_unsupported_gemm
 from corematching.backends.cpu.native.library import (
     ACTIVATION_CODES,
     DTYPE_CODES,
@@ -213,10 +213,7 @@ def _check_layer(
             f"{inner} queries and {keys} keys are not heads of {head_dim} that share keys evenly: "
             f"a head's size must be a multiple of {HEAD_DIM_STEP}"
         )
-    if activation not in ACTIVATION_CODES:
-        raise InvalidTensorError(
-            f"unknown activation '{activation}': known: {', '.join(ACTIVATION_CODES)}"
-        )
+    check_activation(activation)
     shapes = {
         "q": (inner, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, inner),
         "gate": (width, hidden), "up": (width, hidden), "down": (hidden, width),
